@@ -1,0 +1,1 @@
+"""Torch-free nouns that every process shares: configuration, requests, messages, hand-off tickets, errors."""

@@ -1,0 +1,218 @@
+"""One frozen configuration tree, loaded in one place.
+
+Values come from defaults, then a TOML file, then `key=value` overrides; secrets come from the environment only.
+Every error is one line that names the key. `Resolved.sources` says where each value came from.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llm_engine.api.errors import ConfigError
+
+SECRET_ENV = "BATON_SECRET"
+MIN_SECRET_CHARS = 16
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which checkpoint is served, and under which name."""
+
+    path: Path
+    name: str = ""  # "": the directory's name
+    max_len: int | None = Field(None, ge=16)  # None: max_position_embeddings
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.name
+
+
+class EngineConfig(Section):
+    """How the model is computed."""
+
+    backend: Literal["cpu"] = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    numerics: Literal["exact", "fast"] = "exact"
+    threads: int = Field(1, ge=1)
+    num_drafts: int = Field(1, ge=0, le=3)  # MTP drafts verified per step; 0: no speculation
+
+
+class KvConfig(Section):
+    """The paged caches."""
+
+    block_tokens: int = Field(16, ge=4, le=1024)
+    num_blocks: int | None = Field(None, ge=8)  # None: sized from memory_mb
+    memory_mb: int = Field(256, ge=1)
+    prefix_cache: bool = True
+
+
+class SchedulerConfig(Section):
+    """Budgets of one engine step and bounds of its queues."""
+
+    max_step_tokens: int = Field(256, ge=16)  # prefill rows a step
+    max_num_seqs: int = Field(64, ge=1)
+    max_waiting: int = Field(512, ge=1)
+
+
+class TransferConfig(Section):
+    """The hand-off between prefill and decode."""
+
+    transport: Literal["auto", "local", "shm", "tcp"] = "auto"
+    checksum: Literal["full", "count"] = "full"
+    grant_timeout_s: float = Field(10.0, gt=0)  # Offer → Grant; afterwards the attempt fails with a retry elsewhere
+    commit_timeout_s: float = Field(10.0, gt=0)  # last layer computed → Accepted
+    max_pending: int = Field(256, ge=1)  # offers a receiver holds
+    canary_period_s: float = Field(5.0, gt=0)
+
+
+class WorkerConfig(Section):
+    """Addresses and clocks of one worker process. Port 0: any free port."""
+
+    host: str = "127.0.0.1"
+    request_port: int = Field(0, ge=0, le=65535)
+    control_port: int = Field(0, ge=0, le=65535)
+    metrics_port: int = Field(0, ge=0, le=65535)
+    heartbeat_s: float = Field(0.25, gt=0)
+    peer_timeout_s: float = Field(3.0, gt=0)  # a silent router or peer is forgotten
+    stall_timeout_s: float = Field(60.0, gt=0)  # a step that takes longer makes the worker unhealthy
+
+
+class RouterConfig(Section):
+    """The HTTP edge and its policies. `workers`: static request-plane addresses, for use without a controller."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    processes: int = Field(1, ge=1)
+    workers: tuple[str, ...] = ()
+    membership: str = ""  # address of the controller's feed
+    heartbeat_timeout_s: float = Field(2.0, gt=0)
+    max_inflight: int = Field(1024, ge=1)
+    max_queued: int = Field(1024, ge=0)
+    queue_timeout_s: float = Field(30.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    max_attempts: int = Field(64, ge=1)
+    max_body_bytes: int = Field(16 << 20, ge=1024)
+    max_n: int = Field(16, ge=1)
+    max_logprobs: int = Field(20, ge=0)
+
+
+class PoolConfig(Section):
+    """Desired size of one pool."""
+
+    replicas: int = Field(0, ge=0, le=1024)
+    cpus: float = Field(0.0, ge=0)  # Ray resources per replica
+    resources: dict[str, float] = {}
+
+
+class PoolsConfig(Section):
+    """Desired pools. Either prefill and decode, or aggregated, or all three."""
+
+    prefill: PoolConfig = PoolConfig(replicas=1)
+    decode: PoolConfig = PoolConfig(replicas=1)
+    aggregated: PoolConfig = PoolConfig()
+
+
+class ClusterConfig(Section):
+    """The whole tree. One file serves every process of a cluster."""
+
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    kv: KvConfig = KvConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    transfer: TransferConfig = TransferConfig()
+    worker: WorkerConfig = WorkerConfig()
+    router: RouterConfig = RouterConfig()
+    pools: PoolsConfig = PoolsConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and the origin of every value that is not a default: dotted key → "file …" or "override"."""
+
+    config: ClusterConfig
+    sources: Mapping[str, str]
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Resolved:
+    """Read `path` (TOML) and apply `dotted.key=value` overrides (values in TOML syntax, bare words as strings).
+
+    Raises ConfigError with one line that names the file or the key.
+    """
+    tree: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if path is not None:
+        tree = _read_toml(path)
+        sources.update(dict.fromkeys(_leaves(tree), f"file {path}"))
+    for item in overrides:
+        key, value = _parse_override(item)
+        _assign(tree, key, value)
+        sources[key] = "override"
+    return Resolved(build(tree), sources)
+
+
+def build(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Validate a plain tree. Raises ConfigError naming the first offending key."""
+    try:
+        return ClusterConfig.model_validate(dict(tree))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        value = "" if first["type"] in ("missing", "extra_forbidden") else f"={first['input']!r}"
+        raise ConfigError(f"{key}{value}: {first['msg'].lower()}") from exc
+
+
+def cluster_key(environ: Mapping[str, str] = os.environ) -> bytes:
+    """The shared key of the request and control planes, from BATON_SECRET. Raises ConfigError when it is unusable."""
+    secret = environ.get(SECRET_ENV, "")
+    if len(secret) < MIN_SECRET_CHARS:
+        raise ConfigError(
+            f"{SECRET_ENV}: set it to the same random string of at least {MIN_SECRET_CHARS} characters on every process"
+        )
+    return secret.encode()[:64]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: not TOML: {exc}") from exc
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {item!r}: expected section.key=value")
+    try:
+        return key, tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key, text
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {part} is a value, not a section")
+    tree[leaf] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in tree.items():
+        keys.extend(_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name])
+    return keys

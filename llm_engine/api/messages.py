@@ -1,0 +1,209 @@
+"""The request plane: messages between routers and workers, and the authenticated codec that carries every message.
+
+Frames are `mac ‖ msgpack`: a keyed blake2b over the body, then one tagged struct. Nothing is pickled; an unknown tag,
+a wrong type, a bad mac or an oversized frame raises ProtocolError and the frame is dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from llm_engine.api.errors import ProtocolError
+from llm_engine.api.request import SamplingParams, TokenDelta
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 << 20
+_MAC_BYTES = 16
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every wire message; subclasses set a `tag`."""
+
+
+class Role(enum.StrEnum):
+    """What a worker does. An aggregated worker prefills and decodes in one engine."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    AGGREGATED = "aggregated"
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity and addresses of one worker process. A restarted worker has a new `incarnation`."""
+
+    name: str
+    role: Role
+    incarnation: str
+    pid: int
+    request_addr: str  # ZeroMQ ROUTER for routers
+    control_addr: str  # ZeroMQ ROUTER for prefill peers ("" on prefill workers)
+    metrics_addr: str  # http://host:port/metrics
+    model: str
+    format_id: str
+    weight_version: str
+    block_tokens: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """The decode worker chosen for a request."""
+
+    name: str
+    incarnation: str
+    control_addr: str
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """First message of a router to a worker, repeated as its heartbeat."""
+
+    version: int
+    router_id: str
+
+
+class Submit(Message, frozen=True, kw_only=True, tag="submit"):
+    """Compute `tokens` (prompt ‖ output already emitted by earlier attempts) and go on from there."""
+
+    request_id: str
+    attempt: int
+    router_id: str
+    tokens: bytes  # pack_tokens
+    num_prompt: int  # the client's prompt; the rest of `tokens` is emitted output
+    sampling: SamplingParams
+    deadline_s: float  # seconds left, counted from receipt
+    salt: str = ""
+    decode: Peer | None = None  # None: the worker decodes itself (aggregated)
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """Stop an attempt and every older one of the request, wherever it is."""
+
+    request_id: str
+    attempt: int
+
+
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
+    """Take no new work; with `hand_back`, return running sequences to their routers too."""
+
+    hand_back: bool = False
+
+
+class SnapshotRequest(Message, frozen=True, kw_only=True, tag="snapshot_request"):
+    """The router missed KV events: send the whole prefix index."""
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """Answer to Hello."""
+
+    version: int
+    info: WorkerInfo
+
+
+class Deltas(Message, frozen=True, kw_only=True, tag="deltas"):
+    """All new tokens of one step for one router: one message a step, however many streams."""
+
+    items: list[TokenDelta]
+
+
+class Started(Message, frozen=True, kw_only=True, tag="started"):
+    """The decode worker owns the sequence: the loss of its prefill worker no longer matters."""
+
+    request_id: str
+    attempt: int
+    handoff_s: float
+    exposed_s: float
+    num_bytes: int
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """The attempt is over without a finish. `retryable`: another attempt may succeed (a preempted sequence, say)."""
+
+    request_id: str
+    attempt: int
+    code: str  # full | handoff | preempted | draining | deadline | too_long | internal
+    reason: str
+    retryable: bool
+
+
+class Load(Message, frozen=True, kw_only=True, tag="load"):
+    """A worker's state, sent every heartbeat. Blocks by state; tokens still to be prefilled; tokens per second."""
+
+    seq: int
+    num_waiting: int = 0
+    num_running: int = 0
+    waiting_tokens: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    blocks_live: int = 0
+    blocks_leased: int = 0
+    blocks_quarantined: int = 0
+    pending_handoffs: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    step_age_s: float = 0.0  # seconds since the step loop last made progress while it had work
+    draining: bool = False
+    healthy: bool = True
+    bad_peers: list[str] = []  # names of decode workers whose canary failed
+
+
+class KvEvents(Message, frozen=True, kw_only=True, tag="kv_events"):
+    """Changes of the prefix cache since event `seq` - 1. A gap in `seq` means: ask for a snapshot."""
+
+    seq: int
+    stored: list[bytes] = []
+    removed: list[bytes] = []
+
+
+class KvSnapshot(Message, frozen=True, kw_only=True, tag="kv_snapshot"):
+    """The whole prefix index as of event `seq`."""
+
+    seq: int
+    digests: list[bytes]
+
+
+class Members(Message, frozen=True, kw_only=True, tag="members"):
+    """The controller's membership feed: always the complete list, so a lost message costs nothing."""
+
+    version: int
+    workers: list[WorkerInfo]
+
+
+RouterMessage = Hello | Submit | Cancel | Drain | SnapshotRequest
+WorkerMessage = Welcome | Deltas | Started | Failed | Load | KvEvents | KvSnapshot
+
+T = TypeVar("T")
+
+
+class Codec(Generic[T]):
+    """Encodes any message; decodes those of one union (`Codec(key, RouterMessage)`)."""
+
+    def __init__(self, key: bytes, kind: Any) -> None:
+        self._key = key
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
+
+    def encode(self, message: Message) -> bytes:
+        body = self._encoder.encode(message)
+        return self._mac(body) + body
+
+    def decode(self, frame: bytes | memoryview) -> T:
+        """Raises ProtocolError on anything but an authentic, well-formed message of the union."""
+        if not _MAC_BYTES < len(frame) <= MAX_FRAME_BYTES:
+            raise ProtocolError(f"frame of {len(frame)} bytes: expected {_MAC_BYTES + 1} to {MAX_FRAME_BYTES}")
+        view = memoryview(frame)
+        body = view[_MAC_BYTES:]
+        if not hmac.compare_digest(self._mac(body), bytes(view[:_MAC_BYTES])):
+            raise ProtocolError("frame is not authentic: peers must share one BATON_SECRET")
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as exc:
+            raise ProtocolError(f"malformed message: {exc}") from exc
+
+    def _mac(self, body: bytes | memoryview) -> bytes:
+        return hashlib.blake2b(body, key=self._key, digest_size=_MAC_BYTES).digest()
