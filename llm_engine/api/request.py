@@ -33,7 +33,7 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to draw tokens. Greedy when `temperature` is 0. `seed` is always set (drawn by the router if not by the client).
+    """How to draw tokens. Greedy when `temperature` is 0. The router draws `seed` if the client gave none.
 
     Every draw is keyed by (seed, absolute position), so a continuation after a lost worker is the same text.
     """
