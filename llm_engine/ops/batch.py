@@ -1,0 +1,56 @@
+"""The rows of one forward pass.
+
+Shapes: R rows including padding, N real rows (the first N of R), S sequences, B blocks of the longest table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """Rows of all sequences, flat. The rows of one sequence are adjacent and their positions count up by one.
+
+    R is a multiple of `Ops.row_tile`; padding rows come last and hold token 0 at position 0. They are computed and
+    ignored: nothing is written to a cache for them and their attention output is zero.
+    A row sees the cache positions up to and including its own, which is written before it is read.
+    """
+
+    token_ids_R: Tensor  # int64
+    positions_R: Tensor  # int64
+    slots_N: Tensor  # int64, block * block_tokens + offset of the cache row that a real row writes
+    block_tables_SB: Tensor  # int32, padded with -1
+    row_starts: tuple[int, ...]  # S + 1 entries: sequence s has rows row_starts[s] .. row_starts[s + 1] - 1
+    context_lens: tuple[int, ...]  # S entries: tokens of the sequence in the cache after this pass
+
+    @property
+    def num_rows(self) -> int:
+        """N, the number of real rows."""
+        return self.row_starts[-1]
+
+    @property
+    def num_seqs(self) -> int:
+        """S."""
+        return len(self.context_lens)
+
+    def check(self, block_tokens: int) -> None:
+        """Raise ValueError when a promise above is broken. For tests and debugging: it synchronises with the device."""
+        n = self.num_rows
+        if self.row_starts[0] != 0 or len(self.row_starts) != self.num_seqs + 1:
+            raise ValueError(f"row_starts {self.row_starts} does not frame {self.num_seqs} sequences")
+        if not n <= len(self.token_ids_R) == len(self.positions_R) or len(self.slots_N) != n:
+            raise ValueError("token_ids_R, positions_R, slots_N and row_starts disagree on the number of rows")
+        positions, slots = self.positions_R.tolist(), self.slots_N.tolist()
+        for s, (first, end) in enumerate(zip(self.row_starts, self.row_starts[1:], strict=False)):
+            stop = self.context_lens[s]
+            if positions[first:end] != list(range(stop - (end - first), stop)):
+                raise ValueError(f"sequence {s}: positions {positions[first:end]} do not end at {stop - 1}")
+            table = self.block_tables_SB[s].tolist()
+            wanted = [table[p // block_tokens] * block_tokens + p % block_tokens for p in positions[first:end]]
+            if slots[first:end] != wanted or min(table[: -(-stop // block_tokens)], default=0) < 0:
+                raise ValueError(f"sequence {s}: slots or block table do not cover its positions")
+        if len(set(slots)) != n:
+            raise ValueError("two rows write the same cache slot")

@@ -1,0 +1,27 @@
+"""Backend name → kernel table. A backend's package is imported only here, and only when it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final, Literal, cast
+
+import torch
+
+from llm_engine.api.errors import ConfigError
+from llm_engine.ops.table import Ops
+
+Numerics = Literal["exact", "fast"]
+
+_BACKENDS: Final = {"cpu": "llm_engine.ops_cpu"}
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_ops(backend: str, numerics: Numerics = "exact", dtype: str = "fp32") -> Ops:
+    """Build the table of `backend`. Raises ConfigError naming an unknown or unsupported choice."""
+    if backend not in _BACKENDS:
+        raise ConfigError(f"engine.backend={backend!r}: expected one of {', '.join(_BACKENDS)}")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"engine.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
+    if numerics not in ("exact", "fast"):
+        raise ConfigError(f"engine.numerics={numerics!r}: expected exact or fast")
+    return cast(Ops, importlib.import_module(_BACKENDS[backend]).build(numerics, _DTYPES[dtype]))

@@ -1,0 +1,183 @@
+"""The protocols behind every field of `Ops`: shapes, promises and the error they may raise.
+
+Shapes: R rows (padding included, see ForwardBatch), H hidden, h heads, E experts, F expert width, K chosen,
+B blocks, P tokens of a block, L latent rank, J rope pairs (half the rope width), T positions.
+"Compute dtype" is `Ops.dtype`. Packed weights are opaque: only the backend that made them reads them.
+
+With numerics `exact` every output row is a function of its own input row, its own visible cache rows and the weights
+alone: bit for bit the same in any batch, in any chunk, at any place. `fast` promises closeness only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from llm_engine.ops.batch import ForwardBatch
+
+PackedLinear: TypeAlias = Any
+PackedMlp: TypeAlias = Any
+PackedExperts: TypeAlias = Any
+PackedKvB: TypeAlias = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """Group-limited sigmoid routing (`noaux_tc`)."""
+
+    top_k: int
+    num_groups: int = 1
+    top_groups: int = 1
+    normalise: bool = True  # weights of the chosen experts sum to one before scaling
+    scale: float = 1.0  # routed_scaling_factor
+
+
+class AttentionPlan(Protocol):
+    """What attention needs to know of a batch, worked out once per forward pass and used by every layer. Opaque."""
+
+    @property
+    def num_rows(self) -> int:
+        """Real rows of the batch."""
+
+
+class PackLinear(Protocol):
+    """Lay out one [out, in] weight. `fp32`: multiply and answer in fp32, whatever the compute dtype."""
+
+    def __call__(self, weight_OI: Tensor, *, fp32: bool = False) -> PackedLinear: ...
+
+
+class Linear(Protocol):
+    """x · Wᵀ: [R, in] → [R, out], in the compute dtype or, if packed so, in fp32. Rows may be strided."""
+
+    def __call__(self, x_RI: Tensor, packed: PackedLinear) -> Tensor: ...
+
+
+class PackMlp(Protocol):
+    """Lay out a SwiGLU MLP: gate rows first, then up rows."""
+
+    def __call__(self, gate_up_2FH: Tensor, down_HF: Tensor) -> PackedMlp: ...
+
+
+class Mlp(Protocol):
+    """(silu(x·Wgᵀ) · (x·Wuᵀ)) · Wdᵀ: [R, H] → [R, H]."""
+
+    def __call__(self, x_RH: Tensor, packed: PackedMlp) -> Tensor: ...
+
+
+class PackExperts(Protocol):
+    """Lay out E routed experts and, where there is one, the shared expert every row goes through."""
+
+    def __call__(self, gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> PackedExperts: ...
+
+
+class Gate(Protocol):
+    """Choose experts: logits fp32 [R, E], bias fp32 [E] → (ids int64 [R, K], weights fp32 [R, K]).
+
+    The bias takes part in the choice, never in the weights. Among equals the lowest expert wins; best first.
+    """
+
+    def __call__(self, logits_RE: Tensor, bias_E: Tensor, config: GateConfig) -> tuple[Tensor, Tensor]: ...
+
+
+class Moe(Protocol):
+    """Σ_k weight_k · expert_k(x), summed in fp32 in rank order, plus the shared expert: [R, H] → [R, H]."""
+
+    def __call__(self, x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: PackedExperts) -> Tensor: ...
+
+
+class RmsNorm(Protocol):
+    """w · x / sqrt(mean(x²) + eps) over the last dim, in fp32, cast once to the compute dtype. Rows may be strided."""
+
+    def __call__(self, x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor: ...
+
+
+class AddRmsNorm(Protocol):
+    """(rms_norm(x + residual), x + residual)."""
+
+    def __call__(self, x_RH: Tensor, residual_RH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+
+class Plan(Protocol):
+    """Prepare attention for a batch over planes of `block_tokens` tokens a block, with the model's rope tables (fp32)."""
+
+    def __call__(self, batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tensor) -> AttentionPlan: ...
+
+
+class WriteLatent(Protocol):
+    """Write the latent cache rows of a batch: kv [R, L + 2J] → plane [B, P, L + 2J].
+
+    The first L columns are RMS-normed with `weight_L`, the last 2J rotated in interleaved pairs (2j, 2j + 1).
+    """
+
+    def __call__(self, plane_BPC: Tensor, kv_RC: Tensor, weight_L: Tensor, eps: float, plan: AttentionPlan) -> None: ...
+
+
+class WriteIndexKeys(Protocol):
+    """Write the indexer's cache rows of a batch: key [R, D] → plane [B, P, D].
+
+    LayerNorm with weight and bias, then the first 2J columns rotated: pairs (j, j + J), or (2j, 2j + 1) if `interleaved`.
+    """
+
+    def __call__(
+        self,
+        plane_BPD: Tensor,
+        key_RD: Tensor,
+        weight_D: Tensor,
+        bias_D: Tensor,
+        eps: float,
+        plan: AttentionPlan,
+        *,
+        interleaved: bool = False,
+    ) -> None: ...
+
+
+class IndexTopk(Protocol):
+    """The `k` visible positions with the largest Σ_h g[h] · relu(query[h] · key): int32 [R, K], ascending, -1 behind.
+
+    `query_RhD` is not yet rotated (first 2J columns, as in WriteIndexKeys). Among equal scores the lowest position wins.
+    None when no row of the batch sees more than `k` positions: everything is selected.
+    """
+
+    def __call__(
+        self,
+        query_RhD: Tensor,
+        g_Rh: Tensor,
+        plane_BPD: Tensor,
+        plan: AttentionPlan,
+        k: int,
+        *,
+        interleaved: bool = False,
+    ) -> Tensor | None: ...
+
+
+class PackKvB(Protocol):
+    """Lay out the two halves of kv_b_proj: keys [h, D, L] and values [h, V, L]."""
+
+    def __call__(self, key_hDL: Tensor, value_hVL: Tensor) -> PackedKvB: ...
+
+
+class MlaAttend(Protocol):
+    """Latent attention: query [R, h, D + 2J] → [R, h, V].
+
+    The last 2J query columns are rotated here (interleaved pairs). Row r sees the positions up to its own, or those in
+    `sel_RK` (int32, ascending, -1 behind). Whether keys are expanded or queries absorbed is the backend's choice.
+    A row without keys gives zeros, never NaN; a NaN in a cache row that is not seen changes nothing.
+    """
+
+    def __call__(
+        self,
+        query_RhD: Tensor,
+        plane_BPC: Tensor,
+        plan: AttentionPlan,
+        sel_RK: Tensor | None,
+        kv_b: PackedKvB,
+        scale: float,
+    ) -> Tensor: ...
+
+
+class SelfCheck(Protocol):
+    """Verify once, at start-up, that this machine's libraries keep the promise of `exact`. Raises ConfigError."""
+
+    def __call__(self) -> None: ...

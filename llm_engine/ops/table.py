@@ -1,0 +1,37 @@
+"""One frozen table of kernels. A model is built with one and never asks which hardware it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llm_engine.ops import spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """Every kernel a model calls; contracts in `spec`."""
+
+    name: str  # "cpu/exact/fp32": for logs
+    dtype: torch.dtype  # compute dtype: activations, weights, caches
+    row_tile: int  # a batch holds a multiple of this many rows
+
+    pack_linear: spec.PackLinear
+    linear: spec.Linear
+    pack_mlp: spec.PackMlp
+    mlp: spec.Mlp
+    pack_experts: spec.PackExperts
+    gate: spec.Gate
+    moe: spec.Moe
+    rms_norm: spec.RmsNorm
+    add_rms_norm: spec.AddRmsNorm
+
+    plan: spec.Plan
+    write_latent: spec.WriteLatent
+    write_index_keys: spec.WriteIndexKeys
+    index_topk: spec.IndexTopk
+    pack_kv_b: spec.PackKvB
+    mla_attend: spec.MlaAttend
+
+    self_check: spec.SelfCheck
