@@ -100,7 +100,7 @@ class AddRmsNorm(Protocol):
 
 
 class Plan(Protocol):
-    """Prepare attention for a batch over planes of `block_tokens` tokens a block, with the model's rope tables (fp32)."""
+    """Prepare attention for a batch over planes of `block_tokens` tokens a block, with fp32 rope tables."""
 
     def __call__(self, batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tensor) -> AttentionPlan: ...
 
@@ -117,7 +117,7 @@ class WriteLatent(Protocol):
 class WriteIndexKeys(Protocol):
     """Write the indexer's cache rows of a batch: key [R, D] → plane [B, P, D].
 
-    LayerNorm with weight and bias, then the first 2J columns rotated: pairs (j, j + J), or (2j, 2j + 1) if `interleaved`.
+    LayerNorm with weight and bias, first 2J columns rotated: pairs (j, j + J), or (2j, 2j + 1) if `interleaved`.
     """
 
     def __call__(
@@ -134,9 +134,9 @@ class WriteIndexKeys(Protocol):
 
 
 class IndexTopk(Protocol):
-    """The `k` visible positions with the largest Σ_h g[h] · relu(query[h] · key): int32 [R, K], ascending, -1 behind.
+    """The `k` visible positions with the largest Σ_h g[h] · relu(query[h] · key): int32 [R, K] ascending, -1 behind.
 
-    `query_RhD` is not yet rotated (first 2J columns, as in WriteIndexKeys). Among equal scores the lowest position wins.
+    `query_RhD` is not yet rotated (first 2J columns, as in WriteIndexKeys). The lowest position wins a tie.
     None when no row of the batch sees more than `k` positions: everything is selected.
     """
 
