@@ -1,0 +1,1 @@
+"""The device side of one worker: batches, caches, weights, sampling and the engine that drives a model."""
