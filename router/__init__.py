@@ -1,0 +1,1 @@
+"""The router: OpenAI-compatible HTTP edge, dispatch over worker pairs, recovery. No torch, no Ray."""
