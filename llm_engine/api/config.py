@@ -87,6 +87,7 @@ class WorkerConfig(Section):
     heartbeat_s: float = Field(0.25, gt=0)
     peer_timeout_s: float = Field(3.0, gt=0)  # a silent router or peer is forgotten
     stall_timeout_s: float = Field(60.0, gt=0)  # a step that takes longer makes the worker unhealthy
+    drain_timeout_s: float = Field(30.0, ge=0)  # after SIGTERM; what still runs then goes back to the routers
 
 
 class RouterConfig(Section):

@@ -126,7 +126,7 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
     request_id: str
     attempt: int
-    code: str  # full | handoff | preempted | draining | deadline | too_long | internal
+    code: str  # full | handoff | preempted | draining | deadline | too_long | stale | invalid | router | internal
     reason: str
     retryable: bool
 
