@@ -1,0 +1,60 @@
+"""FP8 block weights: e4m3 values with one scale for every block of rows and columns.
+
+The block size always comes from the configuration: a tensor of 576 rows has five 128-row blocks, the last one half
+full, and no ratio of shapes can tell that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+_MIN_AMAX = 1e-4  # keeps the scale of an all-zero block finite
+
+
+def quantise_blocks(weight: Tensor, block: tuple[int, int], *, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
+    """Split a [N, K] weight into e4m3 values and fp32 scales [⌈N/rows⌉, ⌈K/columns⌉]; weight ≈ values · scale.
+
+    `power_of_two` rounds scales up to powers of two, which makes the product exact in bf16.
+    """
+    rows, columns = weight.shape
+    grid = (_ceil(rows, block[0]), _ceil(columns, block[1]))
+    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1])
+    padded[:rows, :columns] = weight
+    tiles = padded.view(grid[0], block[0], grid[1], block[1])
+    scale = tiles.abs().amax(dim=(1, 3)).clamp_min(_MIN_AMAX) / E4M3_MAX
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    values = padded / _spread(scale, block, padded.shape[0], padded.shape[1])
+    # e4m3 has no infinity: anything above the largest value would become NaN.
+    return values.clamp(-E4M3_MAX, E4M3_MAX)[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+def dequantise_blocks(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """The fp32 weight [N, K] of e4m3 `values` [N, K] and `scale` [⌈N/rows⌉, ⌈K/columns⌉] in fp32 or e8m0 bytes.
+
+    Raises ValueError when the scale grid does not cover the weight.
+    """
+    rows, columns = values.shape
+    grid = (_ceil(rows, block[0]), _ceil(columns, block[1]))
+    if tuple(scale.shape) != grid:
+        raise ValueError(f"scale grid {tuple(scale.shape)}, expected {grid} for {rows}×{columns} in blocks of {block}")
+    return values.to(torch.float32) * _spread(decode_scale(scale), block, rows, columns)
+
+
+def decode_scale(scale: Tensor) -> Tensor:
+    """Scales as fp32; e8m0 bytes `b` (also when stored as uint8) mean 2^(b-127)."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if scale.dtype == torch.uint8:
+        return torch.exp2(scale.to(torch.float32) - 127.0)
+    return scale.to(torch.float32)
+
+
+def _spread(scale: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)

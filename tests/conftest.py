@@ -1,0 +1,58 @@
+"""Checkpoints that tests share: made once a session, never modified.
+
+`*_dir` holds random weights (arithmetic), `*_planted_dir` weights whose greedy continuation is known (serving).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_engine.models.synthetic import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def nano_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("nano", checkpoint_root / "nano", planted=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("tiny", checkpoint_root / "tiny", planted=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpu_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("tiny-gpu", checkpoint_root / "tiny-gpu", planted=False)
+
+
+@pytest.fixture(scope="session")
+def nano_v3_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("nano-v3", checkpoint_root / "nano-v3", planted=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_v3_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("tiny-v3", checkpoint_root / "tiny-v3", planted=False)
+
+
+@pytest.fixture(scope="session")
+def nano_planted_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("nano", checkpoint_root / "nano-planted")
+
+
+@pytest.fixture(scope="session")
+def tiny_planted_dir(checkpoint_root: Path) -> Path:
+    return make_checkpoint("tiny", checkpoint_root / "tiny-planted")
+
+
+@pytest.fixture(scope="session")
+def tiny_planted_noisy_dir(checkpoint_root: Path) -> Path:
+    """Planted with so much noise that a good part of the MTP drafts is wrong."""
+    return make_checkpoint("tiny", checkpoint_root / "tiny-planted-noisy", noise=6.0)
