@@ -1,0 +1,86 @@
+"""The two ends of a data link, one implementation of each per transport (local, shm, tcp).
+
+The writer holds a `Link` per peer; the receiver holds an `Inlet` per transport, which accepts the links of all writers.
+Both authenticate with the cluster key before anything else. Offsets are relative to the receiver's region; what a writer
+may touch is decided by leases: (lease id, epoch, list of blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kv_transfer.memory import Bytes
+from llm_engine.api.handoff import LinkOffer
+
+
+class LeaseKey(NamedTuple):
+    """Names one lease for good: every later lease of any of its blocks has a higher epoch."""
+
+    lease_id: int
+    epoch: int
+
+
+class Copy(NamedTuple):
+    """`num_bytes` from `source` (offset in the writer's buffer) to `target` (offset in the receiver's region)."""
+
+    source: int
+    target: int
+    num_bytes: int
+
+
+class Link(Protocol):
+    """Writer's end. `write` blocks and is called from sender threads; everything else returns at once."""
+
+    transport: str
+
+    def write(self, lease: LeaseKey, source: Bytes, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+        """Copy. On return `source` is not read any more. `stopped` is polled at least once per few MiB.
+
+        Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
+        """
+        ...
+
+    def confirm(self, lease: LeaseKey) -> Future[int]:
+        """Bytes that landed under the lease, known once everything written before has landed."""
+        ...
+
+    def close(self) -> None:
+        """After this nothing is written; running `write` calls raise. Idempotent, joins the link's threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What an inlet saw arrive under a lease: distinct (plane, layer, block) cells and bytes."""
+
+    num_cells: int
+    num_bytes: int
+
+
+class Inlet(Protocol):
+    """Receiver's end of one transport."""
+
+    transport: str
+
+    def offer(self) -> LinkOffer:
+        """How a writer reaches this inlet."""
+        ...
+
+    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
+        """From now on this connection may write into these blocks."""
+        ...
+
+    def landed(self, lease: LeaseKey) -> Landed | None:
+        """What has landed; None if the transport can't see it (shm)."""
+        ...
+
+    def end_lease(self, lease: LeaseKey) -> bool:
+        """Stop accepting writes. True: proven, not a byte lands after this call; False: only the writer can say."""
+        ...
+
+    def close(self) -> None:
+        """Close the listener and every connection, join every thread. Idempotent."""
+        ...

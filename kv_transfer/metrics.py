@@ -1,0 +1,94 @@
+"""What the hand-off counts: plain snapshots and one report per hand-off. Exporting them is the worker's business."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffReport:
+    """One completed hand-off, as one end saw it. All durations on that end's monotonic clock."""
+
+    request_id: str
+    attempt: int
+    peer: str
+    transport: str
+    num_tokens: int
+    have_tokens: int  # found in the receiver's own prefix cache, not sent
+    num_blocks: int
+    num_bytes: int
+    handoff_s: float  # Offer → Commit verified (receiver); Offer → Accepted (writer)
+    exposed_s: float  # last prefill kernel end → decode may schedule, without the Commit's flight time
+    verify_s: float = 0.0  # receiver only: part of exposed_s
+    write_s: float = 0.0  # writer only: time the sender thread spent hashing and copying
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStats:
+    """The writer's view of one receiver."""
+
+    name: str
+    incarnation: str
+    transport: str  # "" until connected
+    reason: str  # why this transport
+    healthy: bool
+    detail: str  # why not healthy
+    pending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterStats:
+    """Snapshot of a HandoffClient. `pending`: offered and not yet concluded, exact."""
+
+    pending: int
+    offered: int
+    accepted: int
+    failed: Mapping[str, int]  # by cause
+    num_bytes: int  # written, probes not included
+    num_blocks: int
+    write_s: float
+    probes: Mapping[str, int]  # ok | failed | skipped
+    dropped_frames: int  # malformed or not authentic
+    peers: tuple[PeerStats, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiverStats:
+    """Snapshot of a HandoffServer. `pending` = offers waiting + leases not yet concluded, exact; 0 when drained."""
+
+    pending: int
+    waiting_offers: int
+    leases: int
+    quarantined_leases: int
+    quarantined_blocks: int
+    offered: int
+    deferred: int
+    accepted: int
+    failed: Mapping[str, int]  # by cause: refused, rejected and revoked
+    num_bytes: int  # of accepted hand-offs
+    num_blocks: int
+    exposed_s: float  # sum over accepted hand-offs
+    verify_s: float
+    late_bytes: int  # arrived for leases that were gone, never stored (tcp and local; shm can't see them)
+    dropped_frames: int
+    refused_connections: Mapping[str, int]  # data plane, by cause
+    peers: tuple[str, ...]  # name/incarnation, transport
+
+
+@dataclass(slots=True)
+class Tally:
+    """Mutable counters behind a snapshot. Touched by the event loop only."""
+
+    offered: int = 0
+    deferred: int = 0
+    accepted: int = 0
+    num_bytes: int = 0
+    num_blocks: int = 0
+    exposed_s: float = 0.0
+    verify_s: float = 0.0
+    write_s: float = 0.0
+    dropped_frames: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    probes: Counter[str] = field(default_factory=Counter)
