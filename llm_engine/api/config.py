@@ -109,6 +109,16 @@ class RouterConfig(Section):
     max_logprobs: int = Field(20, ge=0)
 
 
+class ControllerConfig(Section):
+    """Addresses and clocks of the controller. Port 0: any free port, kept over restarts."""
+
+    host: str = "127.0.0.1"
+    feed_port: int = Field(0, ge=0, le=65535)  # membership feed for routers
+    control_port: int = Field(0, ge=0, le=65535)  # status, scale and drain
+    period_s: float = Field(0.5, gt=0)  # how often workers are asked and the complete membership is sent
+    start_timeout_s: float = Field(120.0, gt=0)  # a worker that is not ready by then is started again
+
+
 class PoolConfig(Section):
     """Desired size of one pool."""
 
@@ -135,6 +145,7 @@ class ClusterConfig(Section):
     transfer: TransferConfig = TransferConfig()
     worker: WorkerConfig = WorkerConfig()
     router: RouterConfig = RouterConfig()
+    controller: ControllerConfig = ControllerConfig()
     pools: PoolsConfig = PoolsConfig()
 
 
