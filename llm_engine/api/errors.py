@@ -5,7 +5,8 @@ ServingError                500
 ├── RequestError            4xx, the caller's fault, never retried
 │   ├── PromptTooLong       400
 │   └── UnknownModel        404
-├── Overloaded              429 / 503 with Retry-After
+├── Overloaded              503 with Retry-After
+│   └── TooManyRequests     429 with Retry-After
 ├── DeadlineExceeded        504
 ├── TransferError           retried on another pair
 │   ├── TransferTimeout
@@ -63,6 +64,12 @@ class Overloaded(ServingError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, request_id: str | None = None) -> None:
         super().__init__(message, request_id=request_id)
         self.retry_after_s = retry_after_s
+
+
+class TooManyRequests(Overloaded):
+    """The queue in front of the workers is full: the callers send faster than the cluster serves."""
+
+    status: ClassVar[int] = 429
 
 
 class DeadlineExceeded(ServingError):
