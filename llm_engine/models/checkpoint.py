@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.config_keys import read_json
@@ -64,10 +65,10 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def is_ignorable(name: str, spec: ModelSpec) -> bool:
-    """Tensors that may be present and mean nothing here: frequency buffers, layers beyond the model's last."""
+def is_ignorable(name: str, num_layers: int) -> bool:
+    """Tensors that may be present and mean nothing here: frequency buffers, layers from `num_layers` on."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    return name.endswith("rotary_emb.inv_freq") or (match is not None and int(match[1]) >= spec.num_layers)
+    return name.endswith("rotary_emb.inv_freq") or (match is not None and int(match[1]) >= num_layers)
 
 
 def _layer(spec: ModelSpec, layer: int) -> Iterator[tuple[str, TensorInfo]]:
@@ -118,6 +119,18 @@ def _moe(spec: ModelSpec) -> Iterator[tuple[str, TensorInfo]]:
         yield from _mlp(spec, f"mlp.experts.{expert}.", moe.intermediate)
     if moe.num_shared:
         yield from _mlp(spec, "mlp.shared_experts.", moe.num_shared * moe.intermediate)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Loaded tensors by official name, dequantised, in the dtypes of the compute path.
+
+    `fingerprint` identifies the stored values: equal for equal content, whatever the sharding of the files.
+    """
+
+    tensors: Mapping[str, Tensor]
+    fingerprint: str
+    has_mtp: bool
 
 
 @dataclass(frozen=True, slots=True)
