@@ -1,7 +1,7 @@
 """Baton against vLLM's CPU engine on one V3-style checkpoint, in one run.
 
-`python -m benchmarks.versus_vllm --vllm-python VENV/bin/python`, where VENV holds a CPU build of vLLM. Both serve bf16 on the
-same cores over HTTP; the same closed loop runs at 1, 8 and 32 streams.
+`python -m benchmarks.versus_vllm --vllm-python VENV/bin/python`, where VENV holds vLLM built for CPU. Both serve bf16
+on the same cores over HTTP; the same closed loop runs at 1, 8 and 32 streams.
 """
 
 from __future__ import annotations
