@@ -74,7 +74,3 @@ class Ledger(Generic[D]):
     def of_router(self, router_id: str) -> list[Live[D]]:
         """The live attempts one router waits for."""
         return [live for live in self._live.values() if live.router_id == router_id]
-
-    def overdue(self, now: float) -> list[Live[D]]:
-        """The live attempts whose deadline has passed."""
-        return [live for live in self._live.values() if live.deadline <= now]

@@ -91,12 +91,13 @@ class Monitor:
     def _respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
-            return self._metrics(environ, start_response)
+            body: Iterable[bytes] = self._metrics(environ, start_response)
+            return body
         probe = self._probes.get(path)
         if probe is None:
-            status, body = "404 Not Found", "paths: /metrics /health /ready"
+            status, text = "404 Not Found", "paths: /metrics /health /ready"
         else:
             trouble = probe()
-            status, body = ("200 OK", "ok") if trouble is None else ("503 Service Unavailable", trouble)
+            status, text = ("200 OK", "ok") if trouble is None else ("503 Service Unavailable", trouble)
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"{body}\n".encode()]
+        return [f"{text}\n".encode()]

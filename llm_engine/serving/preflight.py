@@ -19,9 +19,6 @@ def check(config: ClusterConfig, *, uses_control_port: bool) -> None:
     """Everything that can be known from the configuration and the host. Raises ConfigError."""
     check_checkpoint(config.model.path)
     check_ports(config.worker, uses_control_port=uses_control_port)
-    if config.engine.backend == "cpu":
-        needed = checkpoint_bytes(config.model.path) + (config.kv.memory_mb << 20 if config.kv.num_blocks is None else 0)
-        check_memory(needed)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -65,7 +62,7 @@ def check_memory(needed: int) -> None:
     available = available_memory()
     if needed * _HEADROOM > available:
         raise ConfigError(
-            f"kv.memory_mb: weights and cache need {needed >> 20} MiB and a tenth more, {available >> 20} MiB are free: "
+            f"kv.memory_mb: weights and cache need {needed >> 20} MiB and a tenth more, {available >> 20} are free; "
             "lower kv.memory_mb or kv.num_blocks"
         )
 

@@ -1,6 +1,7 @@
 """A worker as an operating-system process: command line, READY line, signals, exit codes.
 
-Exit codes: 0 stopped (SIGTERM drains first), 1 failed (the step loop died, say), 2 unusable configuration, 130 interrupted.
+Exit codes: 0 stopped (SIGTERM drains first), 1 failed (the step loop died, say), 2 unusable configuration,
+130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The worker's end of the request plane: a ZeroMQ ROUTER socket on the asyncio loop.
 
 receive: frame → Codec (authentic, well-formed) → a known router? → RequestHandler
-send:    never waits. A full queue or a missing connection makes the router *lost*: the handler ends its streams at once,
-         and the failures are owed to it until it says Hello again.
+send:    never waits. A full queue or a missing connection makes the router *lost*: the handler ends its streams at
+         once, and the failures are owed to it until it says Hello again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RequestHandler(Protocol):
 
 
 class RequestPlane:
-    """Serves routers at one address. Use from one asyncio loop: `bind()`, then `run()` until cancelled, then `close()`."""
+    """Serves routers at one address, on one asyncio loop: `bind()`, then `run()` until cancelled, then `close()`."""
 
     def __init__(
         self,
@@ -137,8 +137,7 @@ class RequestPlane:
 
     def beat(self) -> None:
         """Send the load to every connected router now."""
-        if self._routers.connected():
-            self.broadcast(self._handler.load())
+        self.broadcast(self._handler.load())
 
     async def _receive(self) -> None:
         while True:
@@ -219,7 +218,9 @@ class RequestPlane:
 
     def _put(self, route: bytes, frame: bytes) -> str | None:
         """Hand one frame to ZeroMQ without waiting; otherwise why it could not be."""
-        error = self._socket.send_multipart([route, frame], flags=zmq.DONTWAIT).exception()
+        sent = self._socket.send_multipart([route, frame], flags=zmq.DONTWAIT)
+        assert isinstance(sent, asyncio.Future), "with DONTWAIT the outcome is known at once"
+        error = sent.exception()
         if error is None:
             return None
         if isinstance(error, zmq.Again):

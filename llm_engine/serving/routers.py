@@ -32,7 +32,7 @@ class RouterTable:
         self._by_route: dict[bytes, str] = {}
 
     def hello(self, router_id: str, route: bytes) -> bool | None:
-        """Connect a router at `route`. True: it is new or back; False: a heartbeat; None: refused, the table is full."""
+        """Connect a router at `route`. True: new or back; False: a heartbeat; None: refused, the table is full."""
         router = self._routers.get(router_id)
         if router is None:
             if len(self._routers) >= MAX_ROUTERS and not self._forget_one():

@@ -133,14 +133,18 @@ class StepLoop(Generic[E, R]):
         self._enqueue(run)
         return await future
 
+    def fail(self, exc: BaseException) -> None:
+        """Declare the engine's results unusable. On the asyncio thread."""
+        assert self.failure is not None
+        if not self.failure.done():
+            self.failure.set_exception(exc)
+
     async def stop(self, timeout_s: float) -> bool:
         """Let the current step end and the thread exit. False when it is still busy after `timeout_s`."""
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
-        deadline = time.monotonic() + timeout_s
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
     def _enqueue(self, run: Callable[[], Completion | None]) -> None:
@@ -156,7 +160,7 @@ class StepLoop(Generic[E, R]):
                 pass
         except BaseException as exc:
             _log.critical("the step loop failed", exc_info=True)
-            self._hand_over(self._fail, exc)
+            self._hand_over(self.fail, exc)
 
     def _round(self) -> bool:
         """Commands, one step, one delivery. Sleeps when there was nothing to do. False: stop."""
@@ -199,7 +203,7 @@ class StepLoop(Generic[E, R]):
                 self._on_step(report)
         except Exception as exc:
             _log.critical("a step's results could not be handled", exc_info=True)
-            self._fail(exc)
+            self.fail(exc)
 
     def _hand_over(self, callback: Callable[..., None], *args: Any) -> None:
         assert self._loop is not None
@@ -207,9 +211,3 @@ class StepLoop(Generic[E, R]):
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:  # the asyncio loop is closed: nobody is left to tell
             self._stopping = True
-
-    def _fail(self, exc: BaseException) -> None:
-        assert self.failure is not None
-        if not self.failure.done():
-            self.failure.set_exception(exc)
-

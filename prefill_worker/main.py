@@ -1,0 +1,20 @@
+"""Entry point of a prefill worker process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from llm_engine.api.config import ClusterConfig
+from llm_engine.serving import process
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal; returns the exit code."""
+    return process.main(process.parser("prefill_worker", __doc__ or ""), _build, argv)
+
+
+def _build(config: ClusterConfig, name: str, args: argparse.Namespace) -> process.Serving:
+    from prefill_worker.worker import PrefillWorker  # torch: imported once the configuration is known to be good
+
+    return PrefillWorker.build(config, name)
