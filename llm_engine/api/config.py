@@ -105,6 +105,7 @@ class RouterConfig(Section):
     request_timeout_s: float = Field(600.0, gt=0)
     max_attempts: int = Field(64, ge=1)
     max_body_bytes: int = Field(16 << 20, ge=1024)
+    client_stall_s: float = Field(30.0, gt=0)  # a client that neither reads nor sends for so long is disconnected
     max_n: int = Field(16, ge=1)
     max_logprobs: int = Field(20, ge=0)
 

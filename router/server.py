@@ -1,0 +1,111 @@
+"""The HTTP server under the edge: uvicorn on uvloop and httptools, with bounded request heads and abortable connections."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from llm_engine.api.errors import ConfigError
+from router.exchange import ABORT_EXTENSION
+
+MAX_HEAD_BYTES = 64 << 10  # request line and headers
+HEAD_TIMEOUT_S = 30.0
+KEEP_ALIVE_S = 75.0
+BACKLOG = 2048
+
+
+class EdgeProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol, which leaves the size and the arrival time of a request's head unbounded."""
+
+    _head_bytes = 0
+    _in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_head:
+            super().data_received(data)
+            return
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if not self._in_head or self.transport.is_closing():
+            return
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response(f"The request line and headers exceed {MAX_HEAD_BYTES} bytes.")
+        elif self._head_timer is None:
+            self._arm()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._disarm()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True
+        self._head_bytes = 0
+
+    def _arm(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _disarm(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A listening socket; port 0 takes a free one. `reuse_port` lets several router processes share it.
+
+    Raises ConfigError when the address can't be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by accepted connections
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        raise ConfigError(f"router.host={host!r} router.port={port}: {exc.strerror}") from exc
+    sock.setblocking(False)
+    return sock
+
+
+def make_server(app: Any, *, drain_s: float) -> uvicorn.Server:
+    """A server for `await server.serve(sockets=[listen(…)])`; set `should_exit` to stop it.
+
+    Open requests then get `drain_s` seconds to finish. The caller runs the event loop (uvloop) and handles signals.
+    """
+    config = uvicorn.Config(
+        app,
+        http=EdgeProtocol,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=int(KEEP_ALIVE_S),
+        timeout_graceful_shutdown=int(drain_s),
+        backlog=BACKLOG,
+    )
+    return uvicorn.Server(config)
