@@ -1,6 +1,7 @@
 """Checkpoints that tests share: made once a session, never modified.
 
-`*_dir` holds random weights (arithmetic), `*_planted_dir` weights whose greedy continuation is known (serving).
+`*_dir` holds random weights, where every token depends on the whole context: for tests of arithmetic and of caches.
+`*_planted_dir` holds weights whose greedy continuation is known from the last token alone: for tests of text and flow.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ def tiny_planted_dir(checkpoint_root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nano_planted_noisy_dir(checkpoint_root: Path) -> Path:
+    """About a third of the MTP drafts is wrong."""
+    return make_checkpoint("nano", checkpoint_root / "nano-planted-noisy", noise=3.0)
+
+
+@pytest.fixture(scope="session")
 def tiny_planted_noisy_dir(checkpoint_root: Path) -> Path:
-    """Planted with so much noise that a good part of the MTP drafts is wrong."""
+    """About a quarter of the MTP drafts is wrong."""
     return make_checkpoint("tiny", checkpoint_root / "tiny-planted-noisy", noise=6.0)
