@@ -45,6 +45,11 @@ class CausalLM:
             self._mtp = MtpLayer(spec, ops, mtp_weights, self._embedding_VH, self._head)
 
     @property
+    def row_tile(self) -> int:
+        """A batch holds a multiple of this many rows."""
+        return self._ops.row_tile
+
+    @property
     def has_mtp(self) -> bool:
         """Whether the draft layer is loaded."""
         return self._mtp is not None
