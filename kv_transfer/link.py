@@ -1,8 +1,8 @@
 """The two ends of a data link, one implementation of each per transport (local, shm, tcp).
 
-The writer holds a `Link` per peer; the receiver holds an `Inlet` per transport, which accepts the links of all writers.
-Both authenticate with the cluster key before anything else. Offsets are relative to the receiver's region; what a writer
-may touch is decided by leases: (lease id, epoch, list of blocks).
+The writer holds a `Link` per peer; the receiver holds an `Inlet` per transport, which takes the links of all writers.
+Both authenticate with the cluster key before anything else. Offsets are relative to the receiver's region; what a
+writer may touch is decided by leases: (lease id, epoch, list of blocks).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from kv_transfer.memory import Bytes
 from llm_engine.api.handoff import LinkOffer
 
 
@@ -36,15 +35,16 @@ class Link(Protocol):
 
     transport: str
 
-    def write(self, lease: LeaseKey, source: Bytes, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
-        """Copy. On return `source` is not read any more. `stopped` is polled at least once per few MiB.
+    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+        """Copy from `source`, which is not read any more on return. `stopped` is polled at least once per few MiB.
 
         Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
         """
         ...
 
-    def confirm(self, lease: LeaseKey) -> Future[int]:
-        """Bytes that landed under the lease, known once everything written before has landed."""
+    def confirm(self, lease: LeaseKey) -> Future[int | None]:
+        """Done once everything written before has landed: bytes stored under the lease as the receiver counted them,
+        None if the transport copies synchronously. Fails with TransferError when the link breaks."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Arenas: the flat byte regions that hold a worker's caches and that peers write into.
 
-A shared arena is a sealed memfd. It has no name in any file system, so nothing is left behind however its processes end.
-Links pass its descriptor over a unix socket (SCM_RIGHTS).
+A shared arena is a sealed memfd. It has no name in any file system, so nothing is left behind however its processes
+end. Links pass its descriptor over a unix socket (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ import secrets
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
 from llm_engine.api.errors import ConfigError, TransferError
-
-Bytes = npt.NDArray[np.uint8]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -74,10 +69,6 @@ class Arena:
         if self._memory is None:
             raise TransferError("arena is closed")
         return memoryview(self._memory)
-
-    def array(self) -> Bytes:
-        """The same bytes as a numpy array: copies between such arrays release the interpreter lock."""
-        return np.frombuffer(self.buffer, dtype=np.uint8)
 
     def fileno(self) -> int:
         """Descriptor of a shared arena. Raises ConfigError for a private one."""

@@ -46,7 +46,10 @@ class BlockReserver(Protocol[R]):
         ...
 
     async def admit(self, submit: Submit, reservation: R, first: FirstToken, report: HandoffReport) -> None:
-        """Every block is verified: make the sequence schedulable. Takes the reservation over unless it raises ServingError."""
+        """Every block is verified: make the sequence schedulable.
+
+        Takes the reservation over by returning; if it raises ServingError the hand-off is rejected and `release` follows.
+        """
         ...
 
     def release(self, reservation: R) -> None:

@@ -26,7 +26,7 @@ class Handoff:
 
     @property
     def error(self) -> TransferError | None:
-        """Why the hand-off has failed, or None. A failed hand-off still needs `abort` before its blocks are released."""
+        """Why the hand-off has failed, or None. It still needs `abort` before its blocks are released."""
         raise NotImplementedError
 
     def layer_ready(self, layer: int, first_block_index: int, block_ids: Sequence[int]) -> None:
@@ -39,7 +39,8 @@ class Handoff:
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
         """Wait until every layer of every block was written, send the manifest and wait for the verdict.
 
-        `compute_end`: `time.monotonic()` at the end of the last prefill kernel. On return the receiver owns the sequence.
+        `compute_end`: `time.monotonic()` at the end of the last prefill kernel. On return the receiver owns the
+        sequence.
         Raises TransferTimeout, LeaseRevoked, LayoutMismatch or TransferError; nothing of the hand-off was used then, or
         (timeout after Commit was sent) the receiver's own messages to the router say that it was.
         """
@@ -86,8 +87,8 @@ class HandoffClient:
     ) -> Handoff:
         """Start the hand-off of `num_tokens` tokens of KV to `submit.decode`. Returns at once; call it before compute.
 
-        `submit.deadline_s` must be the time left now. `on_failed` is called once on the loop if the hand-off fails while
-        nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing, then `abort()`.
+        `submit.deadline_s` must be the time left now. `on_failed` is called once on the loop if the hand-off fails
+        while nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing, then `abort()`.
         Raises Overloaded when config.max_pending hand-offs are under way.
         """
         raise NotImplementedError

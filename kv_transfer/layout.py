@@ -1,0 +1,158 @@
+"""Where blocks lie: which plane rows a model layer fills, how neighbours merge into runs, and what an offset means.
+
+A *cell* is one block of one layer of one plane: the unit that is sent, counted and checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from kv_transfer.link import Copy
+from llm_engine.api.errors import LayoutMismatch, ProtocolError
+from llm_engine.api.handoff import KvLayout
+
+PIECE_BYTES = 4 << 20  # a copy is at most this long (or one block), so that a writer can stop between copies
+_MTP = "mtp_"
+
+
+class PlaneLayer(NamedTuple):
+    """Row `layer` of plane number `plane`."""
+
+    plane: int
+    layer: int
+
+
+class Run(NamedTuple):
+    """`num_blocks` neighbours on both ends, starting at block `source` here and block `target` there."""
+
+    source: int
+    target: int
+    num_blocks: int
+
+
+class Cells(NamedTuple):
+    """`num_blocks` neighbouring cells of one plane row."""
+
+    row: int  # running number of (plane, layer) over all planes
+    block: int
+    num_blocks: int
+
+
+def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
+    """For each layer as the engine counts them (main layers, then MTP layers) the plane rows that it fills."""
+    planes = list(enumerate(layout.planes))
+    layers: list[tuple[PlaneLayer, ...]] = []
+    for is_mtp in (False, True):
+        group = [(index, plane) for index, plane in planes if plane.name.startswith(_MTP) == is_mtp]
+        depth = max((plane.num_layers for _, plane in group), default=0)
+        layers.extend(
+            tuple(PlaneLayer(index, layer) for index, plane in group if layer < plane.num_layers)
+            for layer in range(depth)
+        )
+    return tuple(layers)
+
+
+def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[Run]:
+    """Pair the blocks up in order; neighbours on both ends become one run."""
+    runs: list[Run] = []
+    for source, target in zip(source_blocks, target_blocks, strict=True):
+        if runs:
+            last = runs[-1]
+            if source == last.source + last.num_blocks and target == last.target + last.num_blocks:
+                runs[-1] = last._replace(num_blocks=last.num_blocks + 1)
+                continue
+        runs.append(Run(source, target, 1))
+    return runs
+
+
+class CopyPlan:
+    """How blocks of `source` reach `target`. Built once per pair; both layouts hold the same planes."""
+
+    def __init__(self, source: KvLayout, target: KvLayout) -> None:
+        self.source = source
+        self.target = target
+        self.layers = layer_planes(source)
+
+    def copies(self, row: PlaneLayer, runs: Sequence[Run]) -> Iterator[Copy]:
+        """Copies of one plane row in run order, none longer than PIECE_BYTES unless a single block is."""
+        source, target = self.source.planes[row.plane], self.target.planes[row.plane]
+        size = source.block_bytes
+        step = max(1, PIECE_BYTES // size)
+        for run in runs:
+            from_ = source.address(row.layer, run.source, self.source.num_blocks)
+            to = target.address(row.layer, run.target, self.target.num_blocks)
+            for first in range(0, run.num_blocks, step):
+                length = min(step, run.num_blocks - first) * size
+                yield Copy(from_ + first * size, to + first * size, length)
+
+    def block_copies(self, block: int) -> Iterator[Copy]:
+        """Copies that fill every plane and layer of target block `block` from one packed buffer (for probes)."""
+        offset = 0
+        for plane in self.target.planes:
+            for layer in range(plane.num_layers):
+                yield Copy(offset, plane.address(layer, block, self.target.num_blocks), plane.block_bytes)
+                offset += plane.block_bytes
+
+
+class CellMap:
+    """Translates byte ranges of an arena into cells, refusing everything that is not exactly that."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._num_blocks = layout.num_blocks
+        rows = itertools.accumulate((p.num_layers for p in layout.planes), initial=0)
+        self._planes = tuple(zip(layout.planes, rows, strict=False))
+        self.num_rows = sum(p.num_layers for p in layout.planes)
+
+    def locate(self, offset: int, num_bytes: int) -> Cells:
+        """Cells covered by [offset, offset + num_bytes).
+
+        Raises ProtocolError unless they are whole cells of one row.
+        """
+        for plane, first_row in self._planes:
+            index, remainder = divmod(offset - plane.offset, plane.block_bytes)
+            if not 0 <= index < plane.num_layers * self._num_blocks:
+                continue
+            layer, block = divmod(index, self._num_blocks)
+            num_blocks, rest = divmod(num_bytes, plane.block_bytes)
+            if remainder or rest or not 0 < num_blocks <= self._num_blocks - block:
+                break
+            return Cells(first_row + layer, block, num_blocks)
+        raise ProtocolError(f"range [{offset}, {offset}+{num_bytes}) is not whole blocks of one layer of one plane")
+
+
+def check_layout(layout: KvLayout, region_bytes: int) -> None:
+    """Raises LayoutMismatch unless the planes are well formed, disjoint and inside the region."""
+    if layout.num_blocks <= 0 or layout.block_tokens <= 0 or not layout.planes:
+        raise LayoutMismatch(
+            f"layout has {layout.num_blocks} blocks of {layout.block_tokens} tokens, no planes or none"
+        )
+    end = 0
+    for plane in sorted(layout.planes, key=lambda p: p.offset):
+        if plane.num_layers <= 0 or plane.block_bytes <= 0:
+            raise LayoutMismatch(f"plane {plane.name}: {plane.num_layers} layers of {plane.block_bytes} bytes a block")
+        if plane.offset < end:
+            raise LayoutMismatch(f"plane {plane.name} at offset {plane.offset} overlaps bytes up to {end}")
+        end = plane.offset + plane.num_layers * layout.num_blocks * plane.block_bytes
+    if end > region_bytes:
+        raise LayoutMismatch(f"layout needs {end} bytes, the region holds {region_bytes}")
+
+
+def describe(layout: KvLayout) -> str:
+    """The part of a layout that both ends must share, for messages."""
+    planes = ", ".join(f"{p.name}[{p.num_layers} layers × {p.block_bytes} B]" for p in layout.planes)
+    return f"blocks of {layout.block_tokens} tokens, {planes}"
+
+
+def mismatch(writer: tuple[str, str, KvLayout], receiver: tuple[str, str, KvLayout]) -> str | None:
+    """Why (name, format id, layout) of both ends don't fit, naming both; None if they do. Block counts may differ."""
+    (writer_name, writer_format, ours), (receiver_name, receiver_format, theirs) = writer, receiver
+    if writer_format != receiver_format:
+        return (
+            f"{writer_name} has cache format {writer_format}, {receiver_name} has {receiver_format}: "
+            "serve the same model, weights, dtype and kv settings on both"
+        )
+    if describe(ours) != describe(theirs):
+        return f"{writer_name} has {describe(ours)}; {receiver_name} has {describe(theirs)}"
+    return None
