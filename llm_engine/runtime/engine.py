@@ -12,12 +12,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any
+
+import torch
 
 from llm_engine.api.config import ClusterConfig
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import KvSnapshot, Load, Role, Submit
-from llm_engine.sched import LayerSink, Refusal, Reservation, Sequence, StepResult
+from llm_engine.runtime.intake import Limits, accept
+from llm_engine.runtime.kv_store import KvStore
+from llm_engine.runtime.layer_feed import LayerFeed
+from llm_engine.runtime.outbox import Outbox
+from llm_engine.runtime.roster import Roster
+from llm_engine.runtime.runner import Model, Runner
+from llm_engine.runtime.speculate import Speculator
+from llm_engine.runtime.steps import Steps, state_from_bytes
+from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, StepResult
+from llm_engine.sched.decode import DecodeScheduler
+from llm_engine.sched.paged_cache import PagedCache
+from llm_engine.sched.prefill import PrefillScheduler
 
 
 class Engine:
@@ -29,30 +41,92 @@ class Engine:
     def __init__(
         self,
         config: ClusterConfig,
-        model: Any,
-        store: Any,
+        model: Model,
+        store: KvStore,
         *,
         role: Role,
         format_id: str,
         on_layer: LayerSink | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.max_len = 0
-        raise NotImplementedError
+        speculates = config.engine.num_drafts > 0 and model.has_mtp and store.mtp is not None
+        self.max_len = min(model.max_len, store.num_blocks * store.block_tokens)
+        self._role = role
+        self._clock = clock
+        self._max_num_seqs = config.scheduler.max_num_seqs
+        self._limits = Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids)
+        self._hidden = (model.spec.hidden_size, store.dtype)
+        self._cache = PagedCache(
+            store.num_blocks, store.block_tokens, format_id=format_id, prefix_cache=config.kv.prefix_cache
+        )
+        self._prefill = PrefillScheduler(
+            self._cache,
+            max_step_tokens=config.scheduler.max_step_tokens,
+            max_waiting=config.scheduler.max_waiting,
+        )
+        self._decode = DecodeScheduler(
+            self._cache,
+            num_drafts=config.engine.num_drafts if speculates else 0,
+            max_len=self.max_len,
+            reclaim=self._reclaim,
+        )
+        runner = Runner(model, store, self._max_num_seqs)
+        self._speculator = Speculator(runner) if speculates else None
+        self._runner = runner
+        self._outbox = Outbox()
+        hands_off = role is Role.PREFILL
+        self._roster = Roster(
+            self._cache, self._prefill, self._decode, runner, self._speculator, self._outbox, pins=hands_off
+        )
+        feed = None
+        if on_layer is not None:
+            feed = LayerFeed(
+                on_layer, num_layers=model.spec.num_layers, with_mtp=speculates, block_tokens=store.block_tokens
+            )
+        self._steps = Steps(
+            self._cache,
+            self._prefill,
+            self._decode,
+            runner,
+            self._speculator,
+            feed,
+            self._roster,
+            self._outbox,
+            hands_off=hands_off,
+            max_len=self.max_len,
+            clock=clock,
+        )
+        self._reservations: set[Reservation] = set()  # reserved or quarantined
+        self._draining = False
+        self._num_evicted = 0
 
     # -- prefill and aggregated ---------------------------------------------------------------------------------------
 
     def add(self, submit: Submit) -> Sequence | Refusal:
-        """Queue a request. A newer attempt of a known request aborts the older one; an older one is `stale`."""
-        raise NotImplementedError
+        """Queue a request.
+
+        A newer attempt ends the older one of its request (a Failure `stale`); an older or equal one is refused.
+        """
+        if self._role is Role.DECODE:
+            raise ValueError("a decode engine takes sequences by reserve and admit")
+        seq = self._accept(submit)
+        if isinstance(seq, Refusal):
+            return seq
+        refusal = self._prefill.add(seq)
+        if refusal is not None:
+            return refusal
+        self._roster.supersede(submit.request_id)
+        self._roster.enter(seq)
+        return seq
 
     def release_sent(self, seq: Sequence) -> None:
         """Unpin the blocks of a sequence that has left a prefill engine: after Accepted, Withdraw, failure or abort.
 
         On a prefill engine the blocks of every started sequence, however it ended, stay pinned until this call, since a
-        sender may still read them. Idempotent; a no-op for a sequence that never started.
+        sender may still read them. Idempotent; a no-op for a sequence that never started. Raises ValueError for one
+        that is still waiting or computing.
         """
-        raise NotImplementedError
+        self._roster.unpin(seq)
 
     # -- decode -------------------------------------------------------------------------------------------------------
 
@@ -60,27 +134,81 @@ class Engine:
         """Set blocks aside for the first `num_tokens` tokens of an offered request. None: no room now, ask again later.
 
         The engine's own prefix hits are pinned and count as received. Refusal: it can never be taken here, or a newer
-        attempt is known.
+        attempt is known. An older attempt that is still running ends (a Failure `stale`).
         """
-        raise NotImplementedError
+        seq = self._accept(submit)
+        if isinstance(seq, Refusal):
+            return seq
+        if not 0 < num_tokens <= len(seq.tokens):
+            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {len(seq.tokens)}", retryable=False)
+        self._roster.supersede(submit.request_id)
+        reserved = sum(reservation.state == "reserved" for reservation in self._reservations)
+        if len(self._decode.running) + reserved >= self._max_num_seqs:
+            return None
+        found = self._cache.reserve(seq.tokens[:num_tokens], submit.salt, headroom=len(self._decode.running))
+        if found is None:
+            return None
+        hits, blocks, digests = found
+        reservation = Reservation(
+            request_id=submit.request_id,
+            attempt=submit.attempt,
+            num_tokens=num_tokens,
+            deadline=seq.deadline,
+            have_tokens=min(len(hits) * self._cache.block_tokens, num_tokens),
+            hits=hits,
+            blocks=blocks,
+            digests=digests,
+        )
+        self._reservations.add(reservation)
+        return reservation
 
     def release_reservation(self, reservation: Reservation, *, quarantine: bool) -> None:
         """Give a reservation up.
 
         `quarantine`: a writer may still write, so the leased blocks wait for `free_quarantined`.
         """
-        raise NotImplementedError
+        self._expect(reservation, "reserved")
+        self._cache.pool.release(reservation.hits)
+        reservation.hits = []
+        if quarantine:
+            reservation.state = "quarantined"
+            self._cache.pool.quarantine(reservation.blocks)
+        else:
+            reservation.state = "released"
+            self._cache.pool.release_leased(reservation.blocks)
+            self._reservations.remove(reservation)
 
     def free_quarantined(self, reservation: Reservation) -> None:
         """The writer is proven stopped: the quarantined blocks of this reservation may be used again."""
-        raise NotImplementedError
+        self._expect(reservation, "quarantined")
+        reservation.state = "released"
+        self._cache.pool.free_quarantined(reservation.blocks)
+        self._reservations.remove(reservation)
 
     def admit(self, submit: Submit, reservation: Reservation, first: FirstToken) -> Sequence:
         """Take over a handed-off sequence whose blocks are verified. The next step restates token 1 and decodes on.
 
-        Raises ValueError when `first` does not fit the model (hidden state of the wrong size).
+        Raises ValueError, and changes nothing, when the parts do not fit each other or a newer attempt is here.
         """
-        raise NotImplementedError
+        self._expect(reservation, "reserved")
+        seq = accept(submit, self._limits, self._clock())
+        if isinstance(seq, Refusal):
+            raise ValueError(seq.reason)
+        if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
+            raise ValueError(f"{submit.request_id}: attempt {submit.attempt} is stale")
+        if (reservation.request_id, reservation.attempt) != (submit.request_id, submit.attempt):
+            raise ValueError(f"{submit.request_id}: the reservation is for {reservation.request_id}")
+        if reservation.num_tokens != len(seq.tokens):
+            raise ValueError(f"{reservation.num_tokens} tokens were handed over, the request has {len(seq.tokens)}")
+        if not 0 <= first.token < self._limits.vocab_size:
+            raise ValueError(f"first token {first.token} is not in the vocabulary")
+        state_1H = None if self._speculator is None else state_from_bytes(first.hidden, *self._hidden)
+        self._roster.supersede(submit.request_id)
+        self._reservations.remove(reservation)
+        reservation.state = "admitted"
+        self._cache.adopt(seq, reservation)
+        self._enter_decode(seq, reservation, first, state_1H)
+        return seq
 
     # -- any role -----------------------------------------------------------------------------------------------------
 
@@ -89,40 +217,117 @@ class Engine:
 
         A reservation is not touched: its lease decides.
         """
-        raise NotImplementedError
+        seq = self._roster.get(request_id)
+        if seq is None or seq.attempt > attempt:
+            return None
+        self._roster.drop(seq)
+        return seq
 
     def drain(self, *, hand_back: bool = False) -> None:
         """Take no new work.
 
         `hand_back`: the next step also fails every waiting, prefilling and decoding sequence with `draining`.
         """
-        raise NotImplementedError
+        self._draining = True
+        for seq in self._roster if hand_back else ():
+            if seq.phase is not Phase.SENDING:
+                self._roster.fail(seq, "draining", "this worker is being drained", retryable=True)
 
+    @torch.inference_mode()
     def step(self) -> StepResult | None:
         """Advance by one step. None: nothing happened and nothing can be done until the next call from outside."""
-        raise NotImplementedError
+        self._roster.expire(self._clock())
+        if not self._steps.finish_prefills():
+            plan = self._decode.plan()
+            for seq in plan.preempted:
+                self._outbox.stats.preempted += 1
+                self._roster.fail(seq, "preempted", "decode blocks ran out", retryable=True)
+            chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
+            if plan.seqs or chunks:
+                self._steps.compute(plan, chunks)
+        evicted = self._cache.pool.num_evicted
+        self._outbox.stats.evicted_blocks += evicted - self._num_evicted
+        self._num_evicted = evicted
+        return self._outbox.take(self._cache.index.take_events())
 
     def waiting(self) -> Seq[Sequence]:
         """Sequences not yet started, in the order in which they will be (for early offers)."""
-        raise NotImplementedError
+        return tuple(self._prefill.waiting)
 
     @property
     def is_idle(self) -> bool:
         """No sequence, pinned block, reservation or quarantined block is left."""
-        raise NotImplementedError
+        return not (len(self._roster) or self._roster.num_pinned or self._reservations)
 
     @property
     def draining(self) -> bool:
-        raise NotImplementedError
+        return self._draining
 
     def load(self) -> Load:
         """Counts for the router. `seq`, the step clocks, `pending_handoffs` and the health fields are the worker's."""
-        raise NotImplementedError
+        blocks = self._cache.pool.counts()
+        prefilling = [*self._prefill.waiting, *self._prefill.active]
+        return Load(
+            seq=0,
+            num_waiting=len(self._prefill.waiting),
+            num_running=len(self._prefill.active) + len(self._decode.running),
+            waiting_tokens=sum(seq.num_pending for seq in prefilling),
+            blocks_free=blocks.free,
+            blocks_cached=blocks.cached,
+            blocks_live=blocks.live,
+            blocks_leased=blocks.leased,
+            blocks_quarantined=blocks.quarantined,
+            prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
+            draining=self._draining,
+        )
 
     def kv_snapshot(self) -> KvSnapshot:
         """The whole prefix index as of the last event handed out in a StepResult."""
-        raise NotImplementedError
+        return self._cache.index.snapshot()
 
     def check(self) -> None:
         """Verify every invariant of the block pool, prefix index and schedulers. Raises AssertionError."""
-        raise NotImplementedError
+        self._cache.check()
+        self._prefill.check()
+        self._decode.check()
+        if self.is_idle:
+            counts = self._cache.pool.counts()
+            assert counts.live == counts.leased == counts.quarantined == 0, f"blocks leaked: {counts}"
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _accept(self, submit: Submit) -> Sequence | Refusal:
+        if self._draining:
+            return Refusal("draining", "this worker takes no new work", retryable=True)
+        if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
+            return Refusal("stale", f"attempt {submit.attempt} is known or superseded", retryable=False)
+        return accept(submit, self._limits, self._clock())
+
+    def _enter_decode(
+        self, seq: Sequence, reservation: Reservation, first: FirstToken, state_1H: torch.Tensor | None
+    ) -> None:
+        seq.deadline = reservation.deadline
+        seq.num_cached = first.cached_tokens
+        seq.tokens.append(first.token)
+        if first.logprobs is not None:
+            seq.logprobs.append(first.logprobs)
+        self._runner.open(seq)
+        self._decode.add(seq)
+        self._roster.enter(seq)
+        finish = self._steps.finish_reason(seq)
+        if finish is not None:
+            self._roster.finish(seq, finish, self._clock())
+        elif self._speculator is not None and state_1H is not None:
+            self._speculator.observe(seq, seq.num_computed - 1, state_1H)
+
+    def _reclaim(self) -> bool:
+        """Free the blocks of the youngest sequence being prefilled; it starts over later."""
+        seq = self._prefill.yield_youngest()
+        if seq is None:
+            return False
+        self._roster.retire(seq)
+        return True
+
+    def _expect(self, reservation: Reservation, state: str) -> None:
+        if reservation.state != state:
+            raise ValueError(f"{reservation.request_id}: the reservation is {reservation.state}, not {state}")

@@ -112,6 +112,11 @@ class BlockPool:
         assert self._states[block] is BlockState.LIVE, f"block {block} is not live"
         self._indexed.add(block)
 
+    def unmark_indexed(self, block: int) -> None:
+        """The content of this live block is not to be found again."""
+        assert self._states[block] is BlockState.LIVE, f"block {block} is not live"
+        self._indexed.discard(block)
+
     def indexed_blocks(self) -> set[int]:
         """The blocks marked so and not evicted since."""
         return set(self._indexed)

@@ -81,6 +81,12 @@ class PagedCache:
         seq.blocks = []
         seq.num_published = 0
 
+    def distrust(self, seq: Sequence) -> None:
+        """Nobody may find the sequence's blocks any more: their content is in doubt."""
+        for block in self.index.blocks().intersection(seq.blocks):
+            self.index.evict(block)
+            self.pool.unmark_indexed(block)
+
     def reserve(self, tokens: Seq[int], salt: str, headroom: int) -> tuple[list[int], list[int], list[bytes]] | None:
         """Pin the known prefix of `tokens` and lease blocks for the rest: (hits, leased, digests). None: no room."""
         digests = self.digests(tokens, salt)

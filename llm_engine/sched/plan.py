@@ -14,15 +14,17 @@ class Chunk:
     seq: Sequence
     start: int
     length: int
+    is_last: bool  # after this chunk a token can be drawn
+
+    @classmethod
+    def next_of(cls, seq: Sequence, budget: int) -> Chunk:
+        """The next chunk of a sequence, at most `budget` tokens."""
+        length = min(seq.num_pending, budget)
+        return cls(seq, seq.num_computed, length, length == seq.num_pending)
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-    @property
-    def is_last(self) -> bool:
-        """After this chunk a token can be drawn."""
-        return self.end == len(self.seq.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,13 +45,13 @@ class PrefillScheduler:
         for seq in self.active:
             if budget == 0:
                 return chunks
-            chunks.append(Chunk(seq, seq.num_computed, min(seq.num_pending, budget)))
+            chunks.append(Chunk.next_of(seq, budget))
             budget -= chunks[-1].length
         while budget and len(self.active) < max_active:
             started = self._start_next(headroom)
             if started is None:
                 break
-            chunks.append(Chunk(started, started.num_computed, min(started.num_pending, budget)))
+            chunks.append(Chunk.next_of(started, budget))
             budget -= chunks[-1].length
         return chunks
 

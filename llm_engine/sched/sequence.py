@@ -31,6 +31,7 @@ class Sequence:
     tokens: list[int]
     arrived: float  # engine clock
     deadline: float  # engine clock
+    stop_ids: frozenset[int] = frozenset()  # ids that end the sequence
 
     phase: Phase = Phase.WAITING
     blocks: list[int] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens not yet reported, if asked for
     slot: int = -1  # row of the runner's per-sequence arrays; -1: none
     started: float | None = None  # first chunk planned, engine clock
+    announced: bool = False  # a delta was reported
     finish: FinishReason | None = None
 
     @classmethod
@@ -96,6 +98,7 @@ class Reservation:
     request_id: str
     attempt: int
     num_tokens: int
+    deadline: float  # engine clock
     have_tokens: int  # a multiple of block_tokens: found in this engine's prefix cache
     hits: list[int]  # blocks of tokens [0, have_tokens)
     blocks: list[int]  # leased: blocks[i] receives tokens [have_tokens + i·block_tokens, …)

@@ -1,0 +1,98 @@
+"""Counter-based exponential noise: a pure function of (seed, position, token id), the same bits on every device.
+
+A 64-bit key of (seed, position) starts a SplitMix64 stream in which token id v takes the v-th output. An output becomes
+an Exp(1) variate by integer operations and correctly rounded fp32 additions, multiplications and one division only:
+no library logarithm, whose last bit depends on the machine, the vector width and the place in the tensor.
+
+    E = ln2·G + X,  P(G = k) = 2^-(k+1),  X = -ln(1 - v/2) with v uniform in (0, 1]
+
+which is the exact decomposition of an exponential at multiples of ln2. Small E, which decide draws, keep full relative
+precision; E is at most 24·ln2.
+
+SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK_64 = (1 << 64) - 1
+_POSITION_STEP = np.uint64(0xD1342543DE82EF95)  # odd: positions of a seed never collide
+
+_GEOMETRIC_BITS = 23  # exactly representable in fp32 with one half added
+_UNIFORM_BITS = 64 - _GEOMETRIC_BITS
+_ATANH_TERMS = 7  # relative error below 2e-8 for arguments up to 1/3
+
+
+def mix_seed(seed: int) -> int:
+    """The key of a seed, any Python integer taken modulo 2^64, as an unsigned 64-bit integer."""
+    return _mix((seed + _GAMMA) & _MASK_64)
+
+
+def position_keys(seed_keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """One key per row from `mix_seed` keys and absolute positions."""
+    x = seed_keys + positions.astype(np.uint64) * _POSITION_STEP
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_MIX_1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_MIX_2)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+class ExponentialNoise:
+    """Noise rows over a vocabulary of `size` ids on one device."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._steps = torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
+
+    def __call__(self, keys: npt.NDArray[np.uint64]) -> Tensor:
+        """fp32 [R, size], every value in (0, 24·ln2 + 1e-6]."""
+        keys_R1 = torch.from_numpy(keys.view(np.int64)).to(self._steps.device).unsqueeze(1)
+        bits = keys_R1 + self._steps
+        _xor_shift(bits, 30).mul_(_signed(_MIX_1))
+        _xor_shift(bits, 27).mul_(_signed(_MIX_2))
+        _xor_shift(bits, 31)
+        low = bits.bitwise_and((1 << _GEOMETRIC_BITS) - 1)
+        high = bits.bitwise_right_shift_(_GEOMETRIC_BITS).bitwise_and_((1 << _UNIFORM_BITS) - 1)
+        return _geometric(low).mul_(math.log(2)).add_(_truncated_exponential(high))
+
+
+def _geometric(bits: Tensor) -> Tensor:
+    """Leading zeros of `_GEOMETRIC_BITS`-bit integers, as fp32: read off the fp32 exponent."""
+    exponents = bits.to(torch.float32).add_(0.5).view(torch.int32).bitwise_right_shift_(23)
+    return exponents.neg_().add_(126 + _GEOMETRIC_BITS).to(torch.float32)
+
+
+def _truncated_exponential(bits: Tensor) -> Tensor:
+    """-ln(1 - v/2) for v = bits / 2^_UNIFORM_BITS, by 2·atanh(v / (4 - v)) as a series in fp32."""
+    v = bits.to(torch.float32).add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+    s = v.div_(4.0 - v)
+    square = s * s
+    series = square * (1.0 / (2 * _ATANH_TERMS - 1))
+    for term in range(_ATANH_TERMS - 2, 0, -1):
+        series.add_(1.0 / (2 * term + 1)).mul_(square)
+    return series.add_(1.0).mul_(s).mul_(2.0)
+
+
+def _xor_shift(x: Tensor, shift: int) -> Tensor:
+    """x ^= x >>> shift in place; torch's shift of int64 is arithmetic, so the sign's copies are masked away."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK_64
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK_64
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,73 @@
+"""Collects what happens to sequences until the owner of the engine takes it."""
+
+from __future__ import annotations
+
+from llm_engine.api.messages import KvEvents
+from llm_engine.api.request import FinishReason, StageTimes, TokenDelta
+from llm_engine.sched.sequence import Sequence
+from llm_engine.sched.step import Failure, Prefilled, StepResult, StepStats
+
+
+class Outbox:
+    """The step result being filled. At most one delta a sequence; the caller sees to that."""
+
+    def __init__(self) -> None:
+        self._result = StepResult()
+        self._dirty = False
+
+    @property
+    def stats(self) -> StepStats:
+        """Of the result being filled."""
+        return self._result.stats
+
+    def tokens(self, seq: Sequence, now: float) -> None:
+        """Report the tokens of `seq` that were not reported yet, and its finish if it has one."""
+        index = seq.num_emitted
+        seq.num_emitted = seq.num_output
+        delta = TokenDelta(
+            request_id=seq.request_id,
+            attempt=seq.attempt,
+            index=index,
+            tokens=seq.tokens[seq.submit.num_prompt + index :],
+            logprobs=seq.logprobs or None,
+            finish=seq.finish,
+            cached_tokens=None if seq.announced else min(seq.num_cached, seq.submit.num_prompt),
+            times=None if seq.announced else _stage_times(seq, now),
+        )
+        seq.logprobs = []
+        seq.announced = True
+        self._result.deltas.setdefault(seq.router_id, []).append(delta)
+        self._dirty = True
+
+    def finished(self, seq: Sequence, reason: FinishReason, now: float) -> None:
+        """The last tokens of `seq`, and why they are the last."""
+        seq.finish = reason
+        self.tokens(seq, now)
+        self._result.finished.append(seq)
+
+    def failed(self, seq: Sequence, code: str, reason: str, *, retryable: bool) -> None:
+        self._result.failed.append(Failure(seq, code, reason, retryable))
+        self._dirty = True
+
+    def prefilled(self, prefilled: Prefilled) -> None:
+        self._result.prefilled.append(prefilled)
+        self._dirty = True
+
+    def worked(self) -> None:
+        """A step computed something, though nobody may hear of it yet."""
+        self._dirty = True
+
+    def take(self, kv_events: KvEvents | None) -> StepResult | None:
+        """Everything since the last call; None if nothing happened."""
+        if not self._dirty and kv_events is None:
+            return None
+        result, self._result, self._dirty = self._result, StepResult(), False
+        result.kv_events = kv_events
+        return result
+
+
+def _stage_times(seq: Sequence, now: float) -> StageTimes | None:
+    """Of a sequence prefilled here; a handed-off one has its own report."""
+    if seq.started is None:
+        return None
+    return StageTimes(queue_s=seq.started - seq.arrived, compute_s=now - seq.started)

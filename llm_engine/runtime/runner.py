@@ -1,0 +1,111 @@
+"""One forward pass: plan → tensors → model → sampler. Knows slots and rows, nothing of queues or blocks' owners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llm_engine.models.spec import ModelSpec
+from llm_engine.ops import ForwardBatch
+from llm_engine.runtime.batch import SequenceRows, build_batch
+from llm_engine.runtime.kv_store import KvStore
+from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
+from llm_engine.sched.plan import Chunk
+from llm_engine.sched.sequence import Sequence
+
+
+class Model(Protocol):
+    """What the engine needs of a model. R rows (padding included), M any rows, H hidden, V vocabulary."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def max_len(self) -> int: ...
+    @property
+    def row_tile(self) -> int: ...
+    @property
+    def has_mtp(self) -> bool: ...
+
+    def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor: ...
+    def logits(self, hidden_MH: Tensor) -> Tensor: ...
+    def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor: ...
+    def draft_logits(self, hidden_MH: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Results of one pass: rows of the decoding sequences first, then of the chunks, in the order given."""
+
+    hidden_RH: Tensor
+    starts: tuple[int, ...]  # first hidden row of each decoding sequence, then of each chunk
+    drawn: Drawn
+    drawn_starts: list[int]  # first drawn row of each decoding sequence, then of each chunk that is a last one
+
+
+class Runner:
+    """Drives one model over one store. A sequence needs a slot (`open`) while it takes part in passes."""
+
+    def __init__(self, model: Model, store: KvStore, num_slots: int) -> None:
+        self.model = model
+        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.arena.device)
+        self._store = store
+        self._free_slots = list(range(num_slots))[::-1]
+
+    def open(self, seq: Sequence) -> None:
+        """Give a sequence a slot."""
+        seq.slot = self._free_slots.pop()
+        self.sampler.open(seq)
+
+    def close(self, seq: Sequence) -> None:
+        """Take the slot back, if there is one."""
+        if seq.slot >= 0:
+            self.sampler.close(seq.slot)
+            self._free_slots.append(seq.slot)
+            seq.slot = -1
+
+    def run(
+        self, decodes: Seq[Sequence], chunks: Seq[Chunk], on_layer: Callable[[int], None] | None = None
+    ) -> StepOutput:
+        """Compute the last token and the drafts of `decodes` and the tokens of `chunks`; draw wherever possible.
+
+        A decoding sequence draws 1 + len(drafts) tokens, a last chunk one.
+        """
+        rows = [SequenceRows([seq.tokens[-1], *seq.drafts], seq.num_computed, seq.blocks) for seq in decodes]
+        rows += [
+            SequenceRows(chunk.seq.tokens[chunk.start : chunk.end], chunk.start, chunk.seq.blocks) for chunk in chunks
+        ]
+        batch = self._batch(rows)
+        hidden_RH = self.model.forward(batch, self._store, on_layer)
+        return self._draw(hidden_RH, batch.row_starts, decodes, chunks)
+
+    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor) -> Tensor:
+        """States [N, H] of the MTP layer for rows of (next token, hidden state)."""
+        batch = self._batch(rows)
+        padding = len(batch.token_ids_R) - len(hidden_NH)
+        hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
+        return self.model.mtp(batch, hidden_RH, self._store)[: len(hidden_NH)]
+
+    def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
+        return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
+
+    def _draw(
+        self, hidden_RH: Tensor, starts: tuple[int, ...], decodes: Seq[Sequence], chunks: Seq[Chunk]
+    ) -> StepOutput:
+        num_decodes = len(decodes)
+        num_decode_rows = starts[num_decodes]
+        ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
+        if not num_decode_rows and not ends:
+            return StepOutput(hidden_RH, starts, Drawn([], {}), [])
+        hidden_MH = hidden_RH[:num_decode_rows]
+        if ends:
+            hidden_MH = torch.cat([hidden_MH, hidden_RH[ends]])
+        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
+        counts = [1 + len(seq.drafts) for seq in decodes] + [1] * len(ends)
+        drawn = self.sampler.draw(self.model.logits(hidden_MH), DrawRows(drawing, [0] * len(drawing), counts))
+        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
+        return StepOutput(hidden_RH, starts, drawn, drawn_starts)

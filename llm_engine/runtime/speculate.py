@@ -1,0 +1,84 @@
+"""Drafts from the MTP layer: what each decoding sequence proposes for verification in the next forward pass.
+
+The layer's cache row i belongs to (final hidden state of position i, token i + 1). After a forward pass the states of
+the newly verified positions wait here; the next `propose` runs them through the layer ("catch-up"), which overwrites
+the rows that earlier drafts had left, and goes on from the last one. A draft never enters `Sequence.tokens`, and a
+wrong one costs time only. Shapes: R rows (padding included), M rows of one sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from llm_engine.runtime.batch import SequenceRows
+from llm_engine.runtime.runner import Runner
+from llm_engine.runtime.sampler import INVALID, DrawRows
+from llm_engine.sched.sequence import Sequence
+
+
+class Speculator:
+    """Catch-up rows and drafts. Exists only where drafts are verified."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._pending: dict[Sequence, tuple[int, Tensor]] = {}  # first position, hidden states [M, H]
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
+    def observe(self, seq: Sequence, first: int, hidden_MH: Tensor) -> None:
+        """States of verified positions from `first` on; the token after each is in `seq.tokens` by the next propose."""
+        assert seq not in self._pending, "the previous rows have not been caught up with"
+        if len(hidden_MH):
+            self._pending[seq] = (first, hidden_MH)
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence draws no more."""
+        self._pending.pop(seq, None)
+
+    def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> None:
+        """Catch up with every waiting row, then fill `drafts` of `seqs` with up to `num_drafts[i]` tokens each."""
+        for seq in seqs:
+            seq.drafts = []
+        if not self._pending:
+            return
+        states_RH, last_row = self._catch_up()
+        active = [(seq, wanted) for seq, wanted in zip(seqs, num_drafts, strict=True) if wanted and seq in last_row]
+        states_AH = states_RH[[last_row[seq] for seq, _ in active]]
+        while active:
+            tokens = self._draw([seq for seq, _ in active], states_AH)
+            unfinished = []
+            for place, ((seq, wanted), token) in enumerate(zip(active, tokens, strict=True)):
+                if token != INVALID:
+                    seq.drafts.append(token)
+                    if len(seq.drafts) < wanted:
+                        unfinished.append(place)
+            active = [active[place] for place in unfinished]
+            if active:
+                chained = [self._chained_row(seq) for seq, _ in active]
+                states_AH = self._runner.mtp(chained, states_AH[unfinished])
+
+    def _catch_up(self) -> tuple[Tensor, dict[Sequence, int]]:
+        """Run all waiting rows; returns the layer's states and each sequence's last row in them."""
+        rows, last_row, num_rows = [], {}, 0
+        for seq, (first, hidden_MH) in self._pending.items():
+            count = len(hidden_MH)
+            rows.append(SequenceRows(seq.tokens[first + 1 : first + 1 + count], first, seq.blocks))
+            num_rows += count
+            last_row[seq] = num_rows - 1
+        states_RH = self._runner.mtp(rows, torch.cat([hidden_MH for _, hidden_MH in self._pending.values()]))
+        self._pending = {}
+        return states_RH, last_row
+
+    def _draw(self, seqs: list[Sequence], states_AH: Tensor) -> list[int]:
+        """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""
+        rows = DrawRows(seqs, [len(seq.drafts) for seq in seqs], [1] * len(seqs))
+        return self._runner.sampler.draw(self._runner.model.draft_logits(states_AH), rows, report=False).tokens
+
+    def _chained_row(self, seq: Sequence) -> SequenceRows:
+        """The newest draft, at the position before its own."""
+        return SequenceRows(seq.drafts[-1:], len(seq.tokens) - 2 + len(seq.drafts), seq.blocks)
