@@ -11,7 +11,9 @@ from llm_engine.serving import process
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal; returns the exit code."""
-    options = process.parser("decode_worker", __doc__ or "")
+    options = process.parser(
+        "decode_worker", "Takes KV caches over from prefill workers and draws the remaining tokens."
+    )
     options.add_argument(
         "--role",
         choices=["decode", "aggregated"],

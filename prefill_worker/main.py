@@ -11,7 +11,13 @@ from llm_engine.serving import process
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal; returns the exit code."""
-    return process.main(process.parser("prefill_worker", __doc__ or ""), _build, argv)
+    return process.main(
+        process.parser(
+            "prefill_worker", "Computes prompts, draws the first token and hands the KV cache to a decode worker."
+        ),
+        _build,
+        argv,
+    )
 
 
 def _build(config: ClusterConfig, name: str, args: argparse.Namespace) -> process.Serving:

@@ -21,6 +21,7 @@ import msgspec
 from llm_engine.api.config import ClusterConfig, Resolved, cluster_key, load
 from llm_engine.api.errors import ConfigError
 from llm_engine.api.messages import WorkerInfo
+from llm_engine.serving import preflight
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def main(options: argparse.ArgumentParser, build: Build, argv: Sequence[str] | N
     try:
         resolved = load(args.config, args.overrides)
         _log_settings(resolved)
-        cluster_key()  # before any expensive work
+        cluster_key()
+        preflight.check_checkpoint(resolved.config.model.path)  # all this before the second that torch takes to import
         worker = build(resolved.config, args.name, args)
         return asyncio.run(_serve(worker, resolved.config))
     except ConfigError as exc:

@@ -30,6 +30,7 @@ from llm_engine.api.messages import (
 from llm_engine.api.request import TokenDelta
 from llm_engine.serving.request_plane import RequestPlane
 from tests.unit.worker.router_client import KEY, RouterClient, submit_of
+from tests.unit.worker.waiting import until
 
 INFO = WorkerInfo(
     name="w0",
@@ -112,12 +113,6 @@ async def serving(
         await asyncio.to_thread(plane.close)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10.0):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 async def test_every_router_is_welcomed_once_and_hears_the_load_again_and_again() -> None:
     async with serving() as served:
         with RouterClient(served.address, "a") as a, RouterClient(served.address, "b") as b:
@@ -150,7 +145,7 @@ async def test_deltas_and_events_go_where_they_belong() -> None:
             served.plane.broadcast(KvEvents(seq=1, stored=[b"x"]))
             await a.wait_for(lambda m: isinstance(m, KvEvents))
             await b.wait_for(lambda m: isinstance(m, KvEvents))
-            assert [m for m in a.seen if isinstance(m, Deltas)][0].items[0].tokens == [5]
+            assert next(m for m in a.seen if isinstance(m, Deltas)).items[0].tokens == [5]
             assert not [m for m in b.seen if isinstance(m, Deltas)]
 
 

@@ -14,6 +14,7 @@ import pytest
 from llm_engine.api.errors import Overloaded
 from llm_engine.api.messages import Load
 from llm_engine.serving.step_loop import StepLoop, StepReport
+from tests.unit.worker.waiting import until
 
 
 class Counter:
@@ -54,12 +55,6 @@ async def running(
     finally:
         engine.during_step = lambda: None
         assert await loop.stop(10.0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10.0):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_results_and_completions_arrive_in_the_order_they_happened() -> None:
