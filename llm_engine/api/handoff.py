@@ -77,6 +77,7 @@ class Connected(Message, frozen=True, kw_only=True, tag="connected"):
     link: LinkOffer
     reason: str
     region: str  # id of the receiver's arena for this incarnation
+    ticket: str  # names this pairing in the handshake of its data connection
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
