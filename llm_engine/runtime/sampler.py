@@ -1,8 +1,8 @@
 """Logits to token ids. Every draw is a function of its own logits, (seed, absolute position) and the parameters alone.
 
 A token is the argmax over the vocabulary of p(v) / E(v): p the distribution after all options, E exponential noise
-keyed by (seed, position, v). That is a draw from p (the Gumbel-max rule without its logarithms), and two distributions that
-are close mostly draw the same token at the same position: what makes drafts worth verifying at any temperature.
+keyed by (seed, position, v). That is a draw from p (the Gumbel-max rule without its logarithms), and two distributions
+that are close mostly draw the same token at the same position: what makes drafts worth verifying at any temperature.
 
 Order of the options: logit bias, penalties, min_tokens, temperature, top_k, top_p. Shapes: R rows, V vocabulary.
 """
@@ -151,7 +151,7 @@ class Sampler:
         self, logits_RV: Tensor, tokens: Seq[int], rows: DrawRows, wanted: npt.NDArray[np.bool_]
     ) -> dict[int, TokenLogprobs]:
         asked = np.repeat([seq.submit.sampling.logprobs or 0 for seq in rows.seqs], rows.counts).tolist()
-        chosen = [int(row) for row in np.flatnonzero(wanted) if tokens[row] != INVALID]
+        chosen = [row for row in np.flatnonzero(wanted).tolist() if tokens[row] != INVALID]
         out: dict[int, TokenLogprobs] = {}
         for top in {int(asked[row]) for row in chosen}:  # one top-k width at a time: a row never depends on another's
             group = [row for row in chosen if asked[row] == top]
