@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
 from llm_engine.api.errors import RequestError
@@ -44,7 +45,18 @@ class WrongMediaType(RequestError):
 class Exchange:
     """Reads the request and writes the answer. Used by one task."""
 
-    __slots__ = ("_receive", "_scope", "_send", "_stall_s", "_writing_since", "arrived", "finished", "method", "path", "status")
+    __slots__ = (
+        "_receive",
+        "_scope",
+        "_send",
+        "_stall_s",
+        "_writing_since",
+        "arrived",
+        "finished",
+        "method",
+        "path",
+        "status",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, stall_s: float) -> None:
         self._scope = scope
@@ -59,7 +71,7 @@ class Exchange:
         self.finished = False
 
     async def json_body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises BodyTooLarge, WrongMediaType, ClientGone, or RequestError for one that stops coming."""
+        """The whole body. Raises BodyTooLarge, WrongMediaType, ClientGone, or RequestError when it stops coming."""
         declared = 0
         media_type = b""
         for name, value in self._scope["headers"]:
@@ -106,19 +118,9 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         self._writing_since = None
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Cancel the body of the `with` statement when the client leaves, and raise ClientGone from it."""
-        watch = _Watch(self, self._receive, self._stall_s)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if watch.gone:
-                watch.task.uncancel()
-                raise ClientGone from None
-            raise
-        finally:
-            watch.close()
+    def watch(self) -> ClientWatch:
+        """A context manager whose body ends with ClientGone when the client leaves."""
+        return ClientWatch(self, self._receive, self._stall_s)
 
     def check_progress(self) -> None:
         """Disconnect the client if the current write has been waiting for longer than `stall_s`."""
@@ -130,6 +132,15 @@ class Exchange:
         drop = self._scope.get("extensions", {}).get(ABORT_EXTENSION)
         if drop is not None:
             drop()
+
+    async def cut_off(self) -> None:
+        """End an answer that can't be completed: the client sees a broken connection, never a truncated answer."""
+        self.finished = True
+        self.abort()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._stall_s):
+                while (await self._receive())["type"] != "http.disconnect":
+                    pass
 
     async def _read_rest(self, body: bytes, max_bytes: int) -> bytes:
         parts = [body]
@@ -165,25 +176,33 @@ class Exchange:
         return message
 
 
-class _Watch:
+class ClientWatch:
     """Waits for the client's disconnect beside the serving task, once the request has lived for WATCH_AFTER_S."""
 
+    __slots__ = ("_exchange", "_gone", "_loop", "_period_s", "_receive", "_task", "_timer", "_watcher")
+
     def __init__(self, exchange: Exchange, receive: Receive, stall_s: float) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.task: asyncio.Task[Any] = task
-        self.gone = False
         self._exchange = exchange
         self._receive = receive
         self._period_s = stall_s / 4
+        self._gone = False
         self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(WATCH_AFTER_S, self._start)
 
-    def close(self) -> None:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
+        if self._gone and kind is asyncio.CancelledError and self._task is not None:
+            self._task.uncancel()
+            raise ClientGone from None
 
     def _start(self) -> None:
         self._watcher = self._loop.create_task(self._wait_for_disconnect())
@@ -196,6 +215,6 @@ class _Watch:
     async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._exchange.finished:  # servers report a disconnect after a complete answer, too
-            self.gone = True
-            self.task.cancel()
+        if not self._exchange.finished and self._task is not None:  # a complete answer ends in a disconnect, too
+            self._gone = True
+            self._task.cancel()

@@ -1,4 +1,4 @@
-"""The HTTP server under the edge: uvicorn on uvloop and httptools, with bounded request heads and abortable connections."""
+"""The HTTP server under the edge: uvicorn on httptools, with bounded request heads and abortable connections."""
 
 from __future__ import annotations
 

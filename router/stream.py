@@ -42,7 +42,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Returns (text that may be shown, whether a stop string is complete). Feed nothing more after one was found."""
+        """Returns (text that may be shown, whether a stop string is complete). Feed nothing more after one is."""
         buffer = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if found:

@@ -1,0 +1,208 @@
+"""What both generation endpoints share: from prompts to requests, and from chunks to an answer or a stream."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from llm_engine.api.errors import RequestError, ServingError
+from router import sampling
+from router.answers import PromptDetails, Usage
+from router.dispatch_api import GenerationRequest, OutputChunk
+from router.edge import Edge
+from router.exchange import Exchange
+from router.failures import error_body
+from router.schemas import GenerationBody
+from router.sources import ChunkSource, open_source
+from router.stream import TextStream
+
+encode_json = msgspec.json.Encoder().encode
+
+STREAM_END = b"data: [DONE]\n\n"
+
+
+class Choice(Protocol):
+    """One of the answers: takes chunks, and gives them back in the shape of its endpoint."""
+
+    stream: TextStream
+
+    @property
+    def done(self) -> bool:
+        """Whether the choice has its finish reason."""
+        ...
+
+    def collect(self, chunk: OutputChunk) -> None:
+        """Add a chunk to the answer."""
+        ...
+
+    def events(self, chunk: OutputChunk) -> bytes:
+        """The server-sent events that a chunk gives rise to; may be empty."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One HTTP request under way. Sequence i belongs to prompt i // n and is choice i % n of it."""
+
+    id: str
+    model: str
+    seed: int
+    n: int
+    prompts: Sequence[list[int]]
+    requests: list[GenerationRequest]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        return ((b"x-request-id", self.id.encode()), (b"x-baton-seed", b"%d" % self.seed))
+
+    def usage(self, choices: Sequence[Choice]) -> Usage:
+        """Token counts so far."""
+        num_prompt = sum(map(len, self.prompts))
+        num_output = sum(choice.stream.num_tokens for choice in choices)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_output,
+            total_tokens=num_prompt + num_output,
+            prompt_tokens_details=PromptDetails(sum(choice.stream.cached_tokens for choice in choices[:: self.n])),
+        )
+
+
+def plan(
+    edge: Edge,
+    exchange: Exchange,
+    body: GenerationBody,
+    prompts: Sequence[list[int]],
+    *,
+    kind: str,
+    max_tokens: int | None,
+    default_tokens: int | None,
+    logprobs: int | None,
+) -> Job:
+    """Check the request against the limits and lay out its sequences. Raises RequestError.
+
+    `max_tokens`: asked for; `default_tokens`: used if nothing was asked for, None for the whole context.
+    """
+    limits = edge.limits
+    n = sampling.num_choices(body, limits)
+    if len(prompts) * n > limits.max_sequences:
+        raise RequestError(f"at most {limits.max_sequences} sequences a request are served", param="n")
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    job_id = f"{kind}-{os.urandom(12).hex()}"
+    seed = sampling.draw_seed() if body.seed is None else body.seed
+    requests: list[GenerationRequest] = []
+    for prompt in prompts:
+        budget = sampling.output_budget(max_tokens, default_tokens, len(prompt), limits)
+        for choice in range(n):
+            requests.append(
+                GenerationRequest(
+                    request_id=f"{job_id}-{len(requests)}",
+                    prompt_tokens=prompt,
+                    sampling=sampling.sampling_params(
+                        body,
+                        limits,
+                        seed=sampling.choice_seed(seed, choice),
+                        max_tokens=budget,
+                        logprobs=logprobs,
+                    ),
+                    deadline_s=edge.config.request_timeout_s,
+                    arrived=exchange.arrived,
+                    salt=body.cache_salt or "",
+                )
+            )
+    return Job(id=job_id, model=body.model, seed=seed, n=n, prompts=prompts, requests=requests)
+
+
+def text_stream(
+    body: GenerationBody, request: GenerationRequest, table: Sequence[bytes], *, want_offsets: bool = False
+) -> TextStream:
+    """The text of one sequence of a request."""
+    return TextStream(
+        table,
+        stops=sampling.stop_strings(body),
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=request.sampling.min_tokens,
+        want_offsets=want_offsets,
+    )
+
+
+class Envelope:
+    """The part of a server-sent event that is the same for all chunks of a request."""
+
+    def __init__(self, job: Job, object_name: str, body: GenerationBody, choices: Sequence[Choice]) -> None:
+        """`choices` may still be filled by the caller."""
+        fields = {"id": job.id, "object": object_name, "created": job.created, "model": job.model}
+        self.head = b"data: " + encode_json(fields)[:-1] + b',"choices":['
+        options = body.stream_options
+        self._usage_in_every_chunk = options is not None and bool(options.continuous_usage_stats)
+        self._usage_at_end = options is not None and bool(options.include_usage)
+        self._tail = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
+        self._job = job
+        self._choices = choices
+
+    def tail(self) -> bytes:
+        """What follows the choice."""
+        return self._with_usage() if self._usage_in_every_chunk else self._tail
+
+    def end(self) -> bytes:
+        """The usage, if asked for, and the end of the stream."""
+        usage = self.head + self._with_usage() if self._usage_at_end else b""
+        return usage + STREAM_END
+
+    def _with_usage(self) -> bytes:
+        return b'],"usage":' + encode_json(self._job.usage(self._choices)) + b"}\n\n"
+
+
+async def collect(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice]) -> None:
+    """Run the job to its end. Raises ServingError, ClientGone."""
+    with exchange.watch():
+        async with open_source(edge.dispatcher, job.requests) as source:
+            running = len(choices)
+            while running:
+                index, chunk = await source.next()
+                choice = choices[index]
+                choice.collect(chunk)
+                if choice.done:
+                    running -= 1
+                    await source.drop(index)
+
+
+async def stream(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice], envelope: Envelope) -> None:
+    """Run the job and send its events. Until the first chunk a failure is raised, afterwards it is an event."""
+    with exchange.watch():
+        async with open_source(edge.dispatcher, job.requests) as source:
+            index, chunk = await source.next()
+            await exchange.start_stream(job.headers)
+            try:
+                await _relay(exchange, source, choices, envelope, index, chunk)
+            except ServingError as exc:
+                await exchange.write(b"data: " + error_body(exc) + b"\n\n" + STREAM_END, last=True)
+
+
+async def _relay(
+    exchange: Exchange,
+    source: ChunkSource,
+    choices: Sequence[Choice],
+    envelope: Envelope,
+    index: int,
+    chunk: OutputChunk,
+) -> None:
+    running = len(choices)
+    while True:
+        choice = choices[index]
+        data = choice.events(chunk)
+        if choice.done:
+            running -= 1
+            await source.drop(index)
+            if not running:
+                await exchange.write(data + envelope.end(), last=True)
+                return
+        if data:
+            await exchange.write(data)
+        index, chunk = await source.next()
