@@ -1,0 +1,237 @@
+"""One request inside the router: its journal, where it runs now, and the stream its client reads.
+
+    QUEUED ──place──▶ RUNNING ──loss, Failed(retryable), silence──▶ RECOVERING ──place──▶ RUNNING …
+       │                 └── finish, error, abort ──▶ OVER
+       └── refused, abort ──▶ OVER
+
+There is no queue between the worker's messages and the client: the stream is a cursor into the journal's output, so a
+slow client costs no memory and gets everything that arrived since its last read as one chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Protocol
+
+from llm_engine.api.errors import DeadlineExceeded, ServingError
+from llm_engine.api.hashing import chain_digests, root_digest
+from llm_engine.api.request import StageTimes, pack_tokens
+from router.dispatch_api import GenerationRequest, OutputChunk
+from router.journal import AttemptRecord, Journal
+from router.ledger import Booking
+from router.worker import Worker
+
+
+class Phase(enum.Enum):
+    """What a request owns."""
+
+    QUEUED = "queued"  # a place in the queue
+    RUNNING = "running"  # a credit, and an attempt on its workers
+    RECOVERING = "recovering"  # a credit; no worker
+    OVER = "over"  # nothing
+
+
+class PrefixChain:
+    """The block digests of a request, extended as its output grows: no block is hashed twice."""
+
+    def __init__(self, salt: str) -> None:
+        self._salt = salt
+        self._key: tuple[str, int] | None = None
+        self._digests: list[bytes] = []
+
+    def digests(self, tokens: list[int], format_id: str, block_tokens: int) -> list[bytes]:
+        """Digests of all full blocks. `tokens` only ever grows."""
+        if self._key != (format_id, block_tokens):
+            self._key, self._digests = (format_id, block_tokens), []
+        known = len(self._digests)
+        parent = self._digests[-1] if known else root_digest(format_id, self._salt)
+        fresh = tokens[known * block_tokens :] if known else tokens
+        self._digests.extend(chain_digests(fresh, block_tokens, parent))
+        return self._digests
+
+
+class Flight:
+    """The run-time side of a journal. Times are `time.monotonic()`."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.journal = Journal(
+            request_id=request.request_id,
+            prompt=pack_tokens(request.prompt_tokens),
+            num_prompt=len(request.prompt_tokens),
+            sampling=request.sampling,
+            arrived_unix=time.time() - (time.monotonic() - request.arrived),
+            deadline_s=request.deadline_s,
+            salt=request.salt,
+            logprobs=[] if request.sampling.logprobs is not None else None,
+        )
+        self.tokens = list(request.prompt_tokens)  # the current attempt's input
+        self.chain = PrefixChain(request.salt)
+        self.arrived = request.arrived
+        self.deadline = request.arrived + request.deadline_s
+        self.enqueued = 0.0
+        self.phase = Phase.QUEUED
+        self.prefill: Worker | None = None
+        self.decode: Worker | None = None  # the same as `prefill` on an aggregated worker
+        self.started = False  # decode owns the sequence: the loss of prefill no longer matters
+        self.booking: Booking | None = None
+        self.avoid: frozenset[str] = frozenset()
+        self.strikes = 0  # attempts given up without progress
+        self.progress = 0.0  # when the current attempt last gave a sign of life
+        self.patience_s = 0.0  # how long it may stay silent
+        self.error: ServingError | None = None
+        self.first_s: float | None = None  # first token at the router, since arrival
+        self.first_of_attempt = True  # the current attempt has sent no new token yet
+        self.last_output = 0.0
+        self.stages: dict[str, float] = {}
+        self.ended_s: float | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.journal.request_id
+
+    @property
+    def over(self) -> bool:
+        return self.phase is Phase.OVER
+
+    def wake(self) -> None:
+        """There is something for the stream."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Wait for `wake`. One reader at a time."""
+        if self._waiter is not None:
+            raise RuntimeError(f"two readers of one stream: {self.request_id}")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def ttft_stages(self, written: float, served: AttemptRecord) -> dict[str, float]:
+        """Stages of the time to first token; they add up to `written - arrived` exactly.
+
+        router: until the first Submit; recovery: attempts that were lost; queue and compute as the prefill worker of
+        `served` measured them; relay: everything else, that is both networks, this router and the client's socket.
+        """
+        left = max(0.0, written - self.arrived)
+        first_sent_s = self.journal.attempts[0].sent_s
+        times = served.times or StageTimes()
+        stages: dict[str, float] = {}
+        for name, seconds in (
+            ("router", first_sent_s),
+            ("recovery", served.sent_s - first_sent_s),
+            ("prefill_queue", times.queue_s),
+            ("prefill_compute", times.compute_s),
+        ):
+            stages[name] = min(left, max(0.0, seconds))
+            left -= stages[name]
+        stages["relay"] = left
+        return stages
+
+
+class StreamOwner(Protocol):
+    """What a stream needs from the dispatcher."""
+
+    def open(self, request: GenerationRequest) -> Flight:
+        """Admit. Raises Overloaded or RequestError."""
+
+    def abort(self, flight: Flight) -> None:
+        """The client does not want the rest. Idempotent."""
+
+    def first_chunk_written(self, flight: Flight) -> None:
+        """The client has the first token."""
+
+
+class OutputStream(AsyncGenerator[OutputChunk, None]):
+    """The async generator that `submit` returns. A class: it costs less a chunk and can be closed while it is read."""
+
+    def __init__(self, owner: StreamOwner, request: GenerationRequest) -> None:
+        self._owner = owner
+        self._request = request
+        self._flight: Flight | None = None
+        self._cursor = 0
+        self._first_pending = False
+        self._done = False
+
+    async def __anext__(self) -> OutputChunk:
+        flight = self._flight
+        if self._first_pending and flight is not None:
+            self._first_pending = False
+            self._owner.first_chunk_written(flight)
+        if self._done:
+            raise StopAsyncIteration
+        if flight is None:
+            self._done = True  # until it is admitted
+            flight = self._flight = self._owner.open(self._request)
+            self._done = False
+        try:
+            while (chunk := self._take(flight)) is None:
+                if flight.over:
+                    self._done = True
+                    raise flight.error or StopAsyncIteration
+                await flight.changed()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        return chunk
+
+    def _take(self, flight: Flight) -> OutputChunk | None:
+        """Everything since the last chunk, if there is anything."""
+        journal, start = flight.journal, self._cursor
+        end = len(journal.output)
+        finish = journal.finish if flight.over and flight.error is None else None
+        if end == start and finish is None:
+            return None
+        chunk = OutputChunk(
+            tokens=journal.output[start:end],
+            logprobs=None if journal.logprobs is None else journal.logprobs[start:end],
+            finish=finish,
+        )
+        if start == 0:
+            chunk.cached_tokens = journal.cached_tokens
+            self._first_pending = True
+        self._cursor = end
+        self._done = finish is not None
+        return chunk
+
+    async def aclose(self) -> None:
+        """Abort, whatever the stream is waiting for. Idempotent, also while another task reads."""
+        self._done = True
+        flight = self._flight
+        if flight is None:
+            return
+        if self._first_pending:
+            self._first_pending = False
+            self._owner.first_chunk_written(flight)
+        self._owner.abort(flight)
+
+    async def asend(self, value: None) -> OutputChunk:
+        """Part of the generator protocol: the same as `anext`."""
+        return await self.__anext__()
+
+    async def athrow(  # type: ignore[override]
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> OutputChunk:
+        """Part of the generator protocol: close, then raise."""
+        await self.aclose()
+        if isinstance(typ, BaseException):
+            raise typ
+        raise val if isinstance(val, BaseException) else typ()
+
+
+def deadline_error(flight: Flight) -> DeadlineExceeded:
+    """The error a request ends with when its own deadline passes."""
+    return DeadlineExceeded(
+        f"not finished within {flight.journal.deadline_s:g} s ({len(flight.journal.output)} tokens so far)",
+        request_id=flight.request_id,
+    )

@@ -1,0 +1,199 @@
+"""Which pair of workers serves a request: pure functions from what is known about the workers to a choice.
+
+The predicted cost is in seconds, so that its terms can be compared and added:
+
+    prefill   (tokens queued before it + tokens left after the prefix hit) / prefill rate
+    transfer  tokens the decode worker lacks × seconds a token
+    decode    steps the request is expected to take × step time, stretched by the sequences that share the steps,
+              plus the wait for a slot when all are taken, plus a little for a full cache
+    blame     a worker on which this very request has just failed comes last
+
+A pair must hold the same model in the same format and version, and the prefill worker must not have reported the decode
+worker as unreachable. Ties go to the lower names, so equal inputs give equal choices.
+
+To try another policy, implement `Policy` and pass it to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from llm_engine.api.messages import WorkerInfo
+
+DEFAULT_PREFILL_TOKENS_PER_S = 2000.0  # until a worker has measured its own
+DEFAULT_STEP_S = 0.02
+TRANSFER_S_PER_TOKEN = 2e-6
+EXPECTED_STEPS = 256  # the true output length is unknown
+FULL_CACHE_S = 0.05
+BLAME_S = 30.0
+
+
+class Demand(msgspec.Struct, frozen=True):
+    """What a request asks of a pair: tokens to prefill, and the most tokens it may still produce."""
+
+    num_tokens: int
+    max_output: int
+    avoid: frozenset[str] = frozenset()  # workers on which it has failed since its last progress
+
+
+def kind(info: WorkerInfo) -> tuple[str, str, str, int]:
+    """Workers of one kind may use each other's caches."""
+    return info.model, info.format_id, info.weight_version, info.block_tokens
+
+
+def max_tokens(info: WorkerInfo) -> int:
+    """Longest sequence a worker can hold."""
+    return min(info.max_model_len, info.num_blocks * info.block_tokens)
+
+
+class PrefillState(msgspec.Struct, frozen=True):
+    """A worker that may prefill, as the policy sees it."""
+
+    info: WorkerInfo
+    backlog_tokens: int = 0  # waiting there, including what was sent since its last report
+    tokens_per_s: float = 0.0  # 0: not measured yet
+    hit_tokens: int = 0  # of this request, in its prefix cache
+    bad_peers: Sequence[str] = ()  # decode workers it can't reach
+
+
+class DecodeState(msgspec.Struct, frozen=True):
+    """A worker that may decode, as the policy sees it."""
+
+    info: WorkerInfo
+    num_seqs: int = 0  # running or on their way
+    blocks_available: int = 0  # free or cached, less what is on its way
+    idle: bool = True  # no sequence, no lease: what is not available now never will be
+    step_s: float = 0.0  # 0: not measured yet
+    hit_tokens: int = 0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The best pair now, as indices into the states given. `decode` is None when `aggregated` serves alone."""
+
+    prefill: int
+    decode: int | None
+    cost_s: float
+    ttft_s: float
+    hit_tokens: int
+
+
+class Shortage(enum.Enum):
+    """Why there is no pair."""
+
+    NO_PAIR = "no_pair"  # no compatible prefill and decode worker is alive
+    FULL = "full"  # every decode worker lacks blocks now; some will have them
+    TOO_LONG = "too_long"  # no worker could ever hold the sequence
+
+
+class Policy(Protocol):
+    """Chooses a pair. `prefills` and `decodes` are the pools; `aggregated` are workers that do both, given as both."""
+
+    def __call__(
+        self,
+        demand: Demand,
+        prefills: Sequence[PrefillState],
+        decodes: Sequence[DecodeState],
+        aggregated: Sequence[tuple[PrefillState, DecodeState]],
+    ) -> Choice | Shortage: ...
+
+
+def prefill_cost(demand: Demand, state: PrefillState) -> float:
+    """Seconds until the first token, if the request is sent to this worker now."""
+    left = max(1, demand.num_tokens - state.hit_tokens)
+    return (state.backlog_tokens + left) / (state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S)
+
+
+def decode_cost(demand: Demand, state: DecodeState) -> float:
+    """Seconds of decoding that the request is expected to take there, waiting included."""
+    step_s = state.step_s or DEFAULT_STEP_S
+    steps = min(demand.max_output, EXPECTED_STEPS)
+    load = state.num_seqs / state.info.max_num_seqs
+    cost = steps * step_s * (1.0 + load)
+    if load >= 1.0:
+        cost += EXPECTED_STEPS * step_s * (load - 1.0 + 1.0 / state.info.max_num_seqs)  # slots come free one by one
+    cost += TRANSFER_S_PER_TOKEN * max(0, demand.num_tokens - state.hit_tokens)
+    return cost + FULL_CACHE_S * (1.0 - max(0, state.blocks_available) / state.info.num_blocks)
+
+
+def fits(demand: Demand, prefill: WorkerInfo, decode: WorkerInfo) -> bool:
+    """Whether the pair can hold the sequence to its end."""
+    return demand.num_tokens <= max_tokens(prefill) and demand.num_tokens + demand.max_output <= max_tokens(decode)
+
+
+def blocks_needed(demand: Demand, state: DecodeState) -> int:
+    """New blocks for the prompt and its first output tokens."""
+    block = state.info.block_tokens
+    tokens = min(demand.num_tokens + min(demand.max_output, block), max_tokens(state.info))
+    return -(-tokens // block) - state.hit_tokens // block
+
+
+def has_room(demand: Demand, state: DecodeState) -> bool:
+    """Whether the blocks are there. An idle worker always has room for what fits it: cached blocks can be evicted."""
+    return state.idle or blocks_needed(demand, state) <= state.blocks_available
+
+
+def cheapest_pair(
+    demand: Demand,
+    prefills: Sequence[PrefillState],
+    decodes: Sequence[DecodeState],
+    aggregated: Sequence[tuple[PrefillState, DecodeState]],
+) -> Choice | Shortage:
+    """The pair of the lowest predicted cost. O(P log P + D log D) when all workers are compatible."""
+    search = _Search(demand)
+    by_cost = sorted((search.decode(d), d.info.name, j) for j, d in enumerate(decodes))
+    for cost_p, _, i in sorted((search.prefill(p), p.info.name, i) for i, p in enumerate(prefills)):
+        if by_cost and search.beaten(cost_p + by_cost[0][0]):
+            break
+        for cost_d, _, j in by_cost:
+            if search.beaten(cost_p + cost_d):
+                break
+            if decodes[j].info.name not in prefills[i].bad_peers:
+                search.offer(i, j, prefills[i], decodes[j], cost_p + cost_d)
+    for i, (p, d) in enumerate(aggregated):
+        search.offer(i, None, p, d, search.prefill(p) + search.decode(d))
+    return search.result()
+
+
+class _Search:
+    """Keeps the best pair seen and, while there is none, the reason that is easiest to overcome."""
+
+    def __init__(self, demand: Demand) -> None:
+        self._demand = demand
+        self._key: tuple[float, str, str] | None = None
+        self._best: Choice | None = None
+        self._full = False
+        self._too_long = False
+
+    def prefill(self, state: PrefillState) -> float:
+        return prefill_cost(self._demand, state) + self._blame(state.info)
+
+    def decode(self, state: DecodeState) -> float:
+        return decode_cost(self._demand, state) + self._blame(state.info)
+
+    def _blame(self, info: WorkerInfo) -> float:
+        return BLAME_S if info.name in self._demand.avoid else 0.0
+
+    def beaten(self, cost: float) -> bool:
+        return self._key is not None and cost > self._key[0]
+
+    def offer(self, i: int, j: int | None, p: PrefillState, d: DecodeState, cost: float) -> None:
+        if j is not None and kind(p.info) != kind(d.info):
+            return
+        if not fits(self._demand, p.info, d.info):
+            self._too_long = True
+        elif not has_room(self._demand, d):
+            self._full = True
+        elif self._key is None or (cost, p.info.name, d.info.name) < self._key:
+            self._key = (cost, p.info.name, d.info.name)
+            self._best = Choice(i, j, cost, prefill_cost(self._demand, p), p.hit_tokens)
+
+    def result(self) -> Choice | Shortage:
+        if self._best is not None:
+            return self._best
+        if self._full:
+            return Shortage.FULL
+        return Shortage.TOO_LONG if self._too_long else Shortage.NO_PAIR
