@@ -12,12 +12,12 @@ from llm_engine.models.spec import RopeSpec, YarnSpec, yarn_mscale
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:
     """Angle per position of each of the `dim / 2` pairs, fp32."""
-    # fp32 throughout, as models are trained: at position 10⁵ a frequency rounded differently is a different angle.
-    frequencies = 1.0 / (rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim))
+    # fp32, in the order of operations that other engines use: one unit in the last place is an angle at position 10⁵.
+    wavelengths = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     if rope.yarn is None:
-        return frequencies
-    ramp = _interpolation_ramp(rope.dim, rope.theta, rope.yarn)
-    return frequencies / rope.yarn.factor * ramp + frequencies * (1.0 - ramp)
+        return 1.0 / wavelengths
+    kept = 1.0 - _interpolation_ramp(rope.dim, rope.theta, rope.yarn)
+    return 1.0 / (rope.yarn.factor * wavelengths) * (1.0 - kept) + 1.0 / wavelengths * kept
 
 
 def rope_tables(rope: RopeSpec, num_positions: int) -> tuple[Tensor, Tensor]:
