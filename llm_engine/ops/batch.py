@@ -14,8 +14,9 @@ from torch import Tensor
 class ForwardBatch:
     """Rows of all sequences, flat. The rows of one sequence are adjacent and their positions count up by one.
 
-    R is a multiple of `Ops.row_tile`; padding rows come last and hold token 0 at position 0. They are computed and
-    ignored: nothing is written to a cache for them and their attention output is zero.
+    R is a multiple of `Ops.row_tile`; padding rows come last and repeat the token and position of the last real row.
+    They are computed and ignored: nothing is written to a cache for them. Repeating a row keeps them from waking
+    experts that no real row has chosen.
     A row sees the cache positions up to and including its own, which is written before it is read.
     """
 

@@ -1,8 +1,9 @@
 """The protocols behind every field of `Ops`: shapes, promises and the error they may raise.
 
-Shapes: R rows (padding included, see ForwardBatch), H hidden, h heads, E experts, F expert width, K chosen,
-B blocks, P tokens of a block, L latent rank, J rope pairs (half the rope width), T positions.
-"Compute dtype" is `Ops.dtype`. Packed weights are opaque: only the backend that made them reads them.
+Shapes: R rows (padding included, see ForwardBatch), N real rows, H hidden, h heads, E experts, F expert width,
+K chosen, B blocks, P tokens of a block, L latent rank, J rope pairs (half the rope width), T positions.
+"Compute dtype" is `Ops.dtype`. Packed weights and plans are opaque: only the backend that made them reads them.
+A plan holds what attention needs to know of a batch, worked out once per forward pass and used by every layer.
 
 With numerics `exact` every output row is a function of its own input row, its own visible cache rows and the weights
 alone: bit for bit the same in any batch, in any chunk, at any place. `fast` promises closeness only.
@@ -21,6 +22,7 @@ PackedLinear: TypeAlias = Any
 PackedMlp: TypeAlias = Any
 PackedExperts: TypeAlias = Any
 PackedKvB: TypeAlias = Any
+AttentionPlan: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +34,6 @@ class GateConfig:
     top_groups: int = 1
     normalise: bool = True  # weights of the chosen experts sum to one before scaling
     scale: float = 1.0  # routed_scaling_factor
-
-
-class AttentionPlan(Protocol):
-    """What attention needs to know of a batch, worked out once per forward pass and used by every layer. Opaque."""
-
-    @property
-    def num_rows(self) -> int:
-        """Real rows of the batch."""
 
 
 class PackLinear(Protocol):
@@ -73,9 +67,9 @@ class PackExperts(Protocol):
 
 
 class Gate(Protocol):
-    """Choose experts: logits fp32 [R, E], bias fp32 [E] → (ids int64 [R, K], weights fp32 [R, K]).
+    """Choose experts: logits fp32 [R, E], bias fp32 [E] → (ids int64 [R, K], weights fp32 [R, K]), best first.
 
-    The bias takes part in the choice, never in the weights. Among equals the lowest expert wins; best first.
+    The bias takes part in the choice, never in the weights.
     """
 
     def __call__(self, logits_RE: Tensor, bias_E: Tensor, config: GateConfig) -> tuple[Tensor, Tensor]: ...
@@ -134,10 +128,11 @@ class WriteIndexKeys(Protocol):
 
 
 class IndexTopk(Protocol):
-    """The `k` visible positions with the largest Σ_h g[h] · relu(query[h] · key): int32 [R, K] ascending, -1 behind.
+    """The `k` visible positions with the largest Σ_h g[h] · relu(query[h] · key): [N, K] ascending, -1 behind.
 
     `query_RhD` is not yet rotated (first 2J columns, as in WriteIndexKeys). The lowest position wins a tie.
     None when no row of the batch sees more than `k` positions: everything is selected.
+    The integer type is the backend's choice.
     """
 
     def __call__(
@@ -162,7 +157,7 @@ class MlaAttend(Protocol):
     """Latent attention: query [R, h, D + 2J] → [R, h, V].
 
     The last 2J query columns are rotated here (interleaved pairs). Row r sees the positions up to its own, or those in
-    `sel_RK` (int32, ascending, -1 behind). Whether keys are expanded or queries absorbed is the backend's choice.
+    `sel_NK` (ascending, -1 behind). Whether keys are expanded or queries absorbed is the backend's choice.
     A row without keys gives zeros, never NaN; a NaN in a cache row that is not seen changes nothing.
     """
 
@@ -171,7 +166,7 @@ class MlaAttend(Protocol):
         query_RhD: Tensor,
         plane_BPC: Tensor,
         plan: AttentionPlan,
-        sel_RK: Tensor | None,
+        sel_NK: Tensor | None,
         kv_b: PackedKvB,
         scale: float,
     ) -> Tensor: ...

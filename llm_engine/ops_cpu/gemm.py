@@ -1,0 +1,148 @@
+"""Matrix products with packed weights, in two kinds.
+
+Tiled (`exact`): every row goes through a product of one fixed shape, TILE_ROWS × depth × out, in fp32. BLAS libraries
+choose kernels, blocking and the split over threads by the shape, so with the shape fixed the order of summation of a
+row is fixed too. The depth is cut at MAX_DEPTH, because deeper products are split over threads along the depth.
+`self_check` verifies both at start-up.
+
+Free (`fast`): one product over all rows; in bf16 through oneDNN with weights in its own layout.
+
+Shapes: R rows, t row tiles, M = TILE_ROWS, I in, O out, h heads.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+TILE_ROWS: Final = 8
+MAX_DEPTH: Final = 512
+
+
+class PackedProduct(Protocol):
+    """A weight that can be applied to rows: [R, I] → [R, O], or per head [R, h, I] → [h, R, O]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Gemm(Protocol):
+    """One kind of product: how weights are packed."""
+
+    def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct: ...
+
+    def heads(self, weight_hIO: Tensor) -> PackedProduct:
+        """One matrix a head; the result is fp32."""
+        ...
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Add zero rows up to a multiple of TILE_ROWS."""
+    missing = -x.shape[0] % TILE_ROWS
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+class TiledLinear:
+    """x · Wᵀ in fp32 tiles."""
+
+    def __init__(self, weight_OI: Tensor, out_dtype: torch.dtype) -> None:
+        weight_1IO = weight_OI.t().float().contiguous().unsqueeze(0)
+        self._out_dtype = out_dtype
+        self._out = weight_1IO.shape[2]
+        self._parts = torch.split(weight_1IO, MAX_DEPTH, dim=1)
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        rows = x_RI.shape[0]
+        padded = pad_rows(x_RI.float())
+        tiles = padded.shape[0] // TILE_ROWS
+        x_tMI = padded.view(tiles, TILE_ROWS, -1)
+        if len(self._parts) == 1:
+            y_tMO = torch.bmm(x_tMI, self._parts[0].expand(tiles, -1, -1))
+        else:
+            first, *rest = zip(torch.split(x_tMI, MAX_DEPTH, dim=2), self._parts, strict=True)
+            y_tMO = torch.bmm(first[0], first[1].expand(tiles, -1, -1))
+            for x_part, weight in rest:
+                y_tMO.baddbmm_(x_part, weight.expand(tiles, -1, -1))
+        return y_tMO.view(-1, self._out)[:rows].to(self._out_dtype)
+
+
+class TiledHeads:
+    """A matrix a head, in fp32 tiles."""
+
+    def __init__(self, weight_hIO: Tensor) -> None:
+        self._weight_hIO = weight_hIO.float().contiguous()
+
+    def __call__(self, x_RhI: Tensor) -> Tensor:
+        heads, _, out = self._weight_hIO.shape
+        rows = x_RhI.shape[0]
+        x_hRI = pad_rows(x_RhI.float()).transpose(0, 1)
+        padded = x_hRI.shape[1]
+        tiles = padded // TILE_ROWS
+        if tiles <= heads:  # the same products either way, in fewer calls
+            parts = [torch.bmm(x_hMI, self._weight_hIO) for x_hMI in torch.split(x_hRI, TILE_ROWS, dim=1)]
+            return (parts[0] if tiles == 1 else torch.cat(parts, dim=1))[:, :rows]
+        y_hRO = x_hRI.new_empty(heads, padded, out)
+        for x_RI, weight_IO, y_RO in zip(x_hRI, self._weight_hIO, y_hRO, strict=True):
+            torch.bmm(
+                x_RI.view(tiles, TILE_ROWS, -1), weight_IO.expand(tiles, -1, -1), out=y_RO.view(tiles, TILE_ROWS, out)
+            )
+        return y_hRO[:, :rows]
+
+
+class TiledGemm:
+    """Products for `exact`."""
+
+    def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct:
+        return TiledLinear(weight_OI, out_dtype)
+
+    def heads(self, weight_hIO: Tensor) -> PackedProduct:
+        return TiledHeads(weight_hIO)
+
+
+class FreeLinear:
+    """x · Wᵀ in fp32, all rows at once."""
+
+    def __init__(self, weight_OI: Tensor, out_dtype: torch.dtype) -> None:
+        self._weight_IO = weight_OI.t().float().contiguous()
+        self._out_dtype = out_dtype
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        return torch.mm(x_RI.float(), self._weight_IO).to(self._out_dtype)
+
+
+class OneDnnLinear:
+    """x · Wᵀ in bf16 with fp32 accumulation, all rows at once."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.bfloat16().contiguous())
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        y_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI.bfloat16(), self._packed, None, "none", [], "")
+        return y_RO
+
+
+class FreeHeads:
+    """A matrix a head in fp32, all rows at once."""
+
+    def __init__(self, weight_hIO: Tensor) -> None:
+        self._weight_hIO = weight_hIO.float().contiguous()
+
+    def __call__(self, x_RhI: Tensor) -> Tensor:
+        return torch.bmm(x_RhI.float().transpose(0, 1), self._weight_hIO)
+
+
+class FreeGemm:
+    """Products for `fast`."""
+
+    def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct:
+        if out_dtype == torch.bfloat16 and _onednn_has_bf16():
+            return OneDnnLinear(weight_OI)
+        return FreeLinear(weight_OI, out_dtype)
+
+    def heads(self, weight_hIO: Tensor) -> PackedProduct:
+        return FreeHeads(weight_hIO)
+
+
+def _onednn_has_bf16() -> bool:
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
