@@ -158,7 +158,7 @@ class MiniRouter:
             await self.send(name, Cancel(request_id=stream.request_id, attempt=stream.attempt))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-        """Return once `condition()` holds; looks at it after every message. Raises what a worker's messages violated."""
+        """Return once `condition()` holds; looked at after every message. Raises what a message violated."""
         async with asyncio.timeout(timeout_s), self._news:
             while not condition():
                 if self._violation is not None:

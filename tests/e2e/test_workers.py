@@ -1,0 +1,335 @@
+"""Workers as processes, without router and Ray: the same tokens however they are made, and nothing left over."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.processes import ProcessCluster
+from llm_engine.api.config import SECRET_ENV
+from llm_engine.api.messages import Drain, KvSnapshot, SnapshotRequest
+from llm_engine.api.request import FinishReason
+from tests.e2e.mini_router import MiniRouter, Stream
+
+PREFILL, DECODE, AGGREGATED = "prefill-0", "decode-0", "aggregated-0"
+
+Start = Callable[..., AbstractContextManager[ProcessCluster]]
+
+
+def prompts(count: int, *, seed: int = 5, longest: int = 150) -> list[list[int]]:
+    """Byte tokens, several blocks long, a third of them with one shared head."""
+    rng = random.Random(seed)
+    head = rng.choices(range(3, 259), k=longest // 2)
+    made = []
+    for index in range(count):
+        shared = head if index % 3 == 0 else []
+        made.append(shared + rng.choices(range(3, 259), k=rng.randint(1, longest - len(shared))))
+    return made
+
+
+@pytest.fixture(scope="module")
+def start(nano_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    def start(prefill: int = 1, decode: int = 1, aggregated: int = 0, **settings: Any) -> ProcessCluster:
+        config: dict[str, Any] = {
+            "model.path": str(nano_dir),
+            "model.name": "baton",
+            "engine.num_drafts": 1,
+            "kv.memory_mb": 32,
+            "scheduler.max_step_tokens": 64,
+            "worker.heartbeat_s": 0.1,
+        }
+        config |= {key.replace("__", "."): value for key, value in settings.items()}
+        run_dir = tmp_path_factory.mktemp("workers")
+        return ProcessCluster(run_dir, config, prefill=prefill, decode=decode, aggregated=aggregated, router=False)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def pair(start: Start) -> Iterator[ProcessCluster]:
+    """One prefill and one decode worker for the tests that leave them as they were."""
+    with start() as cluster:
+        yield cluster
+
+
+@asynccontextmanager
+async def routing(cluster: ProcessCluster) -> AsyncIterator[MiniRouter]:
+    async with MiniRouter(cluster.env[SECRET_ENV].encode()) as router:
+        for name, info in cluster.infos.items():
+            await router.connect(name, info["request_addr"])
+        yield router
+
+
+def asks(router: MiniRouter, count: int = 18) -> list[Stream]:
+    """Twelve tokens for every prompt; every other one sampled, every fourth with logprobs."""
+    return [
+        router.stream(
+            prompt, max_tokens=12, seed=index, temperature=0.8 * (index % 2), logprobs=None if index % 4 else 2
+        )
+        for index, prompt in enumerate(prompts(count))
+    ]
+
+
+async def answers(router: MiniRouter, to: str, decode: str | None = None, *, at_once: bool) -> list[Stream]:
+    """Serve every ask, together or one after the other."""
+    streams = asks(router)
+    for stream in streams:
+        await router.submit(stream, to, decode)
+        if not at_once:
+            await router.finished(stream)
+    await router.finished(*streams, timeout_s=60.0)
+    return streams
+
+
+def outcomes(streams: list[Stream]) -> list[Any]:
+    return [(s.tokens, s.finish, [entry.logprob for entry in s.logprobs]) for s in streams]
+
+
+@pytest.fixture(scope="module")
+def reference(start: Start) -> list[Any]:
+    """Aggregated, no speculation, no prefix cache, one at a time."""
+
+    async def serve(cluster: ProcessCluster) -> list[Any]:
+        async with routing(cluster) as router:
+            return outcomes(await answers(router, AGGREGATED, at_once=False))
+
+    with start(0, 0, 1, engine__num_drafts=0, kv__prefix_cache=False) as cluster:
+        return asyncio.run(serve(cluster))
+
+
+# -- promise 1: the same tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transport", "drafts"), [("shm", 0), ("shm", 1), ("tcp", 3)], ids=["shm-K0", "shm-K1", "tcp-K3"]
+)
+async def test_handed_over_sequences_have_the_same_tokens_cold_and_warm(
+    transport: str, drafts: int, start: Start, reference: list[Any]
+) -> None:
+    with start(transfer__transport=transport, engine__num_drafts=drafts) as cluster:
+        async with routing(cluster) as router:
+            cold = await answers(router, PREFILL, DECODE, at_once=True)
+            warm = await answers(router, PREFILL, DECODE, at_once=True)
+            await router.clean(PREFILL, DECODE)
+    assert outcomes(cold) == reference
+    assert outcomes(warm) == reference
+    for stream in cold + warm:
+        assert stream.sources == [PREFILL] + [DECODE] * 11  # token 1 comes straight from prefill, and is restated
+        assert len(stream.started) == 1
+        assert stream.started[0].exposed_s <= stream.started[0].handoff_s
+    assert sum(s.started[0].num_bytes for s in warm) < sum(s.started[0].num_bytes for s in cold) / 3
+    assert all(s.cached_tokens[0] > 0 for s in warm if len(s.prompt) > 32)
+
+
+async def test_an_aggregated_worker_has_the_same_tokens(start: Start, reference: list[Any]) -> None:
+    with start(0, 0, 1, engine__num_drafts=1) as cluster:
+        async with routing(cluster) as router:
+            assert outcomes(await answers(router, AGGREGATED, at_once=True)) == reference
+            await router.clean(AGGREGATED)
+
+
+async def test_a_continuation_has_the_same_tokens(pair: ProcessCluster) -> None:
+    """A later attempt starts from prompt and emitted tokens; so does the router after a loss."""
+    async with routing(pair) as router:
+        whole = router.stream(prompts(1)[0], max_tokens=24, temperature=1.0, seed=3)
+        await router.submit(whole, PREFILL, DECODE)
+        await router.finished(whole)
+        part = router.stream(whole.prompt, max_tokens=24, temperature=1.0, seed=3)
+        part.tokens, part.attempt = whole.tokens[:9], 4
+        await router.submit(part, PREFILL, DECODE)
+        await router.finished(part)
+        assert part.tokens == whole.tokens
+        assert len(part.sent) == 15
+
+
+# -- requests that end early ------------------------------------------------------------------------------------------
+
+
+async def test_one_token_needs_no_decode_worker(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        stream = router.stream(prompts(1)[0], max_tokens=1)
+        await router.submit(stream, PREFILL, DECODE)
+        await router.finished(stream)
+        assert (len(stream.tokens), stream.finish, stream.started) == (1, FinishReason.LENGTH, [])
+        await router.clean(PREFILL, DECODE)
+
+
+async def test_a_cancelled_request_leaves_nothing_behind_at_any_stage(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        for stage in range(4):
+            stream = router.stream(prompts(9)[stage] * 4, max_tokens=2000, seed=stage)
+            await router.submit(stream, PREFILL, DECODE)
+            if stage:
+                await router.until(lambda stream=stream, stage=stage: len(stream.tokens) > (stage - 1) * 10)
+            await router.cancel(stream, PREFILL, DECODE)
+            await router.clean(PREFILL, DECODE)
+            assert not stream.finish
+            assert not stream.failures
+
+
+async def test_a_deadline_ends_a_request_on_its_worker(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        stream = router.stream(prompts(1)[0], max_tokens=4000)
+        await router.submit(stream, PREFILL, DECODE, deadline_s=0.5)
+        await router.finished(stream)
+        assert stream.finish is FinishReason.DEADLINE
+        assert 0 < len(stream.tokens) < 4000
+        await router.clean(PREFILL, DECODE)
+
+
+async def test_the_streams_of_a_router_that_vanishes_end(pair: ProcessCluster) -> None:
+    async with routing(pair) as watcher:
+        async with routing(pair) as router:
+            stream = router.stream(prompts(1)[0], max_tokens=4000)
+            await router.submit(stream, PREFILL, DECODE)
+            await router.until(lambda: len(stream.tokens) > 5)
+        await watcher.clean(PREFILL, DECODE)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "to", "decode", "code"),
+    [
+        ([5] * 9000, PREFILL, DECODE, "too_long"),
+        ([5, -1], PREFILL, DECODE, "invalid"),
+        ([5, 100_000], PREFILL, DECODE, "invalid"),
+        ([5, 6], PREFILL, None, "invalid"),
+        ([5, 6], DECODE, DECODE, "invalid"),
+    ],
+    ids=["too-long", "negative", "beyond-vocabulary", "no-decode-worker", "wrong-pool"],
+)
+async def test_a_request_that_cannot_be_served_is_refused_for_good(
+    tokens: list[int], to: str, decode: str | None, code: str, pair: ProcessCluster
+) -> None:
+    async with routing(pair) as router:
+        stream = router.stream(tokens, max_tokens=5)
+        await router.submit(stream, to, decode)
+        failure = await router.failed(stream)
+        assert (failure.code, failure.retryable) == (code, False)
+        await router.clean(PREFILL, DECODE)
+
+
+# -- what routers and operators see -----------------------------------------------------------------------------------
+
+
+async def test_events_and_snapshot_tell_the_same_prefix_cache(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        await router.send(PREFILL, SnapshotRequest())
+        streams = await answers(router, PREFILL, DECODE, at_once=True)
+        assert streams
+        await router.send(PREFILL, SnapshotRequest())
+        await router.until(lambda: sum(isinstance(e, KvSnapshot) for e in router.events.get(PREFILL, [])) == 2)
+        known: set[bytes] = set()
+        seq = -1
+        for event in router.events[PREFILL]:
+            if isinstance(event, KvSnapshot):
+                assert seq in (-1, event.seq)
+                assert seq == -1 or known == set(event.digests)
+                known, seq = set(event.digests), event.seq
+            elif seq >= 0:
+                assert event.seq == seq + 1
+                known, seq = (known | set(event.stored)) - set(event.removed), event.seq
+        assert known
+
+
+async def test_metrics_and_probes_tell_what_happened(pair: ProcessCluster) -> None:
+    before = {name: metrics(pair, name) for name in (PREFILL, DECODE)}
+    async with routing(pair) as router:
+        streams = await answers(router, PREFILL, DECODE, at_once=True)
+        await router.clean(PREFILL, DECODE)
+    prefill, decode = ({k: v - before[n].get(k, 0.0) for k, v in metrics(pair, n).items()} for n in (PREFILL, DECODE))
+    num_prompt = sum(len(s.prompt) for s in streams)
+    assert prefill["baton_tokens_total/in"] == num_prompt
+    assert prefill["baton_tokens_total/out"] == len(streams)
+    assert decode["baton_tokens_total/out"] == sum(len(s.tokens) - 1 for s in streams)
+    hits = prefill["baton_prefix_hit_tokens_total/device"]
+    assert prefill["baton_prefill_computed_tokens_total/"] + hits == num_prompt
+    assert decode["baton_handoff_seconds_count/"] == len(streams)
+    assert decode["baton_handoff_exposed_seconds_count/"] == len(streams)
+    assert decode["baton_handoff_bytes_total/"] == sum(s.started[0].num_bytes for s in streams)
+    assert 0 < decode["baton_accepted_tokens_total/0"] <= decode["baton_draft_tokens_total/0"]
+    for name in (PREFILL, DECODE):
+        assert get(pair, name, "/health").status_code == 200
+        assert get(pair, name, "/ready").status_code == 200
+
+
+def get(cluster: ProcessCluster, name: str, path: str) -> httpx.Response:
+    address: str = cluster.infos[name]["metrics_addr"]
+    return httpx.get(address.removesuffix("/metrics") + path, trust_env=False)
+
+
+def metrics(cluster: ProcessCluster, name: str) -> dict[str, float]:
+    """Samples as name/first label value."""
+    text = get(cluster, name, "/metrics").text
+    return {
+        f"{sample.name}/{next(iter(sample.labels.values()), '')}": sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+# -- leaving ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_drained_worker_finishes_its_streams_and_refuses_new_ones(start: Start) -> None:
+    with start() as cluster:
+        async with routing(cluster) as router:
+            running = [router.stream(prompt, max_tokens=150) for prompt in prompts(4)]
+            for stream in running:
+                await router.submit(stream, PREFILL, DECODE)
+            await router.until(lambda: all(len(s.tokens) > 2 for s in running))
+            for name in (DECODE, PREFILL):
+                cluster.kill(name, signal.SIGTERM)
+            await router.until(lambda: router.loads[PREFILL].draining and router.loads[DECODE].draining)
+            await router.finished(*running)
+            assert all(len(s.tokens) == 150 for s in running)
+            assert [cluster.children[name].process.wait(10) for name in (DECODE, PREFILL)] == [0, 0]
+
+
+async def test_a_draining_worker_hands_new_work_back(start: Start) -> None:
+    with start() as cluster:
+        async with routing(cluster) as router:
+            await router.send(DECODE, Drain())
+            await router.until(lambda: router.loads[DECODE].draining)
+            refused = router.stream(prompts(1)[0], max_tokens=5)
+            await router.submit(refused, PREFILL, DECODE)
+            failure = await router.failed(refused)
+            assert (failure.code, failure.retryable) == ("handoff", True)
+            await router.send(PREFILL, Drain())
+            late = router.stream(prompts(1)[0], max_tokens=5)
+            await router.submit(late, PREFILL, DECODE)
+            failure = await router.failed(late)
+            assert (failure.code, failure.retryable) == ("draining", True)
+            assert get(cluster, PREFILL, "/ready").text == "draining\n"
+
+
+async def test_a_drain_that_takes_too_long_hands_running_streams_back(start: Start) -> None:
+    with start(worker__drain_timeout_s=0.3) as cluster:
+        async with routing(cluster) as router:
+            stream = router.stream(prompts(1)[0], max_tokens=4000)
+            await router.submit(stream, PREFILL, DECODE)
+            await router.until(lambda: len(stream.tokens) > 5)
+            cluster.kill(DECODE, signal.SIGTERM)
+            failure = await router.failed(stream)
+            assert (failure.code, failure.retryable) == ("draining", True)
+            assert cluster.children[DECODE].process.wait(10) == 0
+            await router.clean(PREFILL)
+
+
+async def test_an_interrupt_leaves_at_once_and_tells_the_router(start: Start) -> None:
+    with start() as cluster:
+        async with routing(cluster) as router:
+            stream = router.stream(prompts(1)[0], max_tokens=4000)
+            await router.submit(stream, PREFILL, DECODE)
+            await router.until(lambda: len(stream.tokens) > 5)
+            cluster.kill(DECODE, signal.SIGINT)
+            assert (await router.failed(stream)).retryable
+            assert cluster.children[DECODE].process.wait(5) == 130

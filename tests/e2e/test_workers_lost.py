@@ -1,0 +1,169 @@
+"""Workers that die or stand still: what the survivors keep, what they free, and the text that goes on elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.processes import ProcessCluster
+from tests.e2e.mini_router import MiniRouter, Stream
+from tests.e2e.test_workers import prompts, routing
+
+P0, P1, D0, D1 = "prefill-0", "prefill-1", "decode-0", "decode-1"
+LONG = prompts(1, seed=9, longest=400)[0] * 6
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def cluster(request: pytest.FixtureRequest, nano_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    settings: dict[str, Any] = {
+        "model.path": str(nano_dir),
+        "model.name": "baton",
+        "kv.memory_mb": 32,
+        "scheduler.max_step_tokens": 16,  # prefill in many small steps: time to die in the middle
+        "transfer.transport": request.param,
+        "transfer.grant_timeout_s": 2.0,
+        "transfer.commit_timeout_s": 2.0,
+        "worker.heartbeat_s": 0.1,
+    }
+    with ProcessCluster(tmp_path_factory.mktemp("lost"), settings, prefill=2, decode=2, router=False) as running:
+        yield running
+
+
+async def undisturbed(router: MiniRouter, prompt: list[int], **sampling: Any) -> Stream:
+    stream = router.stream(prompt, **sampling)
+    await router.submit(stream, P0, D0)
+    await router.finished(stream)
+    return stream
+
+
+async def restart(cluster: ProcessCluster, router: MiniRouter, name: str) -> None:
+    await router.disconnect(name)
+    cluster.restart(name)
+    await router.connect(name, cluster.infos[name]["request_addr"])
+
+
+def open_files(cluster: ProcessCluster, name: str) -> int:
+    return len(os.listdir(f"/proc/{cluster.children[name].pid}/fd"))
+
+
+async def test_a_prefill_worker_killed_while_computing(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+        whole = await undisturbed(router, LONG, max_tokens=20, seed=1, temperature=1.0)
+        prompt = LONG[1:]  # not cached
+        stream = router.stream(prompt, max_tokens=20, seed=1, temperature=1.0)
+        await router.submit(stream, P1, D0)
+        await router.until(lambda: router.loads[D0].blocks_leased > 0)
+        cluster.kill(P1)
+        assert stream.tokens == []
+        await router.clean(D0)  # the lease is revoked, its writer proven dead, its blocks free again
+        await router.submit(stream, P0, D0)
+        await router.finished(stream)
+        again = await undisturbed(router, prompt, max_tokens=20, seed=1, temperature=1.0)
+        assert stream.tokens == again.tokens
+        assert len(whole.tokens) == 20
+        await restart(cluster, router, P1)
+        await router.clean(P0, P1, D0)
+
+
+async def test_a_decode_worker_killed_while_decoding(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+        whole = await undisturbed(router, prompts(1)[0], max_tokens=600, seed=2, temperature=1.0)
+        stream = router.stream(whole.prompt, max_tokens=600, seed=2, temperature=1.0)
+        await router.submit(stream, P0, D1)
+        await router.until(lambda: len(stream.tokens) > 40)
+        cluster.kill(D1)
+        cluster.children[D1].process.wait(10)
+        await router.submit(stream, P0, D0)
+        await router.finished(stream)
+        assert stream.tokens == whole.tokens
+        assert set(stream.sources[1:]) == {D0, D1, P0}
+        await restart(cluster, router, D1)
+        await router.clean(P0, D0, D1)
+
+
+async def test_a_decode_worker_killed_during_the_handoff(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+        prompt = LONG[2:]
+        stream = router.stream(prompt, max_tokens=20, seed=3, temperature=1.0)
+        await router.submit(stream, P0, D1)
+        await router.until(lambda: router.loads[D1].blocks_leased > 0)
+        cluster.kill(D1)
+        failure = await router.failed(stream)
+        assert (failure.code, failure.retryable) == ("handoff", True)
+        await router.clean(P0)
+        await router.submit(stream, P0, D0)
+        await router.finished(stream)
+        whole = await undisturbed(router, prompt, max_tokens=20, seed=3, temperature=1.0)
+        assert stream.tokens == whole.tokens
+        await restart(cluster, router, D1)
+        await router.clean(P0, D0, D1)
+
+
+async def test_a_decode_worker_that_stands_still_and_comes_back(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+        whole = await undisturbed(router, prompts(1)[0], max_tokens=600, seed=4, temperature=1.0)
+        stream = router.stream(whole.prompt, max_tokens=600, seed=4, temperature=1.0)
+        await router.submit(stream, P0, D1)
+        await router.until(lambda: len(stream.tokens) > 20)
+        cluster.kill(D1, signal.SIGSTOP)
+        seen = router.loads[D1].seq
+        await router.submit(stream, P0, D0)
+        old_attempt = stream.attempt - 1
+        await router.finished(stream)
+        assert stream.tokens == whole.tokens
+        cluster.kill(D1, signal.SIGCONT)
+        await router.until(lambda: router.loads[D1].seq > seen)
+        stream.attempt = old_attempt
+        await router.cancel(stream, D1)
+        await router.clean(P0, D0, D1)
+
+
+async def test_a_prefill_worker_that_stands_still_loses_its_lease(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+        prompt = LONG[3:]
+        stream = router.stream(prompt, max_tokens=20, seed=5, temperature=1.0)
+        await router.submit(stream, P1, D0)
+        await router.until(lambda: router.loads[D0].blocks_leased > 0)
+        cluster.kill(P1, signal.SIGSTOP)
+        await router.cancel(stream, D0)
+        await router.until(lambda: router.loads[D0].blocks_leased == 0)
+        await router.submit(stream, P0, D0)
+        await router.finished(stream)
+        assert set(stream.sources) == {P0, D0}
+        cluster.kill(P1, signal.SIGCONT)
+        await router.clean(P0, P1, D0)
+        whole = await undisturbed(router, prompt, max_tokens=20, seed=5, temperature=1.0)
+        assert stream.tokens == whole.tokens
+
+
+async def test_files_and_threads_do_not_pile_up(cluster: ProcessCluster) -> None:
+    async with routing(cluster) as router:
+
+        async def serve(count: int) -> None:
+            streams = [router.stream(prompt, max_tokens=4) for prompt in prompts(count, seed=count)]
+            for index, stream in enumerate(streams):
+                await router.submit(stream, (P0, P1)[index % 2], (D0, D1)[index // 2 % 2])
+            await router.finished(*streams)
+            await router.clean(P0, P1, D0, D1)
+
+        await serve(8)
+        survivors = (P0, D0)
+        before = {name: (open_files(cluster, name), threads(cluster, name)) for name in survivors}
+        for round_number in range(3):
+            for name in (P1, D1):
+                cluster.kill(name)
+                await restart(cluster, router, name)
+            await serve(8 + round_number)
+        deadline = time.monotonic() + 10.0
+        while {name: (open_files(cluster, name), threads(cluster, name)) for name in survivors} != before:
+            assert time.monotonic() < deadline, "descriptors or threads of dead peers are still open"
+            await serve(1)
+
+
+def threads(cluster: ProcessCluster, name: str) -> int:
+    return len(os.listdir(f"/proc/{cluster.children[name].pid}/task"))
