@@ -1,0 +1,211 @@
+"""The controller: one Ray actor that holds a cluster at its desired size and tells routers who its members are.
+
+Its own loss costs nothing: workers and router are detached actors that a restarted controller finds by name, the
+desired state is in the run directory, and it listens on the same ports again. No token passes through it.
+
+    control channel ── scale, drain ──▶ desired.json ──▶ plan() ──▶ Fleet: one task per worker
+                                                                       │ reports
+    routers ◀── membership feed, on change and every period ───────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import urllib.request
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import tomli_w
+import zmq.asyncio
+
+from deploy import desired
+from deploy.actors import RouterReport
+from deploy.control import (
+    ClusterStatus,
+    ControlRequest,
+    ControlServer,
+    DrainWorker,
+    GetStatus,
+    PoolStatus,
+    Reply,
+    RouterStatus,
+    ScalePool,
+    StopCluster,
+)
+from deploy.feed import MembershipFeed
+from deploy.fleet import RESTART_PAUSE_S, Fleet, Launch, one_line, wait_event
+from deploy.rundir import ControlRecord, RunDir
+from llm_engine.api.config import ClusterConfig, cluster_key
+from llm_engine.api.errors import ServingError
+
+_log = logging.getLogger(__name__)
+
+_ROUTER_GRACE_S = 3.0
+_STOP_S = 10.0
+_PROBE_S = 1.0
+
+
+class RouterHandle(Protocol):
+    """The router's actor, as the controller uses it."""
+
+    def run(self) -> asyncio.Future[None]: ...
+
+    def report(self) -> asyncio.Future[RouterReport]: ...
+
+    def stop(self, grace_s: float) -> asyncio.Future[None]: ...
+
+    def kill(self, *, restart: bool) -> None: ...
+
+
+class Controller:
+    """Reconciles until `StopCluster`. Built and run on one asyncio loop."""
+
+    def __init__(
+        self, config: ClusterConfig, run_dir: RunDir, launch_worker: Launch, launch_router: Callable[[], RouterHandle]
+    ) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._launch_router = launch_router
+        self._fleet = Fleet(config, launch_worker)
+        self._desired = run_dir.desired() or desired.initial(config.pools)
+        self._router = RouterStatus()
+        self._router_handle: RouterHandle | None = None
+        self._tending: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    async def run(self, existing: tuple[str, ...] = ()) -> None:
+        """Serve until stopped. `existing`: workers that a controller before this one has started."""
+        context = zmq.asyncio.Context()
+        key = cluster_key()
+        control, feed = ControlServer(context, key, self._handle), MembershipFeed(context, key)
+        try:
+            self._listen(control, feed)
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(coroutine)
+                    for coroutine in (control.run(), self._publish(feed), self._keep_router(), self._reconcile(tasks))
+                ]
+                running.extend(tasks.create_task(self._fleet.add(name)) for name in existing)
+                await self._stopping.wait()
+                await self._stop()
+                for task in (*running, *self._tending):
+                    task.cancel()
+        finally:
+            control.close()
+            feed.close()
+            context.term()
+
+    def _listen(self, control: ControlServer, feed: MembershipFeed) -> None:
+        known, host = self._run_dir.control(), self._config.controller.host
+        ports = self._config.controller.control_port or "*", self._config.controller.feed_port or "*"
+        record = ControlRecord(
+            control_addr=control.bind(known.control_addr if known else f"tcp://{host}:{ports[0]}"),
+            feed_addr=feed.bind(known.feed_addr if known else f"tcp://{host}:{ports[1]}"),
+        )
+        router = self._config.router.model_copy(update={"membership": record.feed_addr, "workers": ()})
+        self._config = self._config.model_copy(update={"router": router})
+        tree = self._config.model_dump(mode="json", exclude_none=True)
+        self._run_dir.config.write_text(tomli_w.dumps(tree), encoding="utf-8")
+        self._run_dir.write(record)
+
+    async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            self._wake.clear()
+            steps = desired.plan(self._desired, self._fleet.present())
+            for name in steps.drain:
+                self._fleet.drain(name, self._config.worker.drain_timeout_s)
+            for _, name in steps.start:
+                task = tasks.create_task(self._fleet.add(name))
+                self._tending.add(task)
+                task.add_done_callback(self._tending.discard)
+            await wait_event(self._wake, self._config.controller.period_s)
+
+    async def _publish(self, feed: MembershipFeed) -> None:
+        while True:
+            self._fleet.changed.clear()
+            await feed.publish(self._fleet.members())
+            await wait_event(self._fleet.changed, self._config.controller.period_s)
+
+    async def _keep_router(self) -> None:
+        pauses = 0
+        while not self._stopping.is_set():
+            handle = self._router_handle = self._launch_router()
+            run = asyncio.ensure_future(handle.run())
+            while not run.done():
+                await self._look_at_router(handle, run)
+            self._router = RouterStatus(error=one_line(exc) if (exc := run.exception()) else "")
+            if self._stopping.is_set():
+                return
+            _log.error("the router failed: %s", self._router.error)
+            handle.kill(restart=False)
+            await asyncio.sleep(RESTART_PAUSE_S[min(pauses, len(RESTART_PAUSE_S) - 1)])
+            pauses += 1
+
+    async def _look_at_router(self, handle: RouterHandle, run: asyncio.Future[None]) -> None:
+        period_s = self._config.controller.period_s
+        report = asyncio.ensure_future(handle.report())
+        outstanding: set[asyncio.Future[Any]] = {run, report}
+        await asyncio.wait(outstanding, return_when=asyncio.FIRST_COMPLETED)
+        if not report.done() or report.exception() is not None:
+            return
+        said = report.result()
+        url = f"http://{self._config.router.host}:{said.port or self._config.router.port}"
+        ready = said.pid != 0 and await asyncio.to_thread(answers, f"{url}/ready")
+        self._router = RouterStatus(url=url, pid=said.pid, restarts=said.restarts, ready=ready)
+        await asyncio.wait({run}, timeout=period_s if ready else period_s / 4)
+
+    async def _handle(self, request: ControlRequest) -> Reply:
+        error = ""
+        try:
+            match request:
+                case GetStatus():
+                    pass
+                case ScalePool(pool=pool, replicas=replicas):
+                    self._desired = desired.scaled(self._desired, pool, replicas)
+                    self._run_dir.write(self._desired)
+                    self._wake.set()
+                case DrainWorker(worker=name):
+                    if not self._fleet.has(name):
+                        raise ServingError(f"no worker is called {name!r}: `baton status` lists them")
+                    self._fleet.drain(name, self._config.worker.drain_timeout_s)
+                    self._wake.set()
+                case StopCluster():
+                    self._stopping.set()
+        except ServingError as exc:
+            error = str(exc)
+        return Reply(status=self.status(), error=error)
+
+    def status(self) -> ClusterStatus:
+        """The cluster now."""
+        pools = {
+            pool: PoolStatus(desired=wanted, ready=self._fleet.ready(pool))
+            for pool, wanted in self._desired.items()
+            if wanted or self._fleet.ready(pool)
+        }
+        return ClusterStatus(
+            ready=self._router.ready and all(pool.ready >= pool.desired for pool in pools.values()),
+            model=self._config.model.served_name,
+            router=self._router,
+            pools=pools,
+            workers=self._fleet.status(),
+        )
+
+    async def _stop(self) -> None:
+        """The router first, so that clients see an end instead of retries; then the workers."""
+        self._desired = dict.fromkeys(self._desired, 0)
+        if self._router_handle is not None:
+            await asyncio.wait({self._router_handle.stop(_ROUTER_GRACE_S)}, timeout=_ROUTER_GRACE_S + 1.0)
+        for worker in self._fleet.present():
+            self._fleet.drain(worker.name, 0.0)
+        await self._fleet.emptied(_STOP_S)
+
+
+def answers(url: str) -> bool:
+    """A GET of `url` gives 200 within a second."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_PROBE_S) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,156 @@
+"""Ray on this machine: started and stopped with the cluster, bound to loopback, closed to other users.
+
+Ray 2.60 binds every listener to the node's address, or to all interfaces, and replaces 127.0.0.1 by the machine's own
+address. Only the switch it ships for desktop systems (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0: "local only") keeps every
+socket on loopback; it is read when ray is imported. Token authentication, with a token derived from the cluster's
+secret, keeps other users of the machine out. Both reach Ray's processes through the environment, never a command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from deploy.actors import RouterActor, WorkerActor, redirect_output
+from deploy.desired import pool_of
+from llm_engine.api.config import SECRET_ENV, ClusterConfig
+from llm_engine.api.errors import ServingError
+
+NAMESPACE = "baton"
+CONTROLLER = "controller"
+ROUTER = "router"
+_WORKER_PREFIX = "worker:"
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no object of ours is ever put there
+
+
+def set_environment(secret: str) -> None:
+    """Prepare this process and all that it starts. Call before ray is imported."""
+    token = hashlib.blake2b(secret.encode(), digest_size=32, person=b"ray-token").hexdigest()
+    os.environ.update(
+        {
+            SECRET_ENV: secret,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "AUTOSCALER_METRIC_PORT": "0",  # fixed ports otherwise: two clusters on one machine would collide
+            "DASHBOARD_METRIC_PORT": "0",
+        }
+    )
+    for name in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        os.environ.pop(name, None)  # another cluster of the user's must not be joined
+
+
+def start(ray_dir: Path) -> None:
+    """Start Ray with its files under `ray_dir`. Its processes die with this thread."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(ray_dir),
+        )
+    except (RuntimeError, ConnectionError, OSError, ValueError) as exc:
+        raise ServingError(f"Ray does not start: {' '.join(str(exc).split())}") from exc
+
+
+def stop() -> None:
+    """End every process of the Ray that this process started."""
+    import ray
+
+    ray.shutdown()
+
+
+def start_controller(config: ClusterConfig, run_dir: Path) -> Any:
+    """Create the controller; returns a concurrent future that ends when the controller has stopped, or broken."""
+    import ray
+
+    options = _actor_options(CONTROLLER, num_cpus=0)
+    actor: Any = ray.remote(ControllerActor).options(**options).remote(config.model_dump_json(), str(run_dir))
+    return actor.run.remote().future()
+
+
+class ControllerActor:
+    """The controller in its Ray process."""
+
+    def __init__(self, config_json: str, run_dir: str) -> None:
+        redirect_output(Path(run_dir) / "logs" / "controller.log")
+        self._config = ClusterConfig.model_validate_json(config_json)
+        self._run_dir = Path(run_dir)
+
+    async def run(self) -> None:
+        """Reconcile until stopped."""
+        from deploy.controller import Controller
+        from deploy.rundir import RunDir
+
+        controller = Controller(self._config, RunDir(self._run_dir), self._launch_worker, self._launch_router)
+        await controller.run(_living_workers())
+
+    def _launch_worker(self, name: str) -> RayHandle:
+        pool = getattr(self._config.pools, pool_of(name))
+        options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, resources=dict(pool.resources))
+        return RayHandle(WorkerActor, options, self._config.model_dump_json(), pool_of(name), name, self._log(name))
+
+    def _launch_router(self) -> RayHandle:
+        config_file = str(self._run_dir / "config.toml")
+        return RayHandle(RouterActor, _actor_options(ROUTER, num_cpus=0), config_file, self._log(ROUTER))
+
+    def _log(self, name: str) -> str:
+        return str(self._run_dir / "logs" / f"{name}.log")
+
+
+class RayHandle:
+    """A named actor: the living one of that name, or a new one. Results are futures of the running loop."""
+
+    def __init__(self, kind: type[WorkerActor | RouterActor], options: dict[str, Any], *args: str) -> None:
+        import ray
+
+        self._actor: Any = ray.remote(kind).options(**options).remote(*args)
+
+    def run(self) -> asyncio.Future[None]:
+        return _future(self._actor.run.remote())
+
+    def report(self) -> asyncio.Future[Any]:
+        return _future(self._actor.report.remote())
+
+    def stop(self, limit_s: float) -> asyncio.Future[None]:
+        return _future(self._actor.stop.remote(limit_s))
+
+    def kill(self, *, restart: bool) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=not restart)
+
+
+def _future(reference: Any) -> asyncio.Future[Any]:
+    """A Ray object reference as a future of the running loop."""
+    future: asyncio.Future[Any] = asyncio.ensure_future(reference)
+    return future
+
+
+def _actor_options(name: str, **resources: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        **resources,
+    }
+
+
+def _living_workers() -> tuple[str, ...]:
+    from ray.util import list_named_actors
+
+    names = [entry["name"] for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
+    return tuple(name.removeprefix(_WORKER_PREFIX) for name in names if name.startswith(_WORKER_PREFIX))
