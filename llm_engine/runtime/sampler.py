@@ -199,7 +199,8 @@ class _Edits:
         self._params: SamplingParams = params
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-        self._stop_ids = torch.tensor(sorted(seq.stop_ids), dtype=torch.int64, device=device)
+        stop_ids = sorted(token for token in seq.stop_ids if 0 <= token < vocab_size)
+        self._stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         penalised = bool(params.presence_penalty or params.frequency_penalty)
         self._counts_V = torch.zeros(vocab_size, dtype=torch.float32, device=device) if penalised else None
         self._num_counted = 0  # output tokens in `_counts_V`
