@@ -10,7 +10,7 @@ from llm_engine.api.hashing import chain_digests, root_digest
 from llm_engine.api.messages import KvEvents, KvSnapshot, Submit
 from llm_engine.api.request import FinishReason, TokenLogprobs, pack_tokens, unpack_tokens
 
-VOCAB = 4096
+VOCAB = 256  # ids that every checkpoint has
 _STRIDE = 2654435761
 
 

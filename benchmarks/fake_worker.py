@@ -175,7 +175,7 @@ class FakeWorker:
             case Drain():
                 self._draining = True
             case SnapshotRequest():
-                for router_id in self._routers:
+                for router_id in list(self._routers):
                     self._send(router_id, self._cache.snapshot())
 
     def _submit(self, submit: Submit) -> None:
@@ -295,7 +295,7 @@ class FakeWorker:
         self._writing.expire(now)
         self._receiving.expire(now)
         load = self._load()
-        for router_id in self._routers:
+        for router_id in list(self._routers):
             self._send(router_id, load)
 
     def _load(self) -> Load:
@@ -331,7 +331,7 @@ class FakeWorker:
         if self.settings.swallow_kv_events > 0:
             self.settings.swallow_kv_events -= 1
             return
-        for router_id in self._routers:
+        for router_id in list(self._routers):
             self._send(router_id, events)
 
     def _deltas(self, router_id: str, items: list[TokenDelta]) -> None:

@@ -34,13 +34,17 @@ RECENT_REQUESTS = 20  # timelines shown in the status
 
 
 class ClusterDispatcher:
-    """Implements `router.dispatch_api.Dispatcher`. Construct on the running event loop, keep `run()` running."""
+    """Implements `router.dispatch_api.Dispatcher`. Construct on the running event loop, keep `run()` running.
+
+    `context_len` and `eos_ids` come from the checkpoint: its longest context and the tokens that end a sequence.
+    """
 
     def __init__(
         self,
         config: ClusterConfig,
         key: bytes,
         *,
+        context_len: int | None = None,
         eos_ids: frozenset[int] = frozenset(),
         metrics: RouterMetrics | None = None,
         policy: Policy = cheapest_pair,
@@ -52,6 +56,7 @@ class ClusterDispatcher:
         self.metrics = metrics or RouterMetrics()
         self._clock = clock
         self._started = clock()
+        self._context_len = context_len
         loop = asyncio.get_running_loop()
         self._plane = Plane(key, self.router_id, loop)
         self.membership = Membership(
@@ -97,8 +102,8 @@ class ClusterDispatcher:
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence that the known workers can hold, at most the configured length; 0: nothing is known."""
-        bounds = (self._placer.longest_sequence(), self.config.model.max_len)
+        """The longest sequence that the model and the known workers can hold, at most the configured length."""
+        bounds = (self._placer.longest_sequence(), self.config.model.max_len, self._context_len)
         return min((bound for bound in bounds if bound is not None), default=0)
 
     def ready(self) -> bool:

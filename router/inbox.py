@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from llm_engine.api.errors import DeadlineExceeded, PromptTooLong, ServingError
+from llm_engine.api.errors import DeadlineExceeded, PromptTooLong, RequestError, ServingError
 from llm_engine.api.messages import Deltas, Failed, Started
 from llm_engine.api.request import TokenDelta
 from router.flight import Flight, Phase
@@ -16,8 +16,14 @@ from router.worker import Worker, WorkMessage
 
 logger = logging.getLogger(__name__)
 
-_ERRORS: Mapping[str, type[ServingError]] = {"too_long": PromptTooLong, "deadline": DeadlineExceeded}
-_CODES = frozenset({"full", "handoff", "preempted", "draining", "deadline", "too_long", "internal"})
+_ERRORS: Mapping[str, type[ServingError]] = {
+    "too_long": PromptTooLong,
+    "invalid": RequestError,
+    "deadline": DeadlineExceeded,
+}
+_CODES = frozenset(
+    {"full", "handoff", "preempted", "draining", "deadline", "too_long", "stale", "invalid", "router", "internal"}
+)
 
 
 class Inbox:

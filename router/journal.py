@@ -126,9 +126,8 @@ class Journal(msgspec.Struct, kw_only=True):
         if not self.output:
             return None
         last, sampling = self.output[-1], self.sampling
-        ends = last in sampling.stop_token_ids or (last in eos_ids and not sampling.ignore_eos)
-        if ends and len(self.output) >= sampling.min_tokens:
-            return FinishReason.STOP
+        if last in sampling.stop_token_ids or (last in eos_ids and not sampling.ignore_eos):
+            return FinishReason.STOP  # never drawn before min_tokens
         return FinishReason.LENGTH if self.num_left <= 0 else None
 
     def tokens(self) -> list[int]:

@@ -102,6 +102,7 @@ class RouterConfig(Section):
     max_inflight: int = Field(1024, ge=1)
     max_queued: int = Field(1024, ge=0)
     queue_timeout_s: float = Field(30.0, gt=0)
+    drain_timeout_s: float = Field(2.0, ge=0)  # SIGTERM: open requests get this long to finish
     request_timeout_s: float = Field(600.0, gt=0)
     max_attempts: int = Field(64, ge=1)
     max_body_bytes: int = Field(16 << 20, ge=1024)

@@ -1,0 +1,7 @@
+"""`python -m router --config FILE`."""
+
+import sys
+
+from router.main import main
+
+sys.exit(main())
