@@ -1,6 +1,6 @@
 """Handshake of a data connection: both ends prove that they hold the cluster key before anything else is read.
 
-    writer   → Greeting{who, which region, nonce}
+    writer   → Greeting{which pairing, which region, nonce}
     receiver → Challenge{nonce, proof over both nonces and the greeting}
     writer   → Answer{proof}
     receiver → Verdict
@@ -33,12 +33,11 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):
-    """Who connects, to which memory."""
+    """Which pairing (`Connected.ticket`) connects, to which memory."""
 
     version: int
     transport: str
-    name: str
-    incarnation: str
+    ticket: str
     region: str
     nonce: bytes
 
@@ -71,13 +70,12 @@ class Handshake:
         self._key = key
         self._deadline = time.monotonic() + timeout_s
 
-    def introduce(self, *, transport: str, name: str, incarnation: str, region: str) -> None:
+    def introduce(self, *, transport: str, ticket: str, region: str) -> None:
         """Writer's part. Raises TransferError when refused, ProtocolError when the other end does not hold the key."""
         greeting = Greeting(
             version=DATA_VERSION,
             transport=transport,
-            name=name,
-            incarnation=incarnation,
+            ticket=ticket,
             region=region,
             nonce=secrets.token_bytes(_NONCE_BYTES),
         )

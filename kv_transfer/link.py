@@ -65,6 +65,11 @@ class Inlet(Protocol):
 
     transport: str
 
+    @property
+    def late_bytes(self) -> int:
+        """Bytes that arrived for leases that were over; none of them was stored."""
+        ...
+
     def offer(self) -> LinkOffer:
         """How a writer reaches this inlet."""
         ...

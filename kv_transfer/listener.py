@@ -26,7 +26,7 @@ def next_connection() -> int:
 class Events(Protocol):
     """What an inlet tells its owner, from its own threads."""
 
-    def connected(self, connection: int, transport: str, name: str, incarnation: str) -> str | None:
+    def connected(self, connection: int, transport: str, ticket: str) -> str | None:
         """An authentic writer is here; a text refuses it. Returns once the owner knows the connection."""
         ...
 
@@ -139,7 +139,7 @@ class Listener:
             with contextlib.suppress(OSError):
                 handshake.conclude(Verdict(ok=False, reason="not authentic"))
             return False
-        refusal = self._events.connected(connection, self.transport, greeting.name, greeting.incarnation)
+        refusal = self._events.connected(connection, self.transport, greeting.ticket)
         if refusal is not None:
             self._events.refused("peer")
             with contextlib.suppress(OSError):

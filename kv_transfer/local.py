@@ -56,18 +56,12 @@ class LocalLink:
 
     @classmethod
     def connect(
-        cls,
-        network: LocalNetwork,
-        *,
-        name: str,
-        incarnation: str,
-        region: str,
-        on_lost: Callable[[TransferError], None],
+        cls, network: LocalNetwork, *, ticket: str, region: str, on_lost: Callable[[TransferError], None]
     ) -> LocalLink:
         """Find the inlet and make the connection known to it. Raises TransferError."""
         inlet = network.find(region)
         link = cls(inlet, next_connection(), on_lost)
-        inlet.attach(link, link._connection, name, incarnation)
+        inlet.attach(link, link._connection, ticket)
         return link
 
     def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
@@ -101,8 +95,13 @@ class LocalInlet:
         self._network = network
         self._lock = threading.Lock()
         self._links: dict[int, LocalLink] = {}
-        self.late_bytes = 0
+        self._late = 0
         network.add(self)
+
+    @property
+    def late_bytes(self) -> int:
+        """See Inlet."""
+        return self._late
 
     def offer(self) -> LinkOffer:
         """Reachable through the shared LocalNetwork only."""
@@ -130,9 +129,9 @@ class LocalInlet:
         for link in links.values():
             link.lost(TransferError("local link closed by the receiver"))
 
-    def attach(self, link: LocalLink, connection: int, name: str, incarnation: str) -> None:
+    def attach(self, link: LocalLink, connection: int, ticket: str) -> None:
         """A writer connects. Raises TransferError when the owner refuses it."""
-        if refusal := self._events.connected(connection, "local", name, incarnation):
+        if refusal := self._events.connected(connection, "local", ticket):
             raise TransferError(f"local connection refused: {refusal}")
         with self._lock:
             self._links[connection] = link
@@ -148,7 +147,7 @@ class LocalInlet:
         """Copy one piece if the lease is open for this connection; silently drop it otherwise, as a network would."""
         door = self._doors.find(lease, connection)
         if door is None:
-            self.late_bytes += len(data)
+            self._late += len(data)
             return
         cells = self._doors.check(door, [(target, len(data))])
         with door.lock:
@@ -156,7 +155,7 @@ class LocalInlet:
             if memory is None:
                 raise TransferError("local link closed by the receiver")
             if not door.is_open:
-                self.late_bytes += len(data)
+                self._late += len(data)
                 return
             np.copyto(np.frombuffer(memory[target : target + len(data)], np.uint8), np.frombuffer(data, np.uint8))
         door.record(cells, len(data))

@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Generic
 
+import zmq.asyncio
+
+from kv_transfer.control import Socket, bind_router, post
+from kv_transfer.host import host_id
+from kv_transfer.intake import Intakes
+from kv_transfer.layout import check_layout
+from kv_transfer.link import Inlet
+from kv_transfer.local import LocalInlet, LocalNetwork
 from kv_transfer.memory import Arena
-from kv_transfer.metrics import HandoffReport, ReceiverStats
+from kv_transfer.metrics import ReceiverStats, Tally
+from kv_transfer.pairs import Pair, Pairs
+from kv_transfer.reserver import BlockReserver, R, ReservedBlocks
+from kv_transfer.shm import ShmInlet
+from kv_transfer.tcp import TcpInlet
 from llm_engine.api.config import TransferConfig
-from llm_engine.api.handoff import FirstToken, KvLayout
-from llm_engine.api.messages import Submit, WorkerInfo
+from llm_engine.api.errors import ConfigError, ProtocolError, TransferError
+from llm_engine.api.handoff import (
+    Commit,
+    Connect,
+    Fenced,
+    KvLayout,
+    Offer,
+    Probe,
+    ProbeCommit,
+    Withdraw,
+    WriterMessage,
+)
+from llm_engine.api.messages import Codec, Message, WorkerInfo
+
+__all__ = ["BlockReserver", "HandoffServer", "ReservedBlocks"]
+
+_LOOP_ANSWER_S = 5.0
 
 
-class ReservedBlocks(Protocol):
-    """What a reservation tells the hand-off. The object itself is handed back to the reserver unchanged."""
-
-    @property
-    def have_tokens(self) -> int:
-        """Tokens found in the own prefix cache (pinned by the reservation): a multiple of block_tokens."""
-        ...
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """Blocks that receive tokens [have_tokens, num_tokens), in order; each is in this reservation alone."""
-        ...
-
-
-R = TypeVar("R", bound=ReservedBlocks)
-
-
-class BlockReserver(Protocol[R]):
-    """The decode worker's blocks, as the hand-off sees them. A reservation ends in exactly one of: `admit` returning,
-    `release`, or `quarantine` followed (perhaps much later) by `free`. The three plain methods must not block; they and
-    the coroutines must take effect in the order of their calls."""
-
-    async def reserve(self, submit: Submit, num_tokens: int) -> R | None:
-        """Match the own prefix cache and take the missing blocks. None: no blocks now (the offer waits).
-
-        Raises PromptTooLong or another ServingError when this worker can never take the request.
-        """
-        ...
-
-    async def reserve_probe(self) -> R | None:
-        """One block for a canary (have_tokens = 0), or None when there is none to spare."""
-        ...
-
-    async def admit(self, submit: Submit, reservation: R, first: FirstToken, report: HandoffReport) -> None:
-        """Every block is verified: make the sequence schedulable.
-
-        Takes the reservation over by returning; if it raises ServingError the hand-off is rejected and `release` follows.
-        """
-        ...
-
-    def release(self, reservation: R) -> None:
-        """Nobody can write into the blocks (any more): they are free now."""
-        ...
-
-    def quarantine(self, reservation: R) -> None:
-        """The lease is revoked but its writer may still be writing: the blocks must not be used until `free`."""
-        ...
-
-    def free(self, reservation: R) -> None:
-        """End of quarantine: the writer is proven stopped."""
-        ...
+class _Closing(Exception):
+    """Ends the task group of `run` in order."""
 
 
 class HandoffServer(Generic[R]):
@@ -79,37 +62,212 @@ class HandoffServer(Generic[R]):
         layout: KvLayout,
         arena: Arena,
         reserver: BlockReserver[R],
+        network: LocalNetwork | None = None,
     ) -> None:
-        """`arena` must hold `layout.arena_bytes`; the shm transport needs it shared. Raises ConfigError otherwise."""
-        raise NotImplementedError
+        """`arena` must hold the layout; the shm transport needs it shared. `network`: for transport `local`.
+
+        Raises LayoutMismatch when the layout does not fit.
+        """
+        check_layout(layout, arena.num_bytes)
+        self._config = config
+        self._key = key
+        self._layout = layout
+        self._arena = arena
+        self._network = network
+        self._codec: Codec[WriterMessage] = Codec(key, WriterMessage)
+        self._tally = Tally()
+        self._inlets: dict[str, Inlet] = {}
+        self._refused: Counter[str] = Counter()
+        self._pairs = Pairs(layout, arena.region, self._inlets)
+        self._intakes = Intakes(
+            config=config,
+            layout=layout,
+            region=arena.region,
+            memory=arena.buffer,
+            reserver=reserver,
+            send=self._send,
+            tally=self._tally,
+        )
+        self._zmq = zmq.asyncio.Context()
+        self._socket: Socket | None = None
+        self._info: WorkerInfo | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = asyncio.Event()
+        self._done = asyncio.Event()
 
     def bind(self, host: str, port: int = 0) -> str:
-        """Bind the control channel and the data listeners; returns the control address. Raises ConfigError."""
-        raise NotImplementedError
+        """Bind the control channel and the data listeners; returns the control address.
+
+        Raises ConfigError when an address or the configured transport can't be used here.
+        """
+        if host in ("", "0.0.0.0", "::", "*"):
+            raise ConfigError(f"worker.host={host!r}: give the address at which prefill workers reach this one")
+        self._open_inlets(host)
+        self._socket, address = bind_router(self._zmq, host, port)
+        return address
 
     async def run(self, info: WorkerInfo) -> None:
         """Serve peers until `close`; raises what killed one of its tasks."""
-        raise NotImplementedError
+        self._loop, self._info = asyncio.get_running_loop(), info
+        self._intakes.weight_version = info.weight_version
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._intakes.start(tasks)
+                tasks.create_task(self._receive())
+                await self._closed.wait()
+                raise _Closing  # cancels the tasks
+        except* _Closing:
+            pass
+        finally:
+            await self._shut_down()
+            self._done.set()
 
     async def close(self) -> None:
-        """Revoke everything, close every connection, join every thread. Leased blocks are not given back."""
-        raise NotImplementedError
+        """Close every connection, join every thread. Leased blocks are not given back. Safe in every state."""
+        self._closed.set()
+        if self._loop is not None:
+            await self._done.wait()
+        else:
+            await self._shut_down()
 
     def blocks_freed(self) -> None:
         """Blocks may be available again: waiting offers are tried. Call it after any step that freed blocks."""
-        raise NotImplementedError
+        self._intakes.offers.wake()
 
     def cancel(self, request_id: str, attempt: int) -> bool:
         """Revoke this attempt and every older one, and refuse them from now on. True if one was under way here.
 
         A sequence already passed to `admit` is the engine's: abort it there too.
         """
-        raise NotImplementedError
+        return self._intakes.cancel(request_id, attempt)
 
     def drain(self) -> None:
         """Refuse new offers (queued ones too); what has been granted goes on. Done when `stats().pending` is 0."""
-        raise NotImplementedError
+        self._intakes.offers.drain()
 
     def stats(self) -> ReceiverStats:
         """Exact counters and gauges."""
-        raise NotImplementedError
+        tally, intakes = self._tally, self._intakes
+        quarantined_leases, quarantined_blocks = intakes.quarantined()
+        return ReceiverStats(
+            pending=intakes.num_pending,
+            waiting_offers=len(intakes.offers),
+            leases=intakes.num_leases,
+            quarantined_leases=quarantined_leases,
+            quarantined_blocks=quarantined_blocks,
+            offered=tally.offered,
+            deferred=tally.deferred,
+            accepted=tally.accepted,
+            failed=dict(tally.failed),
+            num_bytes=tally.num_bytes,
+            num_blocks=tally.num_blocks,
+            exposed_s=tally.exposed_s,
+            verify_s=tally.verify_s,
+            late_bytes=sum(inlet.late_bytes for inlet in self._inlets.values()),
+            dropped_frames=tally.dropped_frames,
+            refused_connections=dict(self._refused),
+            peers=tuple(f"{pair} {pair.inlet.transport}" for pair in self._pairs if pair.connection is not None),
+        )
+
+    # Events of the inlets, from their threads.
+
+    def connected(self, connection: int, transport: str, ticket: str) -> str | None:
+        """See listener.Events."""
+        answer: Future[str | None] = Future()
+
+        def attach() -> None:
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(self._pairs.attach(ticket, transport, connection))
+
+        if not self._post(attach):
+            return "not serving"
+        try:
+            return answer.result(_LOOP_ANSWER_S)
+        except FutureTimeout:
+            return "not serving" if answer.cancel() else answer.result()
+
+    def closed(self, connection: int, proven: bool) -> None:
+        """See listener.Events."""
+
+        def detach() -> None:
+            pair = self._pairs.detach(connection)
+            if pair is not None:
+                self._intakes.on_connection_lost(pair, connection, proven)
+
+        self._post(detach)
+
+    def refused(self, cause: str) -> None:
+        """See listener.Events."""
+        self._post(lambda: self._refused.update((cause,)))
+
+    # Internals.
+
+    def _open_inlets(self, host: str) -> None:
+        transport = self._config.transport
+        if transport == "local":
+            if self._network is None:
+                raise ConfigError("transfer.transport=local: works inside one process only; use auto, shm or tcp")
+            self._inlets["local"] = LocalInlet(self._arena, self._layout, self, self._network)
+        if transport == "shm" or (transport == "auto" and self._arena.shared and host_id()):
+            self._inlets["shm"] = ShmInlet(self._arena, self._key, self)
+        if transport in ("auto", "tcp"):
+            self._inlets["tcp"] = TcpInlet(self._arena, self._layout, self._key, self, host)
+
+    async def _receive(self) -> None:
+        assert self._socket is not None
+        while True:
+            identity, *frames = await self._socket.recv_multipart()
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"{len(frames)} frames")
+                self._dispatch(identity, self._codec.decode(frames[0]))
+            except ProtocolError:
+                self._tally.dropped_frames += 1
+
+    def _dispatch(self, identity: bytes, message: WriterMessage) -> None:
+        if isinstance(message, Connect):
+            self._connect(identity, message)
+            return
+        pair = self._pairs.find(identity)
+        if pair is None:
+            raise ProtocolError("message of a writer that has not connected")
+        match message:
+            case Offer():
+                self._intakes.on_offer(pair, message)
+            case Commit():
+                self._intakes.on_commit(pair, message)
+            case Withdraw():
+                self._intakes.on_withdraw(pair, message)
+            case Fenced():
+                self._intakes.on_fenced(pair, message)
+            case Probe():
+                self._intakes.on_probe(pair, message)
+            case ProbeCommit():
+                self._intakes.on_probe_commit(pair, message)
+
+    def _connect(self, identity: bytes, message: Connect) -> None:
+        assert self._info is not None
+        assert self._socket is not None
+        answer = self._pairs.connect(identity, message, self._info)
+        with contextlib.suppress(TransferError):
+            post(self._socket, [identity, self._codec.encode(answer)])
+
+    def _send(self, pair: Pair, message: Message) -> None:
+        assert self._socket is not None
+        post(self._socket, [pair.identity, self._codec.encode(message)])
+
+    def _post(self, callback: Callable[[], object]) -> bool:
+        """Run on the loop, from any thread. False: there is none."""
+        if self._loop is None:
+            return False
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # closed
+            return False
+        return True
+
+    async def _shut_down(self) -> None:
+        for inlet in self._inlets.values():  # in a thread: their threads may be waiting for an answer of this loop
+            await asyncio.to_thread(inlet.close)
+        self._intakes.close()
+        self._zmq.destroy(linger=0)

@@ -1,8 +1,8 @@
 """shm: the writer maps the receiver's memfd and copies straight into its blocks.
 
 The receiver listens on an abstract unix socket (no file to leave behind), checks the peer's user and the cluster key,
-and passes the descriptor. After that the socket carries nothing; it is the proof of life. **End of file on it means that
-the writer can't write any more:**
+and passes the descriptor. After that the socket carries nothing; it is the proof of life. **End of file on it means
+that the writer can't write any more:**
 
 - A writer that lives closes it in `ShmLink.close` only, after waiting for the running copy and unmapping the region.
 - A writer that dies, of whatever: the kernel tears down a thread's address space (exit_mm) before its descriptor table
@@ -31,10 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
+from kv_transfer.host import host_id
 from kv_transfer.link import Copy, Landed, LeaseKey
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
-from kv_transfer.negotiate import host_id
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import LinkOffer
 
@@ -61,8 +61,7 @@ class ShmLink:
         offer: LinkOffer,
         key: bytes,
         *,
-        name: str,
-        incarnation: str,
+        ticket: str,
         region: str,
         region_bytes: int,
         on_lost: Callable[[TransferError], None],
@@ -73,7 +72,7 @@ class ShmLink:
             sock.settimeout(HANDSHAKE_TIMEOUT_S)
             sock.connect("\0" + offer.address)
             check_user(sock)
-            Handshake(sock, key).introduce(transport="shm", name=name, incarnation=incarnation, region=region)
+            Handshake(sock, key).introduce(transport="shm", ticket=ticket, region=region)
             memory = _map_region(_receive_descriptor(sock), region_bytes)
             sock.settimeout(None)
         except BaseException as exc:
@@ -148,6 +147,11 @@ class ShmInlet(Listener):
     def offer(self) -> LinkOffer:
         """Abstract socket name and host identity."""
         return LinkOffer(transport="shm", address=self._address, host_id=host_id())
+
+    @property
+    def late_bytes(self) -> int:
+        """Not visible here."""
+        return 0
 
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """The writer is told by the grant."""

@@ -60,8 +60,7 @@ class TcpLink:
         offer: LinkOffer,
         key: bytes,
         *,
-        name: str,
-        incarnation: str,
+        ticket: str,
         region: str,
         stall_timeout_s: float,
         on_lost: Callable[[TransferError], None],
@@ -77,7 +76,7 @@ class TcpLink:
             raise TransferError(f"tcp connection to {offer.address} failed: {exc}") from exc
         try:
             tune(sock, stall_timeout_s)
-            Handshake(sock, key).introduce(transport="tcp", name=name, incarnation=incarnation, region=region)
+            Handshake(sock, key).introduce(transport="tcp", ticket=ticket, region=region)
             sock.settimeout(None)
         except BaseException as exc:
             sock.close()

@@ -6,49 +6,27 @@ runs on one sender thread per peer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from kv_transfer.metrics import HandoffReport, WriterStats
+import zmq.asyncio
+
+from kv_transfer.handoff import Handoff
+from kv_transfer.layout import check_layout
+from kv_transfer.link import Link
+from kv_transfer.local import LocalNetwork
+from kv_transfer.metrics import WriterStats
+from kv_transfer.peer import Peer
+from kv_transfer.session import ClientContext
 from llm_engine.api.config import TransferConfig
-from llm_engine.api.errors import TransferError
-from llm_engine.api.handoff import FirstToken, KvLayout
-from llm_engine.api.messages import Submit, WorkerInfo
+from llm_engine.api.errors import ConfigError, Overloaded, TransferError
+from llm_engine.api.handoff import KvLayout, ReceiverMessage
+from llm_engine.api.messages import Codec, Submit, WorkerInfo
+from llm_engine.api.messages import Peer as Target
 
-
-class Handoff:
-    """One request on its way to one decode worker. Ends in `commit` returning, or in `abort`.
-
-    The source blocks must stay untouched until one of the two has returned or raised: only then nothing reads them.
-    """
-
-    request_id: str
-    attempt: int
-
-    @property
-    def error(self) -> TransferError | None:
-        """Why the hand-off has failed, or None. It still needs `abort` before its blocks are released."""
-        raise NotImplementedError
-
-    def layer_ready(self, layer: int, first_block_index: int, block_ids: Sequence[int]) -> None:
-        """Blocks `first_block_index …` of the sequence are complete in `layer` (0..L-1 main, L.. MTP). Thread-safe.
-
-        Never blocks. Per layer the calls must come in block order without gaps; a call after the end is ignored.
-        """
-        raise NotImplementedError
-
-    async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
-        """Wait until every layer of every block was written, send the manifest and wait for the verdict.
-
-        `compute_end`: `time.monotonic()` at the end of the last prefill kernel. On return the receiver owns the
-        sequence.
-        Raises TransferTimeout, LeaseRevoked, LayoutMismatch or TransferError; nothing of the hand-off was used then, or
-        (timeout after Commit was sent) the receiver's own messages to the router say that it was.
-        """
-        raise NotImplementedError
-
-    async def abort(self, reason: str = "aborted") -> None:
-        """Give up: on return no write is in flight and the receiver has been told. Idempotent; no-op after `commit`."""
-        raise NotImplementedError
+__all__ = ["Handoff", "HandoffClient"]
 
 
 class HandoffClient:
@@ -65,17 +43,65 @@ class HandoffClient:
         info: WorkerInfo,
         layout: KvLayout,
         source: memoryview,
+        network: LocalNetwork | None = None,
+        wrap_link: Callable[[Link], Link] = lambda link: link,
     ) -> None:
-        """`key`: the cluster key. `source`: the bytes `layout` describes (any arena, shared or not)."""
-        raise NotImplementedError
+        """`key`: the cluster key. `source`: the bytes `layout` describes (any arena, shared or not).
+
+        `network`: where the receivers of transport `local` are. `wrap_link`: put something around every link (tests).
+        """
+        if config.transport == "local" and network is None:
+            raise ConfigError("transfer.transport=local: works inside one process only; use auto, shm or tcp")
+        check_layout(layout, len(source))
+        self._closed = asyncio.Event()
+        self._done = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bug: Exception | None = None
+        self._peers: dict[tuple[str, str], Peer] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._context = ClientContext(
+            config=config,
+            key=key,
+            info=info,
+            layout=layout,
+            source=source,
+            network=network,
+            wrap_link=wrap_link,
+            zmq=zmq.asyncio.Context(),
+            codec=Codec(key, ReceiverMessage),
+            spawn=self._spawn,
+            post=self._post,
+            crash=self._crash,
+        )
 
     async def run(self) -> None:
         """Own the background tasks; returns after `close`, raises what killed one of them."""
-        raise NotImplementedError
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._closed.wait()
+                if self._bug is not None:
+                    raise self._bug
+                await asyncio.gather(*(handoff.abort("shutting down") for handoff in tuple(self._context.handoffs)))
+                for task in self._serving:
+                    task.cancel()
+        finally:
+            self._tasks = None
+            if self._ending:
+                await asyncio.wait(self._ending)  # quick: every link is closed
+            self._context.zmq.destroy(linger=0)
+            self._done.set()
 
     async def close(self) -> None:
-        """Abort what is pending, close every connection, join every thread."""
-        raise NotImplementedError
+        """Abort what is pending, close every connection, join every thread. Safe in every state."""
+        self._closed.set()
+        if self._loop is not None:
+            await self._done.wait()
+        else:
+            self._context.zmq.destroy(linger=0)
 
     def offer(
         self,
@@ -89,14 +115,75 @@ class HandoffClient:
 
         `submit.deadline_s` must be the time left now. `on_failed` is called once on the loop if the hand-off fails
         while nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing, then `abort()`.
-        Raises Overloaded when config.max_pending hand-offs are under way.
+        Raises Overloaded when config.max_pending hand-offs are under way, TransferError when the client is not running.
         """
-        raise NotImplementedError
+        context = self._context
+        if self._tasks is None or self._closed.is_set():
+            raise TransferError("hand-off client is not running", request_id=submit.request_id)
+        if submit.decode is None or num_tokens < 1:
+            raise ValueError(f"{submit.request_id}: a hand-off needs a decode worker and tokens")
+        if len(context.handoffs) >= context.config.max_pending:
+            raise Overloaded(f"{len(context.handoffs)} hand-offs are under way", request_id=submit.request_id)
+        handoff = Handoff(context, submit, num_tokens, weight_version, on_failed)
+        context.handoffs.add(handoff)
+        context.tally.offered += 1
+        self._peer(self._tasks, submit.decode).offer(handoff)
+        return handoff
 
     def bad_peers(self) -> list[str]:
         """Names of decode workers whose canary fails or that can't be reached (Load.bad_peers)."""
-        raise NotImplementedError
+        peers = [peer.stats() for peer in self._peers.values()]
+        good = {peer.name for peer in peers if peer.healthy}  # a worker that restarted is judged by its new life
+        return sorted({peer.name for peer in peers} - good)
 
     def stats(self) -> WriterStats:
         """Exact counters and gauges."""
-        raise NotImplementedError
+        tally = self._context.tally
+        return WriterStats(
+            pending=len(self._context.handoffs),
+            offered=tally.offered,
+            accepted=tally.accepted,
+            failed=dict(tally.failed),
+            num_bytes=tally.num_bytes,
+            num_blocks=tally.num_blocks,
+            write_s=tally.write_s,
+            probes=dict(tally.probes),
+            dropped_frames=tally.dropped_frames,
+            peers=tuple(peer.stats() for peer in self._peers.values()),
+        )
+
+    def _peer(self, tasks: asyncio.TaskGroup, target: Target) -> Peer:
+        key = (target.name, target.incarnation)
+        peer = self._peers.get(key)
+        if peer is None:
+            peer = self._peers[key] = Peer(self._context, target)
+            task = tasks.create_task(self._serve(peer))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+        return peer
+
+    async def _serve(self, peer: Peer) -> None:
+        try:
+            await peer.run()
+        finally:
+            del self._peers[peer.target.name, peer.target.incarnation]
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """The last steps of a hand-off; they run even while the client is being cancelled."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._ending.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._crash(error)
+
+    def _post(self, callback: Callable[..., None], *args: Any) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(callback, *args)
+
+    def _crash(self, error: Exception) -> None:
+        self._bug = error
+        self._closed.set()

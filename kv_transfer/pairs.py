@@ -1,0 +1,108 @@
+"""The receiver's registry of writers: who has connected, over which inlet, and whether its data connection lives."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kv_transfer.layout import check_layout, mismatch
+from kv_transfer.link import Inlet
+from kv_transfer.negotiate import choose
+from llm_engine.api.errors import LayoutMismatch, TransferError
+from llm_engine.api.handoff import PROTOCOL_VERSION, Connect, Connected, KvLayout, Refused
+from llm_engine.api.messages import WorkerInfo
+
+MAX_PAIRS = 1024
+_ORPHAN_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """One session of one writer. `connection` is its data connection while that lives."""
+
+    identity: bytes  # of the control channel
+    name: str
+    incarnation: str
+    inlet: Inlet
+    ticket: str
+    connection: int | None = None
+    seen_at: float = field(default_factory=time.monotonic)
+    probing: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.incarnation}"
+
+
+class Pairs:
+    """All sessions, by control identity, by ticket and by data connection."""
+
+    def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet]) -> None:
+        self._layout = layout
+        self._region = region
+        self._inlets = inlets
+        self._by_identity: dict[bytes, Pair] = {}
+        self._by_ticket: dict[str, Pair] = {}
+        self._by_connection: dict[int, Pair] = {}
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._by_identity.values())
+
+    def find(self, identity: bytes) -> Pair | None:
+        """The session that a control frame belongs to."""
+        return self._by_identity.get(identity)
+
+    def connect(self, identity: bytes, message: Connect, info: WorkerInfo) -> Connected | Refused:
+        """A writer introduces itself; `info` is ours. Says what is wrong, naming both ends, if the pair can't work."""
+        writer = message.info
+        if message.version != PROTOCOL_VERSION:
+            text = f"{writer.name} speaks hand-off protocol {message.version}, {info.name} speaks {PROTOCOL_VERSION}"
+            return Refused(code="version", reason=text, retryable=False)
+        try:
+            check_layout(message.layout, message.layout.arena_bytes if message.layout.planes else 0)
+            reason = mismatch(
+                (writer.name, writer.format_id, message.layout), (info.name, info.format_id, self._layout)
+            )
+        except LayoutMismatch as exc:
+            reason = f"{writer.name}: {exc}"
+        if reason is not None:
+            return Refused(code="layout", reason=reason, retryable=False)
+        self._drop_orphans()
+        if len(self._by_identity) >= MAX_PAIRS:
+            return Refused(code="full", reason=f"{info.name} already serves {MAX_PAIRS} writers")
+        try:
+            offers = [inlet.offer() for inlet in self._inlets.values()]
+            link, why = choose(writer.name, message.links, info.name, offers)
+        except TransferError as exc:
+            return Refused(code="transport", reason=str(exc), retryable=False)
+        pair = self._by_identity.get(identity)
+        if pair is None:
+            inlet = self._inlets[link.transport]
+            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16))
+            self._by_identity[identity] = self._by_ticket[pair.ticket] = pair
+        return Connected(info=info, layout=self._layout, link=link, reason=why, region=self._region, ticket=pair.ticket)
+
+    def attach(self, ticket: str, transport: str, connection: int) -> str | None:
+        """A data connection arrived; a text refuses it. A ticket is good for one connection."""
+        pair = self._by_ticket.pop(ticket, None)
+        if pair is None or pair.inlet.transport != transport:
+            return "unknown pairing: connect on the control channel first"
+        pair.connection = connection
+        self._by_connection[connection] = pair
+        return None
+
+    def detach(self, connection: int) -> Pair | None:
+        """The data connection is over, and with it the session."""
+        pair = self._by_connection.pop(connection, None)
+        if pair is not None:
+            pair.connection = None
+            self._by_identity.pop(pair.identity, None)
+        return pair
+
+    def _drop_orphans(self) -> None:
+        """Forget sessions whose data connection never came."""
+        limit = time.monotonic() - _ORPHAN_S
+        for pair in [p for p in self._by_ticket.values() if p.seen_at < limit]:
+            del self._by_ticket[pair.ticket]
+            self._by_identity.pop(pair.identity, None)

@@ -1,0 +1,103 @@
+"""A decode worker as the writer knows it: connects for the first offer, and anew when a session is lost.
+
+While it is unhealthy it is tried once a canary period, so that it can come back into routing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from kv_transfer.handoff import Handoff
+from kv_transfer.metrics import PeerStats
+from kv_transfer.session import ClientContext, Session
+from llm_engine.api.errors import TransferError
+from llm_engine.api.messages import Peer as Target
+
+_FORGET_AFTER_PERIODS = 12
+
+
+class Peer:
+    """One decode worker as the writer knows it; outlives its sessions."""
+
+    def __init__(self, context: ClientContext, target: Target) -> None:
+        self.target = target
+        self.healthy = True
+        self.detail = ""
+        self._context = context
+        self._session: Session | None = None
+        self._waiting: list[Handoff] = []
+        self._wanted = asyncio.Event()
+        self._last_used = time.monotonic()
+
+    @property
+    def connected(self) -> bool:
+        """Whether a session is live."""
+        return self._session is not None
+
+    def offer(self, handoff: Handoff) -> None:
+        """Send it now, or as soon as there is a session."""
+        self._last_used = time.monotonic()
+        if self._session is not None:
+            self._session.offer(handoff)
+        else:
+            self._waiting.append(handoff)
+            self._wanted.set()
+
+    def stats(self) -> PeerStats:
+        """Snapshot; a live session's canary has the last word on health."""
+        session = self._session
+        healthy, detail = self.healthy, self.detail
+        if session is not None:
+            healthy, detail = session.canary.healthy, session.canary.detail
+        return PeerStats(
+            name=self.target.name,
+            incarnation=self.target.incarnation,
+            transport=session.transport if session is not None else "",
+            reason=session.reason if session is not None else "",
+            healthy=healthy,
+            detail=detail,
+            pending=len(self._waiting) + (session.num_pending if session is not None else 0),
+        )
+
+    async def run(self) -> None:
+        """Connect, serve, reconnect. Returns when the receiver has been out of reach and unused for long."""
+        period = self._context.config.canary_period_s
+        try:
+            while self.healthy or time.monotonic() - self._last_used < _FORGET_AFTER_PERIODS * period:
+                error = await self._run_session()
+                self.healthy, self.detail = False, str(error)
+                self._fail_waiting(error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(period):
+                        await self._wanted.wait()
+        finally:
+            self._fail_waiting(TransferError(self.detail or "shutting down"))
+
+    async def _run_session(self) -> TransferError:
+        session = Session(self._context, self.target)
+        try:
+            await session.open()
+            self._begin(session)
+            return await session.run()
+        except TransferError as exc:
+            return exc
+        finally:
+            self._session = None
+            session.close()
+
+    def _fail_waiting(self, error: TransferError) -> None:
+        for handoff in self._take_waiting():
+            handoff.fail("unreachable", type(error)(str(error), request_id=handoff.request_id))
+
+    def _begin(self, session: Session) -> None:
+        self._session = session
+        self.healthy, self.detail = True, ""
+        for handoff in self._take_waiting():
+            session.offer(handoff)
+
+    def _take_waiting(self) -> list[Handoff]:
+        waiting, self._waiting = self._waiting, []
+        self._wanted.clear()
+        return [handoff for handoff in waiting if handoff.error is None]
