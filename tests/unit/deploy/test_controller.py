@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import asyncio
+import http.server
+import threading
+import tomllib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from deploy.control import (
+    ClusterStatus,
+    ControlClient,
+    ControlRefused,
+    ControlRequest,
+    DrainWorker,
+    GetStatus,
+    ScalePool,
+    StopCluster,
+)
+from deploy.controller import Controller
+from deploy.rundir import RunDir
+from llm_engine.api.config import SECRET_ENV, load
+from llm_engine.api.errors import ServingError
+from llm_engine.api.messages import Codec, Members
+from tests.unit.deploy.stand_ins import StandInRouter, StandInWorker, config
+
+SECRET = "test-secret-0123456789"
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/ready" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def ready_port() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Site:
+    """A controller with stand-ins in place of Ray's actors."""
+
+    def __init__(self, run_dir: Path, port: int) -> None:
+        self.run_dir = RunDir(run_dir)
+        self.workers: dict[str, StandInWorker] = {}
+        self.routers: list[StandInRouter] = []
+        self._port = port
+        self.begin()
+
+    def begin(self, existing: tuple[str, ...] = ()) -> None:
+        controller = Controller(config(), self.run_dir, self._worker, self._router)
+        self.task = asyncio.create_task(controller.run(existing))
+
+    async def ask(self, request: ControlRequest) -> ClusterStatus:
+        def asked() -> ClusterStatus:
+            record = self.run_dir.control()
+            assert record is not None
+            with ControlClient(record.control_addr, SECRET.encode()) as client:
+                return client.ask(request, timeout_s=5.0)
+
+        return await asyncio.to_thread(asked)
+
+    async def until(self, condition: Callable[[ClusterStatus], bool]) -> ClusterStatus:
+        async with asyncio.timeout(10.0):
+            while True:
+                if self.task.done():
+                    await self.task
+                if self.run_dir.control() is not None and condition(status := await self.ask(GetStatus())):
+                    return status
+                await asyncio.wait({self.task}, timeout=0.01)
+
+    def _worker(self, name: str) -> StandInWorker:
+        worker = self.workers[name] = self.workers.get(name) or StandInWorker(name)
+        worker.serves()
+        return worker
+
+    def _router(self) -> StandInRouter:
+        self.routers.append(StandInRouter(self._port))
+        return self.routers[-1]
+
+
+@pytest.fixture
+async def site(tmp_path: Path, ready_port: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    monkeypatch.setenv(SECRET_ENV, SECRET)
+    site = Site(tmp_path, ready_port)
+    yield site
+    site.task.cancel()
+    await asyncio.wait({site.task})
+
+
+async def test_a_cluster_comes_up_as_configured(site: Site) -> None:
+    status = await site.until(lambda now: now.ready)
+    assert [worker.name for worker in status.workers] == ["decode-0", "prefill-0"]
+    assert {name: (pool.desired, pool.ready) for name, pool in status.pools.items()} == {
+        "prefill": (1, 1),
+        "decode": (1, 1),
+    }
+
+
+async def test_every_process_gets_the_same_resolved_configuration(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    control = site.run_dir.control()
+    assert control is not None
+    written = load(site.run_dir.config).config
+    assert written.router.membership == control.feed_addr
+    assert written == config().model_copy(update={"router": written.router})
+    assert SECRET not in str(tomllib.loads(site.run_dir.config.read_text(encoding="utf-8")))
+
+
+async def test_routers_are_told_the_members(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    control = site.run_dir.control()
+    assert control is not None
+    context = zmq.asyncio.Context()
+    router = context.socket(zmq.SUB)
+    router.linger = 0
+    router.subscribe(b"")
+    router.connect(control.feed_addr)
+    codec: Codec[Members] = Codec(SECRET.encode(), Members)
+    async with asyncio.timeout(10.0):
+        members = codec.decode(await router.recv())
+        await site.ask(ScalePool(pool="decode", replicas=3))
+        while len((later := codec.decode(await router.recv())).workers) < 4:
+            assert later.version >= members.version
+    router.close()
+    context.term()
+    assert {worker.name for worker in members.workers} == {"prefill-0", "decode-0"}
+    assert {worker.name for worker in later.workers} == {"prefill-0", "decode-0", "decode-1", "decode-2"}
+
+
+async def test_pools_scale_up_and_down_and_the_size_is_kept(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(ScalePool(pool="decode", replicas=3))
+    await site.until(lambda now: now.ready and now.pools["decode"].ready == 3)
+    await site.ask(ScalePool(pool="decode", replicas=1))
+    status = await site.until(lambda now: len(now.workers) == 2)
+    assert [worker.name for worker in status.workers] == ["decode-0", "prefill-0"]
+    assert site.workers["decode-2"].stopped_with == [5.0]
+    assert site.run_dir.desired() == {"prefill": 1, "decode": 1, "aggregated": 0}
+
+
+async def test_a_drained_worker_is_replaced(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(DrainWorker(worker="decode-0"))
+    status = await site.until(lambda now: now.ready and all(w.name != "decode-0" for w in now.workers))
+    assert [worker.name for worker in status.workers] == ["decode-1", "prefill-0"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (DrainWorker(worker="decode-9"), "no worker is called 'decode-9'"),
+        (ScalePool(pool="encode", replicas=1), "pool 'encode'"),
+        (ScalePool(pool="decode", replicas=5000), "replicas=5000"),
+    ],
+)
+async def test_what_can_not_be_done_is_refused(site: Site, request_: ControlRequest, reason: str) -> None:
+    await site.until(lambda now: now.ready)
+    with pytest.raises(ControlRefused, match=reason):
+        await site.ask(request_)
+    assert (await site.ask(GetStatus())).ready
+
+
+async def test_a_failed_router_is_started_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.controller.RESTART_PAUSE_S", (0.05,))
+    await site.until(lambda now: now.ready)
+    site.routers[0].fail(ServingError("the router does not start: port taken"))
+    status = await site.until(lambda now: not now.router.ready)
+    assert status.router.error == "the router does not start: port taken"
+    assert not status.ready
+    await site.until(lambda now: now.ready)
+    assert len(site.routers) == 2
+
+
+async def test_a_restarted_controller_takes_over_what_runs(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(ScalePool(pool="decode", replicas=2))
+    await site.until(lambda now: now.ready and now.pools["decode"].ready == 2)
+    before, pids = site.run_dir.control(), {name: worker.pid for name, worker in site.workers.items()}
+    site.task.cancel()
+    await asyncio.wait({site.task})
+    site.begin(existing=tuple(site.workers))
+    await site.until(lambda now: now.ready and now.pools["decode"].ready == 2)
+    assert site.run_dir.control() == before, "routers and the command line know the old addresses"
+    assert {name: worker.pid for name, worker in site.workers.items()} == pids
+    assert not any(worker.killed for worker in site.workers.values())
+
+
+async def test_stop_ends_the_router_first_and_then_the_workers(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(StopCluster())
+    async with asyncio.timeout(10.0):
+        await site.task
+    assert site.routers[0].stopped
+    assert {tuple(worker.stopped_with) for worker in site.workers.values()} == {(0.0,)}

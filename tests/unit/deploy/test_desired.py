@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.desired import POOLS, Plan, Present, initial, plan, scaled
+from llm_engine.api.config import PoolsConfig
+from llm_engine.api.errors import RequestError
+
+sizes = st.fixed_dictionaries({pool: st.integers(0, 5) for pool in POOLS})
+workers = st.lists(
+    st.builds(
+        lambda pool, number, draining: Present(name=f"{pool}-{number}", pool=pool, draining=draining),
+        st.sampled_from(sorted(POOLS)),
+        st.integers(0, 12),
+        st.booleans(),
+    ),
+    max_size=12,
+    unique_by=lambda worker: worker.name,
+)
+
+
+def carried_out(present: list[Present], steps: Plan) -> list[Present]:
+    kept = [Present(name=w.name, pool=w.pool, draining=w.draining or w.name in steps.drain) for w in present]
+    return kept + [Present(name=name, pool=pool, draining=False) for pool, name in steps.start]
+
+
+@given(sizes, workers)
+def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(
+    desired: dict[str, int], present: list[Present]
+) -> None:
+    after = carried_out(present, plan(desired, present))
+    assert len({worker.name for worker in after}) == len(after), "a name was given twice"
+    for pool, wanted in desired.items():
+        assert sum(worker.pool == pool and not worker.draining for worker in after) == wanted
+    assert plan(desired, after) == Plan((), ())
+
+
+@given(sizes, workers)
+def test_no_pool_shrinks_and_grows_at_once(desired: dict[str, int], present: list[Present]) -> None:
+    steps = plan(desired, present)
+    draining = {worker.pool for worker in present if worker.name in steps.drain}
+    assert draining.isdisjoint(pool for pool, _ in steps.start)
+    assert not any(worker.draining for worker in present if worker.name in steps.drain)
+
+
+def test_a_pool_shrinks_from_the_highest_number_and_fills_the_lowest() -> None:
+    present = [Present(name=f"decode-{n}", pool="decode", draining=False) for n in (0, 2, 10)]
+    assert plan({"decode": 1}, present).drain == ("decode-10", "decode-2")
+    assert plan({"decode": 5}, present).start == (("decode", "decode-1"), ("decode", "decode-3"))
+
+
+def test_scaling_changes_one_pool() -> None:
+    desired = initial(PoolsConfig())
+    assert scaled(desired, "decode", 4) == {**desired, "decode": 4}
+    assert desired["decode"] == 1
+
+
+@pytest.mark.parametrize(("pool", "replicas"), [("encode", 1), ("decode", -1), ("decode", 1025)])
+def test_an_impossible_size_is_refused(pool: str, replicas: int) -> None:
+    with pytest.raises(RequestError, match="expected"):
+        scaled(initial(PoolsConfig()), pool, replicas)
