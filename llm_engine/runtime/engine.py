@@ -2,7 +2,7 @@
 
 Life of a sequence
   prefill role     add → WAITING → PREFILLING (chunks; the sink hears of finished layers) → token 1 in a delta →
-                   `Prefilled` → SENDING → release_sent
+                   `Prefilled` → PREFILLED → release_sent
   decode role      reserve → (hand-off) → admit → DECODING → finish, or a Failure that hands it back to its router
   aggregated role  add → WAITING → PREFILLING → DECODING → …
 """
@@ -57,7 +57,11 @@ class Engine:
         self._limits = Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids)
         self._hidden = (model.spec.hidden_size, store.dtype)
         self._cache = PagedCache(
-            store.num_blocks, store.block_tokens, format_id=format_id, prefix_cache=config.kv.prefix_cache
+            store.num_blocks,
+            store.block_tokens,
+            format_id=format_id,
+            prefix_cache=config.kv.prefix_cache,
+            with_mtp=speculates,
         )
         self._prefill = PrefillScheduler(
             self._cache,
@@ -71,7 +75,7 @@ class Engine:
             reclaim=self._reclaim,
         )
         runner = Runner(model, store, self._max_num_seqs)
-        self._speculator = Speculator(runner) if speculates else None
+        self._speculator = Speculator(runner, self._cache) if speculates else None
         self._runner = runner
         self._outbox = Outbox()
         hands_off = role is Role.PREFILL
@@ -230,7 +234,7 @@ class Engine:
         """
         self._draining = True
         for seq in self._roster if hand_back else ():
-            if seq.phase is not Phase.SENDING:
+            if seq.phase is not Phase.PREFILLED:
                 self._roster.fail(seq, "draining", "this worker is being drained", retryable=True)
 
     @torch.inference_mode()

@@ -104,7 +104,7 @@ class Roster:
 
     def unpin(self, seq: Sequence) -> None:
         """Nobody reads the blocks of a sequence any more that has been sent or is over. Idempotent."""
-        if seq.phase is Phase.SENDING:
+        if seq.phase is Phase.PREFILLED:
             self.drop(seq)
         if seq.phase is not Phase.ENDED:
             raise ValueError(f"{seq.request_id}: {seq.phase.value}, so it can't be released yet: abort it first")
@@ -117,7 +117,7 @@ class Roster:
         if now < self._next_deadline:
             return
         for seq in self:
-            if seq.deadline <= now and seq.phase is not Phase.SENDING:
+            if seq.deadline <= now and seq.phase is not Phase.PREFILLED:
                 self.finish(seq, FinishReason.DEADLINE, now)
-        deadlines = (seq.deadline for seq in self if seq.phase is not Phase.SENDING)
+        deadlines = (seq.deadline for seq in self if seq.phase is not Phase.PREFILLED)
         self._next_deadline = min(deadlines, default=float("inf"))

@@ -16,14 +16,16 @@ from torch import Tensor
 from llm_engine.runtime.batch import SequenceRows
 from llm_engine.runtime.runner import Runner
 from llm_engine.runtime.sampler import INVALID, DrawRows
+from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
 
 
 class Speculator:
     """Catch-up rows and drafts. Exists only where drafts are verified."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, cache: PagedCache) -> None:
         self._runner = runner
+        self._cache = cache
         self._pending: dict[Sequence, tuple[int, Tensor]] = {}  # first position, hidden states [M, H]
 
     @property
@@ -39,6 +41,13 @@ class Speculator:
     def forget(self, seq: Sequence) -> None:
         """The sequence draws no more."""
         self._pending.pop(seq, None)
+
+    def settle(self, seq: Sequence) -> None:
+        """Catch up with one sequence that will not draft, so that what it has cached is complete for others."""
+        if seq in self._pending:
+            pending, self._pending = self._pending, {seq: self._pending.pop(seq)}
+            self._catch_up()
+            self._pending = pending
 
     def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> None:
         """Catch up with every waiting row, then fill `drafts` of `seqs` with up to `num_drafts[i]` tokens each."""
@@ -70,8 +79,11 @@ class Speculator:
             rows.append(SequenceRows(seq.tokens[first + 1 : first + 1 + count], first, seq.blocks))
             num_rows += count
             last_row[seq] = num_rows - 1
+            seq.num_drafted = first + count
         states_RH = self._runner.mtp(rows, torch.cat([hidden_MH for _, hidden_MH in self._pending.values()]))
         self._pending = {}
+        for seq in last_row:
+            self._cache.publish(seq)
         return states_RH, last_row
 
     def _draw(self, seqs: list[Sequence], states_AH: Tensor) -> list[int]:

@@ -68,9 +68,9 @@ class Steps:
             return False
         self._speculator.propose()
         if self._feed is not None:
-            self._feed.mtp_done([s for s in self._mtp_spans if s.seq.phase in (Phase.PREFILLING, Phase.SENDING)])
+            self._feed.mtp_done([s for s in self._mtp_spans if s.seq.phase in (Phase.PREFILLING, Phase.PREFILLED)])
         self._mtp_spans = []
-        departing = [(seq, first) for seq, first in self._departing if seq.phase is Phase.SENDING]
+        departing = [(seq, first) for seq, first in self._departing if seq.phase is Phase.PREFILLED]
         self._departing = []
         for seq, first in departing:
             self._depart(seq, first)
@@ -155,6 +155,9 @@ class Steps:
         self._append(seq, token, out, row)
         finish = self.finish_reason(seq)
         if finish is not None:
+            if self._speculator is not None:
+                self._speculator.observe(seq, chunk.start, hidden_MH[:-1])
+                self._speculator.settle(seq)
             return self._roster.finish(seq, finish, now)
         self._outbox.tokens(seq, now)
         if not self._hands_off:
@@ -162,7 +165,6 @@ class Steps:
             if self._speculator is not None:
                 self._speculator.observe(seq, chunk.start, hidden_MH)
             return None
-        seq.phase = Phase.SENDING
         hidden = b"" if self._speculator is None else state_bytes(hidden_MH[-1])
         first = FirstToken(
             token=token,

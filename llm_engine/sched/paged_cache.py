@@ -11,14 +11,26 @@ from llm_engine.sched.sequence import Reservation, Sequence
 
 
 class PagedCache:
-    """The paged caches of one engine. `format_id` keeps digests of different models and layouts apart."""
+    """The paged caches of one engine. `format_id` keeps digests of different models and layouts apart.
 
-    def __init__(self, num_blocks: int, block_tokens: int, *, format_id: str, prefix_cache: bool = True) -> None:
+    `with_mtp`: blocks also hold rows of the MTP layer, which come later than those of the main layers.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        *,
+        format_id: str,
+        prefix_cache: bool = True,
+        with_mtp: bool = False,
+    ) -> None:
         self.block_tokens = block_tokens
         self.index = PrefixIndex()
         self.pool = BlockPool(num_blocks, self.index.evict)
         self._format_id = format_id
         self._prefix_cache = prefix_cache
+        self._with_mtp = with_mtp
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -47,7 +59,7 @@ class PagedCache:
             return False
         seq.blocks = hits + fresh
         seq.num_published = len(hits)
-        seq.num_cached = seq.num_computed = len(hits) * self.block_tokens
+        seq.num_cached = seq.num_computed = seq.num_drafted = len(hits) * self.block_tokens
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
@@ -62,8 +74,12 @@ class PagedCache:
         return True
 
     def publish(self, seq: Sequence) -> None:
-        """Enter the blocks that have become full into the prefix index."""
-        num_full = seq.num_computed // self.block_tokens
+        """Enter the blocks that have become full, in every cache group, into the prefix index.
+
+        The last MTP row of a block may still be missing: it depends on the token after the block.
+        """
+        num_final = min(seq.num_computed, seq.num_drafted + 1) if self._with_mtp else seq.num_computed
+        num_full = num_final // self.block_tokens
         if not self._prefix_cache or num_full <= seq.num_published:
             return
         for i in range(seq.num_published, num_full):
@@ -106,6 +122,7 @@ class PagedCache:
         seq.digests = reservation.digests
         seq.num_published = len(reservation.hits)
         seq.num_computed = reservation.num_tokens
+        seq.num_drafted = reservation.num_tokens - 1
         self.publish(seq)
 
     def check(self) -> None:

@@ -63,6 +63,7 @@ class PrefillScheduler:
             if chunk.is_last:
                 done.append(seq)
                 self.active.remove(seq)
+                seq.phase = Phase.PREFILLED
             seq.num_computed = chunk.end
             self._cache.publish(seq)
         return done
@@ -77,7 +78,7 @@ class PrefillScheduler:
         seq = self.active.pop()
         self._cache.free(seq)
         seq.phase = Phase.WAITING
-        seq.num_computed = seq.num_cached = 0
+        seq.num_computed = seq.num_drafted = seq.num_cached = 0
         self.waiting.appendleft(seq)
         return seq
 

@@ -14,7 +14,7 @@ class Phase(enum.Enum):
 
     WAITING = "waiting"  # accepted; owns nothing
     PREFILLING = "prefilling"  # owns blocks for all its tokens; some are computed
-    SENDING = "sending"  # prefill engine: computed; blocks pinned until `release_sent`
+    PREFILLED = "prefilled"  # all computed; decodes next, or is being handed off with its blocks pinned
     DECODING = "decoding"  # owns blocks; draws tokens every step
     ENDED = "ended"  # finished, failed or aborted; on a prefill engine blocks stay pinned until `release_sent`
 
@@ -37,6 +37,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # chain digests of the full blocks of `tokens`, as far as known
     num_computed: int = 0  # tokens whose KV is in the cache
+    num_drafted: int = 0  # tokens whose row of the MTP layer is in the cache, where that layer is used
     num_cached: int = 0  # tokens found in the prefix cache (on a decode engine: by the prefill engine)
     num_published: int = 0  # leading blocks already entered in the prefix index
     num_emitted: int = 0  # leading output tokens already reported in deltas, or emitted by earlier attempts

@@ -62,7 +62,6 @@ class Cluster:
     def _prefill(self) -> None:
         chunks = self.p.prefill.plan(MAX_ACTIVE)
         for seq in self.p.prefill.commit(chunks):
-            seq.phase = Phase.SENDING
             self.sending.append(seq)
 
     def _reserve(self) -> None:
