@@ -115,7 +115,7 @@ class Exchange:
         """Send a piece of the stream; waits while the client does not read."""
         self.finished = last
         self._writing_since = time.monotonic()
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        await self._send({"type": "http.response.body", "body": one_line_events(data), "more_body": not last})
         self._writing_since = None
 
     def watch(self) -> ClientWatch:
@@ -174,6 +174,14 @@ class Exchange:
         if message["type"] == "http.disconnect":
             raise ClientGone
         return message
+
+
+def one_line_events(data: bytes) -> bytes:
+    """Escape the line separators that JSON leaves bare in strings but text-based stream readers split lines at."""
+    if b"\xc2\x85" in data or b"\xe2\x80" in data:
+        data = data.replace(b"\xc2\x85", b"\\u0085")
+        data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+    return data
 
 
 class ClientWatch:
