@@ -46,7 +46,7 @@ from llm_engine.api.handoff import (
 from llm_engine.api.messages import Codec, Message, WorkerInfo
 from llm_engine.api.messages import Peer as Target
 
-_CONNECT_S = 5.0
+_CONNECT_S = 5.0  # or grant_timeout_s, if that is shorter
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,12 +88,13 @@ class Session:
 
     async def open(self) -> None:
         """Handshake on the control channel, then the data link. Raises TransferError; close the session then."""
+        timeout_s = min(_CONNECT_S, self.context.config.grant_timeout_s)
         try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(timeout_s):
                 connected = await self._greet()
         except TimeoutError:
             where = f"{self.target.name} at {self.target.control_addr}"
-            raise TransferTimeout(f"{where} does not answer within {_CONNECT_S:g} s") from None
+            raise TransferTimeout(f"{where} does not answer within {timeout_s:g} s") from None
         self.plan = CopyPlan(self.context.layout, connected.layout)
         self.transport, self.reason = connected.link.transport, connected.reason
         # In a thread, because mapping a large region takes a while; the link closes itself if nobody waits any more.

@@ -1,0 +1,281 @@
+"""A writer and a receiver in one process, over real sockets and memory, with a block pool that notices every misuse."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kv_transfer.link import Link
+from kv_transfer.local import LocalNetwork
+from kv_transfer.memory import Arena
+from kv_transfer.metrics import HandoffReport
+from kv_transfer.receiver import HandoffServer
+from kv_transfer.writer import Handoff, HandoffClient
+from llm_engine.api.config import TransferConfig
+from llm_engine.api.errors import TransferError
+from llm_engine.api.handoff import FirstToken, KvLayout, Plane
+from llm_engine.api.messages import Peer, Role, Submit, WorkerInfo
+from llm_engine.api.request import SamplingParams, pack_tokens
+
+KEY = b"k" * 32
+BLOCK_TOKENS = 4
+NUM_LAYERS = 3  # main layers; one MTP layer on top
+
+
+def make_layout(num_blocks: int, *, scale: int = 1) -> KvLayout:
+    """Two main planes of three layers and two MTP planes of one, of odd sizes."""
+    planes: list[Plane] = []
+    offset = 0
+    for name, layers, size in (("latent", 3, 96), ("index", 3, 40), ("mtp_latent", 1, 96), ("mtp_index", 1, 40)):
+        planes.append(Plane(name=name, num_layers=layers, block_bytes=size * scale, offset=offset))
+        offset += layers * num_blocks * size * scale
+    return KvLayout(block_tokens=BLOCK_TOKENS, num_blocks=num_blocks, planes=tuple(planes))
+
+
+def cells(layout: KvLayout, block: int) -> Iterator[slice]:
+    """Where one block lies, in every plane and layer."""
+    for plane in layout.planes:
+        for layer in range(plane.num_layers):
+            start = plane.address(layer, block, layout.num_blocks)
+            yield slice(start, start + plane.block_bytes)
+
+
+def block_bytes(layout: KvLayout, memory: memoryview, block: int) -> bytes:
+    """All bytes of one block."""
+    return b"".join(memory[cell] for cell in cells(layout, block))
+
+
+def make_info(name: str, incarnation: str, layout: KvLayout, control_addr: str = "", **changes: str) -> WorkerInfo:
+    fields = {"format_id": "fmt", "weight_version": "w1", **changes}
+    return WorkerInfo(
+        name=name,
+        role=Role.DECODE if control_addr else Role.PREFILL,
+        incarnation=incarnation,
+        pid=1,
+        request_addr="",
+        control_addr=control_addr,
+        metrics_addr="",
+        model="m",
+        block_tokens=layout.block_tokens,
+        num_blocks=layout.num_blocks,
+        max_model_len=1 << 20,
+        max_num_seqs=8,
+        **fields,
+    )
+
+
+def make_submit(
+    request_id: str, num_tokens: int, decode: Peer, *, attempt: int = 0, deadline_s: float = 30.0
+) -> Submit:
+    return Submit(
+        request_id=request_id,
+        attempt=attempt,
+        router_id="router",
+        tokens=pack_tokens(range(num_tokens)),
+        num_prompt=num_tokens,
+        sampling=SamplingParams(seed=1, max_tokens=8),
+        deadline_s=deadline_s,
+        decode=decode,
+    )
+
+
+FIRST = FirstToken(token=7, logprobs=None, hidden=b"\x01\x02", cached_tokens=0)
+
+
+@dataclass(eq=False)
+class Reservation:
+    have_tokens: int
+    blocks: list[int]
+    state: str = "leased"  # leased | live | quarantined | free
+
+
+@dataclass
+class Pool:
+    """Real block bookkeeping: a reservation that is given back twice, or too early, fails the test."""
+
+    num_blocks: int
+    have_blocks: dict[str, int] = field(default_factory=dict)  # request → blocks of its prefix that are cached here
+    refuse: Callable[[Submit], Exception | None] = lambda _: None
+    on_admit: Callable[[str, Reservation], None] = lambda *_: None
+
+    def __post_init__(self) -> None:
+        self.free_blocks = list(range(self.num_blocks))
+        self.all: list[Reservation] = []
+        self.admitted: dict[str, tuple[Reservation, FirstToken, HandoffReport]] = {}
+        self.changed = asyncio.Event()
+
+    async def reserve(self, submit: Submit, num_tokens: int) -> Reservation | None:
+        if (error := self.refuse(submit)) is not None:
+            raise error
+        have = self.have_blocks.get(submit.request_id, 0)
+        return self.take(-(-num_tokens // BLOCK_TOKENS) - have, have * BLOCK_TOKENS)
+
+    async def reserve_probe(self) -> Reservation | None:
+        return self.take(1)
+
+    async def admit(self, submit: Submit, reservation: Reservation, first: FirstToken, report: HandoffReport) -> None:
+        if (error := self.refuse(submit)) is not None:
+            raise error
+        self.on_admit(submit.request_id, reservation)
+        self._move(reservation, "live", "leased")
+        self.admitted[submit.request_id] = (reservation, first, report)
+
+    def release(self, reservation: Reservation) -> None:
+        self._move(reservation, "free", "leased")
+
+    def quarantine(self, reservation: Reservation) -> None:
+        self._move(reservation, "quarantined", "leased")
+
+    def free(self, reservation: Reservation) -> None:
+        self._move(reservation, "free", "quarantined")
+
+    def finish(self, request_id: str) -> None:
+        """The engine is done with an admitted sequence."""
+        self._move(self.admitted.pop(request_id)[0], "free", "live")
+
+    def take(self, count: int, have_tokens: int = 0) -> Reservation | None:
+        if count > len(self.free_blocks):
+            return None
+        reservation = Reservation(have_tokens, [self.free_blocks.pop(0) for _ in range(count)])
+        self.all.append(reservation)
+        return reservation
+
+    def count(self, state: str) -> int:
+        return sum(len(r.blocks) for r in self.all if r.state == state)
+
+    def _move(self, reservation: Reservation, to: str, expected: str) -> None:
+        assert reservation.state == expected, f"{reservation.state} → {to}"
+        reservation.state = to
+        if to == "free":
+            assert not set(reservation.blocks) & set(self.free_blocks)
+            self.free_blocks.extend(reservation.blocks)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Poll for a state that no event announces; fails loudly."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+class Rig:
+    """One receiver, any number of writers; everything is checked and closed on the way out."""
+
+    def __init__(
+        self,
+        transport: str = "shm",
+        *,
+        num_blocks: int = 32,
+        source_blocks: int = 40,
+        scale: int = 1,
+        receiver_transport: str | None = None,
+        key: bytes = KEY,
+        **config: float | str | int,
+    ) -> None:
+        self.network = LocalNetwork()
+        self.layout = make_layout(num_blocks, scale=scale)
+        self.source_layout = make_layout(source_blocks, scale=scale)
+        self.arena = Arena.create(self.layout.arena_bytes, shared=True)
+        self.source = Arena.create(self.source_layout.arena_bytes, shared=False)
+        rng = np.random.default_rng(0)
+        self.source.buffer[:] = rng.integers(0, 256, self.source.num_bytes, np.uint8).tobytes()
+        settings = {"canary_period_s": 60.0, **config}
+        self.config = TransferConfig(transport=transport, **settings)
+        self.receiver_config = TransferConfig(transport=receiver_transport or transport, **settings)
+        self.key = key
+        self.pool = Pool(num_blocks, on_admit=self._check_bytes)
+        self.sent: dict[str, list[int]] = {}  # request → source blocks
+        self.clients: list[HandoffClient] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self.server: HandoffServer[Reservation]
+        self.target: Peer
+
+    async def __aenter__(self) -> Self:
+        self.server = HandoffServer(
+            config=self.receiver_config,
+            key=KEY,
+            layout=self.layout,
+            arena=self.arena,
+            reserver=self.pool,
+            network=self.network,
+        )
+        address = self.server.bind("127.0.0.1")
+        self.info = make_info("decode-0", "d0", self.layout, address)
+        self._tasks.append(asyncio.create_task(self.server.run(self.info)))
+        self.target = Peer(name="decode-0", incarnation="d0", control_addr=address)
+        self.client = await self.add_client("prefill-0")
+        return self
+
+    async def add_client(
+        self, name: str, *, wrap_link: Callable[[Link], Link] = lambda link: link, **changes: str
+    ) -> HandoffClient:
+        client = HandoffClient(
+            config=self.config,
+            key=self.key,
+            info=make_info(name, f"{name}-1", self.source_layout, **changes),
+            layout=self.source_layout,
+            source=self.source.buffer,
+            network=self.network,
+            wrap_link=wrap_link,
+        )
+        self.clients.append(client)
+        self._tasks.append(asyncio.create_task(client.run()))
+        await asyncio.sleep(0)
+        return client
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for client in self.clients:
+            await client.close()
+        if error is None:
+            await until(lambda: self.server.stats().pending == 0)
+            await until(lambda: self.pool.count("leased") == self.pool.count("quarantined") == 0)
+            self.server._intakes.leases.check()
+            assert len(self.server._intakes.leases) == 0
+        await self.server.close()
+        await asyncio.gather(*self._tasks)
+        self.arena.close()
+        self.source.close()
+
+    def offer(
+        self,
+        request_id: str,
+        num_tokens: int,
+        *,
+        client: HandoffClient | None = None,
+        attempt: int = 0,
+        deadline_s: float = 30.0,
+        blocks: Sequence[int] | None = None,
+        on_failed: Callable[[Handoff, TransferError], None] | None = None,
+    ) -> Handoff:
+        submit = make_submit(request_id, num_tokens, self.target, attempt=attempt, deadline_s=deadline_s)
+        self.sent[request_id] = list(blocks if blocks is not None else range(-(-num_tokens // BLOCK_TOKENS)))
+        return (client or self.client).offer(submit, num_tokens, "w1", on_failed=on_failed)
+
+    def compute(self, handoff: Handoff, *, chunk: int = 1 << 20, layers: Sequence[int] = range(NUM_LAYERS + 1)) -> None:
+        """Report every layer of every chunk, as a step loop would."""
+        blocks = self.sent[handoff.request_id]
+        for first in range(0, len(blocks), chunk):
+            for layer in layers:
+                handoff.layer_ready(layer, first, blocks[first : first + chunk])
+
+    async def hand_off(self, request_id: str, num_tokens: int, **kwargs: object) -> HandoffReport:
+        handoff = self.offer(request_id, num_tokens, **kwargs)  # type: ignore[arg-type]
+        self.compute(handoff)
+        return await handoff.commit(FIRST, compute_end=time.monotonic())
+
+    def _check_bytes(self, request_id: str, reservation: Reservation) -> None:
+        """What is admitted must be, byte for byte, what the writer holds."""
+        sources = self.sent[request_id][reservation.have_tokens // BLOCK_TOKENS :]
+        for source, target in zip(sources, reservation.blocks, strict=True):
+            ours = block_bytes(self.source_layout, self.source.buffer, source)
+            assert block_bytes(self.layout, self.arena.buffer, target) == ours, f"{request_id}: accepted wrong bytes"

@@ -1,0 +1,282 @@
+"""Whole hand-offs between a real client and a real server, over every transport."""
+
+import asyncio
+import gc
+import os
+import random
+import threading
+import time
+
+import pytest
+
+from kv_transfer.writer import Handoff
+from llm_engine.api.errors import LeaseRevoked, Overloaded, PromptTooLong, TransferError, TransferTimeout
+from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Rig, until
+
+pytestmark = pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+
+
+async def test_one_hand_off_moves_every_byte(transport: str) -> None:
+    async with Rig(transport) as rig:
+        report = await rig.hand_off("r1", 27)
+        reservation, first, seen = rig.pool.admitted["r1"]  # bytes were compared on admission
+        assert len(reservation.blocks) == 7  # 27 tokens in blocks of 4
+        assert first == FIRST
+        assert report.transport == seen.transport == transport
+        assert report.num_bytes == seen.num_bytes == 7 * rig.layout.bytes_per_block()
+        assert 0 <= seen.verify_s <= seen.exposed_s <= seen.handoff_s + 1
+        stats = rig.server.stats()
+        assert (stats.accepted, stats.pending, stats.num_blocks, stats.failed) == (1, 0, 7, {})
+        assert rig.client.stats().pending == 0
+
+
+async def test_scattered_blocks_and_small_chunks(transport: str) -> None:
+    async with Rig(transport) as rig:
+        blocks = list(range(40))
+        random.Random(3).shuffle(blocks)
+        rig.pool.free_blocks.reverse()
+        handoff = rig.offer("r1", 90, blocks=blocks[:23])
+        rig.compute(handoff, chunk=3)
+        await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert set(rig.pool.admitted) == {"r1"}
+
+
+@pytest.mark.parametrize("have", [1, 4, 5])
+async def test_what_the_receiver_has_is_not_sent(transport: str, have: int) -> None:
+    async with Rig(transport) as rig:
+        rig.pool.have_blocks["r1"] = have
+        report = await rig.hand_off("r1", 20)
+        assert report.have_tokens == 4 * have
+        assert report.num_bytes == (5 - have) * rig.layout.bytes_per_block()
+
+
+async def test_many_at_once_from_two_writers(transport: str) -> None:
+    async with Rig(transport, num_blocks=200, source_blocks=300) as rig:
+        other = await rig.add_client("prefill-1")
+        rng = random.Random(1)
+        work = []
+        for index in range(30):
+            blocks = rng.sample(range(300), rng.randint(1, 6))
+            client = rng.choice([rig.client, other])
+            work.append(rig.hand_off(f"r{index}", 4 * len(blocks), blocks=blocks, client=client))
+        await asyncio.gather(*work)
+        assert len(rig.pool.admitted) == 30
+        assert rig.server.stats().num_bytes == sum(c.stats().num_bytes for c in rig.clients)
+
+
+async def test_layers_may_be_reported_from_a_thread_before_the_grant(transport: str) -> None:
+    async with Rig(transport, num_blocks=8) as rig:
+        await rig.hand_off("first", 28)
+        handoff = rig.offer("second", 20)
+        thread = threading.Thread(target=rig.compute, args=(handoff,), kwargs={"chunk": 2})
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()  # no grant, and yet the step thread is through
+        commit = asyncio.create_task(handoff.commit(FIRST, compute_end=time.monotonic()))
+        await until(lambda: rig.server.stats().deferred == 1)
+        assert rig.server.stats().waiting_offers == rig.server.stats().pending == 1
+        assert not commit.done()
+        rig.pool.finish("first")
+        rig.server.blocks_freed()
+        await commit
+        assert "second" in rig.pool.admitted
+
+
+async def test_offers_beyond_the_bound_are_refused(transport: str) -> None:
+    async with Rig(transport, num_blocks=4, max_pending=3) as rig:
+        handoffs = [rig.offer(f"r{i}", 16) for i in range(3)]
+        await until(lambda: rig.server.stats().pending == 3)
+        with pytest.raises(Overloaded):
+            rig.offer("r3", 16)
+        other = await rig.add_client("prefill-1")
+        with pytest.raises(TransferError, match="3 hand-offs are pending"):
+            await rig.hand_off("r4", 16, client=other)
+        await asyncio.gather(*(handoff.abort() for handoff in handoffs))
+
+
+@pytest.mark.parametrize("layers", [0, 2, NUM_LAYERS + 1])
+async def test_abort_gives_everything_back(transport: str, layers: int) -> None:
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 20)
+        rig.compute(handoff, layers=range(layers))
+        if layers:
+            await until(lambda: rig.server.stats().leases == 1)
+        await handoff.abort()
+        await handoff.abort()
+        await until(lambda: rig.server.stats().pending == 0 and len(rig.pool.free_blocks) == 32)
+        with pytest.raises(TransferError):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert not rig.pool.admitted
+
+
+async def test_cancel_at_the_receiver_revokes_and_tells_the_writer(transport: str) -> None:
+    async with Rig(transport) as rig:
+        failed: list[tuple[Handoff, TransferError]] = []
+        handoff = rig.offer("r1", 20, on_failed=lambda h, e: failed.append((h, e)))
+        rig.compute(handoff, layers=range(2))
+        await until(lambda: rig.server.stats().leases == 1)
+        assert rig.server.cancel("r1", 0)
+        assert not rig.server.cancel("r1", 0)
+        await until(lambda: bool(failed))
+        assert failed[0][0] is handoff
+        assert isinstance(failed[0][1], LeaseRevoked)
+        rig.compute(handoff, layers=range(2, 4))  # late reports are ignored
+        with pytest.raises(LeaseRevoked):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+        await until(lambda: len(rig.pool.free_blocks) == 32)
+        with pytest.raises(TransferError, match="over or was overtaken"):
+            await rig.hand_off("r1", 20)
+
+
+async def test_a_newer_attempt_overtakes_an_older_one(transport: str) -> None:
+    async with Rig(transport) as rig:
+        old = rig.offer("r1", 20, attempt=1)
+        rig.compute(old, layers=range(3))
+        await until(lambda: rig.server.stats().leases == 1)
+        other = await rig.add_client("prefill-1")
+        await rig.hand_off("r1", 20, attempt=2, client=other)
+        with pytest.raises(LeaseRevoked):
+            await old.commit(FIRST, compute_end=time.monotonic())
+        with pytest.raises(TransferError, match="overtaken"):
+            await rig.hand_off("r1", 20, attempt=0)
+        assert rig.server.stats().failed == {"overtaken": 1, "refused_stale": 1}
+
+
+async def test_no_blocks_in_time(transport: str) -> None:
+    async with Rig(transport, num_blocks=4, grant_timeout_s=0.3) as rig:
+        failed: list[TransferError] = []
+        handoff = rig.offer("big", 20, on_failed=lambda _, error: failed.append(error))
+        await until(lambda: bool(failed))
+        assert str(failed[0]).startswith("hand-off of big/0 to decode-0: ")
+        await handoff.abort()
+        await until(lambda: rig.server.stats().pending == 0)
+
+
+async def test_a_lease_ends_with_its_request_deadline(transport: str) -> None:
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 20, deadline_s=0.3)
+        rig.compute(handoff, layers=range(2))
+        await until(lambda: rig.server.stats().failed.get("deadline") == 1)
+        with pytest.raises(LeaseRevoked):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+
+
+async def test_a_layer_that_never_comes(transport: str) -> None:
+    async with Rig(transport, commit_timeout_s=0.3) as rig:
+        handoff = rig.offer("r1", 20)
+        rig.compute(handoff, layers=[0, 1, 3])
+        with pytest.raises(TransferTimeout, match="no write in time"):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+        await until(lambda: len(rig.pool.free_blocks) == 32)
+        assert not rig.pool.admitted
+
+
+async def test_gaps_and_repeats_are_programming_errors(transport: str) -> None:
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 20)
+        handoff.layer_ready(0, 0, [0, 1])
+        for layer, first, blocks in [(0, 3, [3]), (0, 1, [1]), (0, 2, [2, 3, 4, 5]), (4, 0, [0]), (1, 0, [99])]:
+            with pytest.raises(ValueError, match="layer"):
+                handoff.layer_ready(layer, first, blocks)
+        await handoff.abort()
+
+
+async def test_a_sequence_that_is_not_admitted(transport: str) -> None:
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 20)
+        await until(lambda: rig.server.stats().leases == 1)
+        rig.pool.refuse = lambda _: TransferError("gone meanwhile")
+        rig.compute(handoff)
+        with pytest.raises(TransferError, match="gone meanwhile"):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert len(rig.pool.free_blocks) == 32
+        assert rig.server.stats().failed == {"not_admitted": 1}
+
+
+async def test_a_request_that_can_never_fit(transport: str) -> None:
+    async with Rig(transport) as rig:
+        rig.pool.refuse = lambda _: PromptTooLong("20 tokens, at most 10")
+        with pytest.raises(TransferError, match="at most 10"):
+            await rig.hand_off("r1", 20)
+        assert rig.server.stats().failed == {"refused_too_long": 1}
+
+
+async def test_drain_refuses_the_new_and_finishes_the_granted(transport: str) -> None:
+    async with Rig(transport, num_blocks=8) as rig:
+        granted = rig.offer("r1", 20)
+        await until(lambda: rig.server.stats().leases == 1)
+        waiting = rig.offer("r2", 20)
+        await until(lambda: rig.server.stats().waiting_offers == 1)
+        rig.server.drain()
+        rig.compute(granted)
+        await granted.commit(FIRST, compute_end=time.monotonic())
+        for handoff in (waiting, rig.offer("r3", 20)):
+            with pytest.raises(TransferError, match="draining"):
+                await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert rig.server.stats().pending == 0
+
+
+async def test_other_weights_are_refused(transport: str) -> None:
+    async with Rig(transport) as rig:
+        rig.server._intakes.weight_version = "w2"
+        with pytest.raises(TransferError, match="weights w1, served are w2"):
+            await rig.hand_off("r1", 20)
+
+
+async def test_closing_the_client_ends_its_hand_offs(transport: str) -> None:
+    async with Rig(transport, num_blocks=8) as rig:
+        handoffs = [rig.offer("r1", 20), rig.offer("r2", 20)]
+        rig.compute(handoffs[0], layers=range(2))
+        await until(lambda: rig.server.stats().pending == 2)
+        await rig.client.close()
+        for handoff in handoffs:
+            with pytest.raises(TransferError, match="shutting down"):
+                await handoff.commit(FIRST, compute_end=time.monotonic())
+        await until(lambda: rig.server.stats().pending == 0)
+        with pytest.raises(TransferError, match="not running"):
+            rig.offer("r3", 20)
+
+
+async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) -> None:
+    async with Rig(transport) as rig:
+        await rig.hand_off("r0", 8)
+        handoff = rig.offer("r1", 20)
+        rig.compute(handoff, layers=range(2))
+        await until(lambda: rig.server.stats().leases == 1)
+        await rig.server.close()
+        with pytest.raises(TransferError):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+        await until(lambda: rig.client.bad_peers() == ["decode-0"])
+        rig.pool.all.clear()  # the server's leases died with it
+        rig.server._intakes.leases._leases.clear()
+        rig.server._intakes.leases._holder.clear()
+        rig.server._intakes._active.clear()
+
+
+async def test_a_cancelled_commit_aborts(transport: str) -> None:
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 20)
+        commit = asyncio.create_task(handoff.commit(FIRST, compute_end=time.monotonic()))
+        await until(lambda: rig.server.stats().leases == 1)
+        commit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
+        await until(lambda: len(rig.pool.free_blocks) == 32)
+
+
+async def test_nothing_is_left_behind(transport: str) -> None:
+    async def life() -> None:
+        async with Rig(transport) as rig:
+            other = await rig.add_client("prefill-1")
+            await asyncio.gather(*(rig.hand_off(f"r{i}", 8, client=c) for i, c in enumerate([rig.client, other] * 3)))
+            await rig.offer("r9", 20).abort()
+
+    await life()
+    gc.collect()
+    before = (set(os.listdir("/proc/self/fd")), threading.active_count())
+    for _ in range(3):
+        await life()
+    gc.collect()
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        assert "memfd:baton-kv" not in maps.read()
