@@ -41,7 +41,7 @@ from llm_engine.api.errors import ServingError
 
 _log = logging.getLogger(__name__)
 
-_ROUTER_GRACE_S = 3.0
+_ROUTER_MARGIN_S = 2.0  # beyond its own drain
 _STOP_S = 10.0
 _PROBE_S = 1.0
 
@@ -105,7 +105,7 @@ class Controller:
         )
         router = self._config.router.model_copy(update={"membership": record.feed_addr, "workers": ()})
         self._config = self._config.model_copy(update={"router": router})
-        tree = self._config.model_dump(mode="json", exclude_none=True)
+        tree = self._config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         self._run_dir.config.write_text(tomli_w.dumps(tree), encoding="utf-8")
         self._run_dir.write(record)
 
@@ -195,7 +195,8 @@ class Controller:
         """The router first, so that clients see an end instead of retries; then the workers."""
         self._desired = dict.fromkeys(self._desired, 0)
         if self._router_handle is not None:
-            await asyncio.wait({self._router_handle.stop(_ROUTER_GRACE_S)}, timeout=_ROUTER_GRACE_S + 1.0)
+            grace_s = self._config.router.drain_timeout_s + _ROUTER_MARGIN_S
+            await asyncio.wait({self._router_handle.stop(grace_s)}, timeout=grace_s + _ROUTER_MARGIN_S)
         for worker in self._fleet.present():
             self._fleet.drain(worker.name, 0.0)
         await self._fleet.emptied(_STOP_S)

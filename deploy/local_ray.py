@@ -27,12 +27,13 @@ _WORKER_PREFIX = "worker:"
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no object of ours is ever put there
 
 
-def set_environment(secret: str) -> None:
+def set_environment(secret: str, ray_dir: Path) -> None:
     """Prepare this process and all that it starts. Call before ray is imported."""
     token = hashlib.blake2b(secret.encode(), digest_size=32, person=b"ray-token").hexdigest()
     os.environ.update(
         {
             SECRET_ENV: secret,
+            "TMPDIR": str(ray_dir),  # so that no killed process leaves a temporary file
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -28,6 +28,7 @@ from deploy.report import EventPrinter, Say, banner
 from deploy.rundir import ClusterRecord, NotRunning, RunDir
 from llm_engine.api.config import ClusterConfig, Resolved
 from llm_engine.api.errors import ConfigError, ServingError
+from llm_engine.serving.preflight import check_checkpoint
 
 _POLL_S = 0.2
 _STEADY_POLL_S = 1.0
@@ -50,6 +51,7 @@ def up(resolved: Resolved, run_dir: RunDir) -> None:
     run_dir.acquire()
     try:
         _remove_leftovers(run_dir)
+        check_checkpoint(config.model.path)
         _check_port(config)
         say = Say(sys.stdout)
         for key, source in sorted(resolved.sources.items()):
@@ -113,8 +115,9 @@ class _Cluster:
     def __enter__(self) -> _Cluster:
         try:
             self._save()
-            local_ray.set_environment(self._run_dir.create_secret())
-            local_ray.start(Path(self._record.ray_dir))
+            ray_dir = Path(self._record.ray_dir)
+            local_ray.set_environment(self._run_dir.create_secret(), ray_dir)
+            local_ray.start(ray_dir)
             self._signals.install()  # Ray has put its own handlers in their place
             self._controller = local_ray.start_controller(self._config, self._run_dir.path)
         except BaseException:

@@ -1,0 +1,233 @@
+"""`baton up` as a person uses it, on a host of its own: ready soon, serves, survives kills, leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from deploy.rundir import RunDir
+from tests.e2e import netns
+
+REASON = netns.missing()
+pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.timeout(300)]
+
+URL = "http://127.0.0.1:8000"
+READY_S = 20.0
+Json = dict[str, Any]
+
+
+class Site:
+    """A host with a run directory, and the `baton` command in it."""
+
+    def __init__(self, host: netns.Host, model: Path, directory: Path) -> None:
+        self.host, self.run_dir = host, directory / "run"
+        self.config = directory / "cluster.toml"
+        self.config.write_text(
+            f'[model]\npath = "{model}"\nname = "nano"\n[kv]\nmemory_mb = 32\n[worker]\ndrain_timeout_s = 10.0\n',
+            encoding="utf-8",
+        )
+        self.output = directory / "up.out"
+
+    def baton(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.host.run(sys.executable, "-m", "deploy.cli", *words, "--run-dir", str(self.run_dir))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "deploy.cli",
+            "up",
+            "--config",
+            str(self.config),
+            "--run-dir",
+            str(self.run_dir),
+        ]
+        with self.output.open("wb") as out:
+            return subprocess.Popen(self.host.command(*command), stdout=out, stderr=subprocess.STDOUT)
+
+    def status(self) -> Json:
+        done = self.baton("status", "--json")
+        assert done.returncode in (0, 4), done.stderr
+        status: Json = json.loads(done.stdout)
+        return status
+
+    def worker(self, name: str) -> Json:
+        return next(worker for worker in self.status()["workers"] if worker["name"] == name)
+
+    def until(self, condition: Callable[[Json], bool], timeout_s: float = 60.0) -> Json:
+        deadline = time.monotonic() + timeout_s
+        while not condition(status := self.status()):
+            assert time.monotonic() < deadline, f"{status}\n{self.told()}"
+        return status
+
+    def told(self) -> str:
+        """Everything a person would look at after a failure."""
+        logs = sorted((self.run_dir / "logs").glob("*.log"))
+        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-3000:]}" for log in (self.output, *logs))
+
+    def assert_nothing_left(self, shm_before: set[str], ray_dir: str) -> None:
+        deadline = time.monotonic() + 10.0
+        while (left := self.host.processes()) and time.monotonic() < deadline:
+            pass
+        assert left == []
+        assert self.host.listeners() == []
+        assert netns.shared_memory() <= shm_before
+        assert not Path(ray_dir).exists()
+        assert {path.name for path in self.run_dir.iterdir()} == {"lock", "config.toml", "logs"}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[netns.Host]:
+    with netns.Host() as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def site(host: netns.Host, nano_planted_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(host, nano_planted_dir, tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def cluster(site: Site) -> Iterator[Site]:
+    """A running cluster that every test leaves ready, with one prefill and one decode worker."""
+    shm_before, started = netns.shared_memory(), time.monotonic()
+    process = site.start()
+    while b"Try it" not in site.output.read_bytes():
+        assert process.poll() is None, site.told()
+        assert time.monotonic() - started < 120.0, site.told()
+        time.sleep(0.05)
+    site.ready_s = time.monotonic() - started
+    record = RunDir(site.run_dir).cluster()
+    assert record is not None
+    yield site
+    site.host.kill(record.supervisor.pid, "INT")
+    assert process.wait(timeout=60) == 0, site.told()
+    assert "killed" not in site.output.read_text(), "everything stops by itself"
+    site.assert_nothing_left(shm_before, record.ray_dir)
+
+
+@pytest.fixture
+def api(cluster: Site) -> Iterator[OpenAI]:
+    with cluster.host.network(), httpx.Client(trust_env=False, timeout=60.0) as http:
+        yield OpenAI(base_url=f"{URL}/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def complete(api: OpenAI, max_tokens: int = 48) -> str:
+    answer = api.completions.create(
+        model="nano", prompt="The quick brown fox", max_tokens=max_tokens, seed=7, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == max_tokens
+    return answer.choices[0].text
+
+
+def test_it_is_ready_soon(cluster: Site) -> None:
+    others = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # a machine busy with other work is slower
+    assert cluster.ready_s < READY_S * others
+    assert f"curl -N {URL}/v1/chat/completions" in cluster.output.read_text()
+
+
+def test_a_chat_is_answered(api: OpenAI) -> None:
+    answer = api.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": "Hello"}], max_tokens=16, seed=1
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+    streamed = api.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": "Hello"}], max_tokens=16, seed=1, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer.choices[0].message.content
+
+
+def test_everything_listens_on_loopback(cluster: Site) -> None:
+    listeners = cluster.host.listeners()
+    assert f"127.0.0.1:{URL.rpartition(':')[2]}" in listeners
+    assert [address for address in listeners if not netns.is_loopback(address)] == []
+
+
+def test_no_secret_is_on_a_command_line(cluster: Site) -> None:
+    secret = (cluster.run_dir / "secret").read_text(encoding="utf-8")
+    commands = cluster.host.processes()
+    assert len(commands) > 8
+    environment = Path(f"/proc/{os.getpid()}/environ").read_bytes()
+    assert secret.encode() not in environment
+    assert [command for command in commands if secret in command or "RAY_AUTH_TOKEN" in command] == []
+    assert secret not in "".join(log.read_text(errors="replace") for log in (cluster.run_dir / "logs").glob("*.log"))
+
+
+def test_a_second_cluster_in_the_same_directory_is_refused(cluster: Site) -> None:
+    for detach in ([], ["--detach"]):
+        done = cluster.baton("up", "--config", str(cluster.config), *detach)
+        assert done.returncode == 1
+        assert "a cluster is already running" in done.stderr
+    assert cluster.status()["ready"]
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_a_killed_worker_costs_a_stream_nothing_and_comes_back(cluster: Site, api: OpenAI, name: str) -> None:
+    undisturbed = complete(api, 400)
+    before = cluster.worker(name)
+    stream = api.completions.create(
+        model="nano",
+        prompt="The quick brown fox",
+        max_tokens=400,
+        seed=7,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = [next(stream).choices[0].text]
+    cluster.host.kill(before["pid"])
+    pieces.extend(chunk.choices[0].text for chunk in stream)
+    assert "".join(pieces) == undisturbed
+    status = cluster.until(lambda now: now["ready"] and cluster_worker(now, name)["restarts"] > before["restarts"])
+    after = cluster_worker(status, name)
+    assert (after["state"], after["pid"] != before["pid"]) == ("ready", True)
+    assert complete(api) == undisturbed[: len(complete(api))]
+
+
+def test_a_killed_router_comes_back_on_its_port(cluster: Site, api: OpenAI) -> None:
+    before = complete(api)
+    router = cluster.status()["router"]
+    cluster.host.kill(router["pid"])
+    status = cluster.until(lambda now: now["ready"] and now["router"]["pid"] != router["pid"])
+    assert status["router"]["restarts"] == router["restarts"] + 1
+    assert complete(api) == before
+
+
+def test_a_killed_controller_finds_everything_again(cluster: Site, api: OpenAI) -> None:
+    before = cluster.status()
+    pid = cluster.host.run("pgrep", "-f", "ray::ControllerActor").stdout.split()[0]
+    cluster.host.kill(int(pid))
+    assert complete(api), "the data plane does not need it"
+    after = cluster.until(lambda now: now["ready"])
+    assert after["router"]["pid"] == before["router"]["pid"]
+    assert [worker["pid"] for worker in after["workers"]] == [worker["pid"] for worker in before["workers"]]
+
+
+def test_a_pool_scales_and_a_worker_drains(cluster: Site, api: OpenAI) -> None:
+    text = complete(api)
+    grown = cluster.baton("scale", "decode", "2")
+    assert (grown.returncode, grown.stdout) == (0, "decode: 2 ready\n"), grown.stderr
+    assert {worker["name"] for worker in cluster.status()["workers"]} == {"prefill-0", "decode-0", "decode-1"}
+    drained = cluster.baton("drain", "decode-0")
+    assert (drained.returncode, drained.stdout) == (0, "decode-0: drained\n"), drained.stderr
+    assert complete(api) == text
+    assert cluster.baton("scale", "decode", "1").returncode == 0
+    status = cluster.until(lambda now: now["ready"])
+    assert [worker["name"] for worker in status["workers"]] == ["decode-1", "prefill-0"]
+    assert complete(api) == text
+    assert cluster.baton("drain", "decode-7").returncode == 1
+
+
+def cluster_worker(status: Json, name: str) -> Json:
+    return next(worker for worker in status["workers"] if worker["name"] == name)
