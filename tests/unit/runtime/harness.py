@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,8 +15,9 @@ from llm_engine.runtime.engine import Engine
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.runner import Model
 from llm_engine.runtime.sampler import DrawRows, Sampler
-from llm_engine.sched import Failure, LayerSink, Prefilled, Sequence, StepResult
-from tests.unit.runtime.fake_model import EOS, VOCAB, FakeModel, advance, logits_of, make_store
+from llm_engine.sched import Failure, LayerSink, Prefilled, Reservation, Sequence, StepResult
+from tests.unit.runtime.fake_model import BLOCK, EOS, VOCAB, FakeModel, advance, copy_block, logits_of, make_store
+from tests.unit.sched.requests import submit_of
 
 
 def config_of(
@@ -87,10 +88,10 @@ def fake_driver(
     store: KvStore | None = None,
     on_layer: LayerSink | None = None,
     clock: Callable[[], float] = lambda: 0.0,
-    **options: int,
+    **options: Any,
 ) -> Driver:
     """A driver of an engine over the fake model."""
-    config = config_of(num_drafts=num_drafts, **options)  # type: ignore[arg-type]
+    config = config_of(num_drafts=num_drafts, **options)
     store = store if store is not None else make_store(num_blocks, with_mtp=num_drafts > 0)
     model = model if model is not None else FakeModel()
     return Driver(Engine(config, model, store, role=role, format_id="fake", on_layer=on_layer, clock=clock))
@@ -122,4 +123,38 @@ def blocks_in_use(engine: Engine) -> int:
     return load.blocks_live + load.blocks_leased + load.blocks_quarantined
 
 
-__all__: Seq[str] = ["Driver", "blocks_in_use", "config_of", "expected_output", "fake_driver"]
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def prompt_of(name: str = "r", tokens: list[int] | None = None, **options: Any) -> Submit:
+    """A request of `PROMPT` for 12 tokens that only `max_tokens` ends, unless told otherwise."""
+    return submit_of(tokens or PROMPT, name, **{"max_tokens": 12, "ignore_eos": True, **options})
+
+
+def fake_pair(num_drafts: int = 0) -> tuple[Driver, Driver, list[KvStore]]:
+    """A prefill engine, a decode engine and their stores."""
+    stores = [make_store(32, with_mtp=num_drafts > 0) for _ in range(2)]
+    p = fake_driver(Role.PREFILL, store=stores[0], num_drafts=num_drafts)
+    d = fake_driver(Role.DECODE, store=stores[1], num_drafts=num_drafts)
+    return p, d, stores
+
+
+def hand_over(p: Driver, d: Driver, stores: list[KvStore], index: int = 0) -> tuple[Sequence, Reservation]:
+    """Move a prefilled sequence from one engine to the other."""
+    prefilled = p.prefilled[index]
+    seq = prefilled.seq
+    reservation = d.engine.reserve(seq.submit, len(unpack_tokens(seq.submit.tokens)))
+    assert isinstance(reservation, Reservation)
+    for i, block in enumerate(reservation.blocks, reservation.have_tokens // BLOCK):
+        copy_block(stores[0], seq.blocks[i], stores[1], block)
+    return d.engine.admit(seq.submit, reservation, prefilled.first), reservation

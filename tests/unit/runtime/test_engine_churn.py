@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,14 +22,14 @@ from tests.unit.runtime.fake_model import BLOCK, EOS, NUM_LAYERS, VOCAB, FakeMod
 from tests.unit.runtime.harness import blocks_in_use, expected_output, fake_driver
 from tests.unit.sched.requests import submit_of
 
-NUM_REQUESTS = 30
+NUM_REQUESTS = 24
 
 
 def _random_submit(rng: random.Random, name: str) -> Submit:
     """A prompt of 1 to 40 tokens, often with a prefix that others have, and random sampling."""
     family = [rng.randrange(2)] * rng.choice([0, 3, 4, 9, 16, 25])
     prompt = [*family, *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 15)))]
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "temperature": rng.choice([0.0, 0.7, 1.5]),
         "seed": rng.randrange(1000),
         "max_tokens": rng.randint(1, 30),
@@ -82,7 +83,7 @@ class Client:
             assert finishes[name] == (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_aggregated(seed: int) -> None:
     rng = random.Random(seed)
     driver = fake_driver(
@@ -146,7 +147,7 @@ class Pair:
         self.stores = [make_store(rng.choice([16, 64]), with_mtp=num_drafts > 0) for _ in range(2)]
         self.sink = Sink(self.stores[0])
         models = [FakeModel(row_tile=tile) for tile in (4, 1)]
-        options = {"num_drafts": num_drafts, "max_num_seqs": rng.choice([2, 6])}
+        options: dict[str, Any] = {"num_drafts": num_drafts, "max_num_seqs": rng.choice([2, 6])}
         self.p = fake_driver(
             Role.PREFILL,
             store=self.stores[0],
@@ -225,7 +226,7 @@ class Pair:
         return self.p.engine.is_idle and self.d.engine.is_idle and not self.sent
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_disaggregated(seed: int) -> None:
     rng = random.Random(100 + seed)
     pair, client = Pair(rng, rng.choice([0, 1, 3])), Client(rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 from llm_engine.api.messages import Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
@@ -18,10 +19,10 @@ def submit_of(
     deadline_s: float = 1e6,
     salt: str = "",
     router_id: str = "router",
-    **sampling: object,
+    **sampling: Any,
 ) -> Submit:
     """A submit for `tokens`, greedy with room for 16 tokens unless told otherwise."""
-    params = SamplingParams(**{"seed": 7, "max_tokens": 16, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    params = SamplingParams(**{"seed": 7, "max_tokens": 16, "temperature": 0.0, **sampling})
     return Submit(
         request_id=request_id,
         attempt=attempt,
@@ -34,6 +35,6 @@ def submit_of(
     )
 
 
-def sequence_of(tokens: Seq[int], request_id: str = "r", **options: object) -> Sequence:
+def sequence_of(tokens: Seq[int], request_id: str = "r", **options: Any) -> Sequence:
     """A sequence that arrived at time 0."""
-    return Sequence.from_submit(submit_of(tokens, request_id, **options), 0.0)  # type: ignore[arg-type]
+    return Sequence.from_submit(submit_of(tokens, request_id, **options), 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Phase, Sequence
@@ -10,7 +12,7 @@ from tests.unit.sched.requests import sequence_of
 BLOCK = 4
 
 
-def _running(cache: PagedCache, scheduler: DecodeScheduler, length: int, start: int, **options: object) -> Sequence:
+def _running(cache: PagedCache, scheduler: DecodeScheduler, length: int, start: int, **options: Any) -> Sequence:
     """A sequence that has just drawn its first token."""
     seq = sequence_of(range(start * 1000, start * 1000 + length), f"r{start}", **options)
     assert cache.begin(seq, headroom=0)
