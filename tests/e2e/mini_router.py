@@ -55,6 +55,11 @@ class Stream:
     sources: list[str] = field(default_factory=list)  # the worker that sent each token first
     sent: list[float] = field(default_factory=list)  # when each token arrived
 
+    @property
+    def failed(self) -> bool:
+        """Whether the current attempt has failed."""
+        return any(failure.attempt == self.attempt for failure in self.failures)
+
     def take(self, worker: str, delta: TokenDelta) -> None:
         """The rules of a journal: restated tokens are equal, and there is no gap."""
         assert delta.index <= len(self.tokens), f"{self.request_id}: gap before index {delta.index}"
@@ -166,13 +171,13 @@ class MiniRouter:
                 await self._news.wait()
 
     async def finished(self, *streams: Stream, timeout_s: float = 30.0) -> None:
-        """Wait until every stream has its finish; a failure of any is an error."""
-        await self.until(lambda: all(s.finish or s.failures for s in streams), timeout_s)
-        assert not [s.failures for s in streams if s.failures]
+        """Wait until every stream has its finish; a failure of a current attempt is an error."""
+        await self.until(lambda: all(s.finish or s.failed for s in streams), timeout_s)
+        assert not [s.failures[-1] for s in streams if s.failed]
 
     async def failed(self, stream: Stream, timeout_s: float = 30.0) -> Failed:
         """Wait for the current attempt's failure."""
-        await self.until(lambda: any(f.attempt == stream.attempt for f in stream.failures), timeout_s)
+        await self.until(lambda: stream.failed, timeout_s)
         return stream.failures[-1]
 
     async def clean(self, *workers: str, timeout_s: float = 30.0) -> None:

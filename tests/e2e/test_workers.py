@@ -62,10 +62,11 @@ def pair(start: Start) -> Iterator[ProcessCluster]:
 
 
 @asynccontextmanager
-async def routing(cluster: ProcessCluster) -> AsyncIterator[MiniRouter]:
+async def routing(cluster: ProcessCluster, *names: str) -> AsyncIterator[MiniRouter]:
+    """A router that knows these workers; by default all."""
     async with MiniRouter(cluster.env[SECRET_ENV].encode()) as router:
-        for name, info in cluster.infos.items():
-            await router.connect(name, info["request_addr"])
+        for name in names or cluster.infos:
+            await router.connect(name, cluster.infos[name]["request_addr"])
         yield router
 
 
@@ -279,57 +280,60 @@ def metrics(cluster: ProcessCluster, name: str) -> dict[str, float]:
 # -- leaving ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_drained_worker_finishes_its_streams_and_refuses_new_ones(start: Start) -> None:
-    with start() as cluster:
-        async with routing(cluster) as router:
-            running = [router.stream(prompt, max_tokens=150) for prompt in prompts(4)]
-            for stream in running:
-                await router.submit(stream, PREFILL, DECODE)
-            await router.until(lambda: all(len(s.tokens) > 2 for s in running))
-            for name in (DECODE, PREFILL):
-                cluster.kill(name, signal.SIGTERM)
-            await router.until(lambda: router.loads[PREFILL].draining and router.loads[DECODE].draining)
-            await router.finished(*running)
-            assert all(len(s.tokens) == 150 for s in running)
-            assert [cluster.children[name].process.wait(10) for name in (DECODE, PREFILL)] == [0, 0]
+@pytest.fixture(scope="module")
+def leaving(start: Start) -> Iterator[ProcessCluster]:
+    """Workers for the tests that end one of them, each its own."""
+    with start(2, 4, worker__drain_timeout_s=4.0) as cluster:
+        yield cluster
 
 
-async def test_a_draining_worker_hands_new_work_back(start: Start) -> None:
-    with start() as cluster:
-        async with routing(cluster) as router:
-            await router.send(DECODE, Drain())
-            await router.until(lambda: router.loads[DECODE].draining)
-            refused = router.stream(prompts(1)[0], max_tokens=5)
-            await router.submit(refused, PREFILL, DECODE)
-            failure = await router.failed(refused)
-            assert (failure.code, failure.retryable) == ("handoff", True)
-            await router.send(PREFILL, Drain())
-            late = router.stream(prompts(1)[0], max_tokens=5)
-            await router.submit(late, PREFILL, DECODE)
-            failure = await router.failed(late)
-            assert (failure.code, failure.retryable) == ("draining", True)
-            assert get(cluster, PREFILL, "/ready").text == "draining\n"
+async def test_a_drained_worker_finishes_its_streams_and_exits_with_0(leaving: ProcessCluster) -> None:
+    async with routing(leaving) as router:
+        running = [router.stream(prompt, max_tokens=60) for prompt in prompts(4)]
+        for stream in running:
+            await router.submit(stream, "prefill-1", "decode-1")
+        await router.until(lambda: all(len(s.tokens) > 2 for s in running))
+        for name in ("decode-1", "prefill-1"):
+            leaving.kill(name, signal.SIGTERM)
+        await router.until(lambda: router.loads["decode-1"].draining and router.loads["prefill-1"].draining)
+        await router.finished(*running)
+        assert all(len(s.tokens) == 60 for s in running)
+        assert [leaving.children[name].process.wait(10) for name in ("decode-1", "prefill-1")] == [0, 0]
 
 
-async def test_a_drain_that_takes_too_long_hands_running_streams_back(start: Start) -> None:
-    with start(worker__drain_timeout_s=0.3) as cluster:
-        async with routing(cluster) as router:
-            stream = router.stream(prompts(1)[0], max_tokens=4000)
-            await router.submit(stream, PREFILL, DECODE)
-            await router.until(lambda: len(stream.tokens) > 5)
-            cluster.kill(DECODE, signal.SIGTERM)
-            failure = await router.failed(stream)
-            assert (failure.code, failure.retryable) == ("draining", True)
-            assert cluster.children[DECODE].process.wait(10) == 0
-            await router.clean(PREFILL)
+async def test_a_drain_that_takes_too_long_hands_running_streams_back(leaving: ProcessCluster) -> None:
+    async with routing(leaving, PREFILL, "decode-2") as router:
+        stream = router.stream(prompts(1)[0], max_tokens=4900)
+        await router.submit(stream, PREFILL, "decode-2")
+        await router.until(lambda: len(stream.tokens) > 5)
+        leaving.kill("decode-2", signal.SIGTERM)
+        failure = await router.failed(stream)
+        assert (failure.code, failure.retryable) == ("draining", True)
+        assert leaving.children["decode-2"].process.wait(10) == 0
+        await router.clean(PREFILL)
 
 
-async def test_an_interrupt_leaves_at_once_and_tells_the_router(start: Start) -> None:
-    with start() as cluster:
-        async with routing(cluster) as router:
-            stream = router.stream(prompts(1)[0], max_tokens=4000)
-            await router.submit(stream, PREFILL, DECODE)
-            await router.until(lambda: len(stream.tokens) > 5)
-            cluster.kill(DECODE, signal.SIGINT)
-            assert (await router.failed(stream)).retryable
-            assert cluster.children[DECODE].process.wait(5) == 130
+async def test_an_interrupt_leaves_at_once_and_tells_the_router(leaving: ProcessCluster) -> None:
+    async with routing(leaving, PREFILL, "decode-3") as router:
+        stream = router.stream(prompts(1)[0], max_tokens=4900)
+        await router.submit(stream, PREFILL, "decode-3")
+        await router.until(lambda: len(stream.tokens) > 5)
+        leaving.kill("decode-3", signal.SIGINT)
+        assert (await router.failed(stream)).retryable
+        assert leaving.children["decode-3"].process.wait(5) == 130
+
+
+async def test_a_draining_worker_hands_new_work_back(leaving: ProcessCluster) -> None:
+    async with routing(leaving, PREFILL, DECODE) as router:
+        await router.send(DECODE, Drain())
+        await router.until(lambda: router.loads[DECODE].draining)
+        refused = router.stream(prompts(1)[0], max_tokens=5)
+        await router.submit(refused, PREFILL, DECODE)
+        failure = await router.failed(refused)
+        assert (failure.code, failure.retryable) == ("handoff", True)
+        await router.send(PREFILL, Drain())
+        late = router.stream(prompts(1)[0], max_tokens=5)
+        await router.submit(late, PREFILL, DECODE)
+        failure = await router.failed(late)
+        assert (failure.code, failure.retryable) == ("draining", True)
+        assert get(leaving, PREFILL, "/ready").text == "draining\n"
