@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llm_engine.models.layers import DenseMlp, LayerPlanes, LayerWeights
+from llm_engine.models.layers import DenseMlp, LayerPlanes, LayerWeights, Step
 from llm_engine.models.mla import MlaAttention
 from llm_engine.models.moe import Moe
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import AttentionPlan, Ops
+from llm_engine.ops import Ops
 
 
 class DecoderLayer:
@@ -30,7 +30,7 @@ class DecoderLayer:
         delta_RH: Tensor,
         residual_RH: Tensor | None,
         planes: LayerPlanes,
-        plan: AttentionPlan,
+        step: Step,
         on_written: Callable[[], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the block on `delta + residual` (None: zero). The new stream is the sum of the two tensors returned.
@@ -41,9 +41,9 @@ class DecoderLayer:
             x_RH, residual_RH = self._ops.rms_norm(delta_RH, self._norm_in, self._eps), delta_RH
         else:
             x_RH, residual_RH = self._ops.add_rms_norm(delta_RH, residual_RH, self._norm_in, self._eps)
-        rows = self._attention.write(x_RH, planes, plan)
+        rows = self._attention.write(x_RH, planes, step)
         if on_written is not None:
             on_written()
-        attended_RH = self._attention.attend(rows, planes, plan)
+        attended_RH = self._attention.attend(rows, planes, step)
         x_RH, residual_RH = self._ops.add_rms_norm(attended_RH, residual_RH, self._norm_post, self._eps)
         return self._mlp(x_RH), residual_RH

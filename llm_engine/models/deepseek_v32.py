@@ -14,11 +14,11 @@ from torch import Tensor
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.checkpoint import EMBED, FINAL_NORM, HEAD, Weights, layer_prefix
 from llm_engine.models.decoder_layer import DecoderLayer
-from llm_engine.models.layers import Caches, Head, LayerWeights
+from llm_engine.models.layers import Caches, Head, LayerWeights, Step
 from llm_engine.models.mtp import MtpLayer
 from llm_engine.models.rope import rope_tables
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import AttentionPlan, ForwardBatch, Ops
+from llm_engine.ops import ForwardBatch, Ops
 
 
 class CausalLM:
@@ -57,11 +57,11 @@ class CausalLM:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, store: Caches, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states [R, H] after the final norm. `on_layer(l)` is called once layer l's cache rows are stored."""
-        plan = self._plan(batch, store)
+        step = self._step(batch, store)
         delta_RH, residual_RH = torch.nn.functional.embedding(batch.token_ids_R, self._embedding_VH), None
         for index, (layer, planes) in enumerate(zip(self._layers, store.layers, strict=True)):
             on_written = None if on_layer is None else partial(on_layer, index)
-            delta_RH, residual_RH = layer(delta_RH, residual_RH, planes, plan, on_written)
+            delta_RH, residual_RH = layer(delta_RH, residual_RH, planes, step, on_written)
         assert residual_RH is not None, "a model has at least one layer"
         return self._ops.add_rms_norm(delta_RH, residual_RH, self._final_norm, self.spec.rms_norm_eps)[0]
 
@@ -80,16 +80,17 @@ class CausalLM:
         """
         if self._mtp is None or store.mtp is None:
             raise ValueError("no MTP layer: load the weights and plan the layout with it, or set engine.num_drafts=0")
-        return self._mtp(batch.token_ids_R, hidden_RH, store.mtp, self._plan(batch, store))
+        return self._mtp(batch.token_ids_R, hidden_RH, store.mtp, self._step(batch, store))
 
     @torch.inference_mode()
     def draft_logits(self, hidden_MH: Tensor) -> Tensor:
         """fp32 logits [M, V] of any rows of `mtp`'s result."""
         return self._head(hidden_MH) if self._mtp is None else self._mtp.head(hidden_MH)
 
-    def _plan(self, batch: ForwardBatch, store: Caches) -> AttentionPlan:
+    def _step(self, batch: ForwardBatch, store: Caches) -> Step:
         cos_TJ, sin_TJ = self._rope_tables
-        return self._ops.plan(batch, block_tokens=store.block_tokens, cos_TJ=cos_TJ, sin_TJ=sin_TJ)
+        plan = self._ops.plan(batch, block_tokens=store.block_tokens, cos_TJ=cos_TJ, sin_TJ=sin_TJ)
+        return Step(plan, max(batch.context_lens, default=0))
 
 
 def build_model(spec: ModelSpec, weights: Weights, ops: Ops, max_len: int | None = None) -> CausalLM:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm_engine.models.layers import LayerWeights
+from llm_engine.models.layers import LayerWeights, Step
 from llm_engine.models.spec import IndexerSpec
-from llm_engine.ops import AttentionPlan, Ops
+from llm_engine.ops import Ops
 
 _KEY_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps is
 
@@ -26,15 +26,19 @@ class Indexer:
         scale = spec.num_heads**-0.5 * spec.head_dim**-0.5
         self._head_weights = ops.pack_linear(weights["weights_proj.weight"] * scale, fp32=True)
 
-    def write_keys(self, key_RD: Tensor, plane_BPD: Tensor, plan: AttentionPlan) -> None:
+    def write_keys(self, key_RD: Tensor, plane_BPD: Tensor, step: Step) -> None:
         """Norm, rotate and cache the keys of all rows. Needed on every pass, also when nothing is left out."""
         weight_D, bias_D = self._key_norm
         interleaved = self._spec.rope_interleave
-        self._ops.write_index_keys(plane_BPD, key_RD, weight_D, bias_D, _KEY_NORM_EPS, plan, interleaved=interleaved)
+        self._ops.write_index_keys(
+            plane_BPD, key_RD, weight_D, bias_D, _KEY_NORM_EPS, step.plan, interleaved=interleaved
+        )
 
-    def select(self, x_RH: Tensor, query_latent_RQ: Tensor, plane_BPD: Tensor, plan: AttentionPlan) -> Tensor | None:
+    def select(self, x_RH: Tensor, query_latent_RQ: Tensor, plane_BPD: Tensor, step: Step) -> Tensor | None:
         """Positions [R, K] each row attends to, or None when no row of the batch has to leave any out."""
         spec = self._spec
+        if step.longest <= spec.topk:
+            return None
         query_RiD = self._ops.linear(query_latent_RQ, self._query).view(-1, spec.num_heads, spec.head_dim)
         g_Ri = self._ops.linear(x_RH, self._head_weights)
-        return self._ops.index_topk(query_RiD, g_Ri, plane_BPD, plan, spec.topk, interleaved=spec.rope_interleave)
+        return self._ops.index_topk(query_RiD, g_Ri, plane_BPD, step.plan, spec.topk, interleaved=spec.rope_interleave)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm_engine.ops import Ops
+from llm_engine.ops import AttentionPlan, Ops
 from llm_engine.ops.spec import PackedLinear, PackedMlp
 
 
@@ -32,6 +32,14 @@ class LayerWeights:
     def stacked(self, *names: str) -> Tensor:
         """Several [out, in] weights over each other: one multiplication instead of several."""
         return torch.cat([self[name] for name in names])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward pass share. `longest`: cached tokens of the batch's longest sequence."""
+
+    plan: AttentionPlan
+    longest: int
 
 
 class LayerPlanes(Protocol):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from llm_engine.models.indexer import Indexer
-from llm_engine.models.layers import LayerPlanes, LayerWeights
+from llm_engine.models.layers import LayerPlanes, LayerWeights, Step
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import AttentionPlan, Ops
+from llm_engine.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +43,24 @@ class MlaAttention:
         self._output = ops.pack_linear(weights["o_proj.weight"])
         self._indexer = None if spec.indexer is None else Indexer(spec.indexer, ops, weights.under("indexer."))
 
-    def write(self, x_RH: Tensor, planes: LayerPlanes, plan: AttentionPlan) -> Projected:
+    def write(self, x_RH: Tensor, planes: LayerPlanes, step: Step) -> Projected:
         """Compute and store the rows' latent and index entries."""
         eps = self._spec.rms_norm_eps
         query_RQ, kv_RC, *rest = torch.split(self._ops.linear(x_RH, self._inputs), self._widths, dim=-1)
-        self._ops.write_latent(planes.latent, kv_RC, self._latent_norm, eps, plan)
+        self._ops.write_latent(planes.latent, kv_RC, self._latent_norm, eps, step.plan)
         if self._indexer is not None:
             (key_RD,) = rest
-            self._indexer.write_keys(key_RD, _required(planes.index), plan)
+            self._indexer.write_keys(key_RD, _required(planes.index), step)
         return Projected(x_RH, self._ops.rms_norm(query_RQ, self._query_norm, eps))
 
-    def attend(self, rows: Projected, planes: LayerPlanes, plan: AttentionPlan) -> Tensor:
+    def attend(self, rows: Projected, planes: LayerPlanes, step: Step) -> Tensor:
         """Attention output [R, H] of rows that `write` has stored."""
         spec, ops = self._spec, self._ops
         chosen = None
         if self._indexer is not None:
-            chosen = self._indexer.select(rows.x_RH, rows.query_latent_RQ, _required(planes.index), plan)
+            chosen = self._indexer.select(rows.x_RH, rows.query_latent_RQ, _required(planes.index), step)
         query_RhE = ops.linear(rows.query_latent_RQ, self._query).view(-1, spec.num_heads, spec.qk_dim)
-        heads_RhV = ops.mla_attend(query_RhE, planes.latent, plan, chosen, self._kv_b, spec.softmax_scale)
+        heads_RhV = ops.mla_attend(query_RhE, planes.latent, step.plan, chosen, self._kv_b, spec.softmax_scale)
         return ops.linear(heads_RhV.flatten(1), self._output)
 
 

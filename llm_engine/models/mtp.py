@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llm_engine.models.decoder_layer import DecoderLayer
-from llm_engine.models.layers import Head, LayerPlanes, LayerWeights
+from llm_engine.models.layers import Head, LayerPlanes, LayerWeights, Step
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import AttentionPlan, Ops
+from llm_engine.ops import Ops
 
 
 class MtpLayer:
@@ -30,12 +30,12 @@ class MtpLayer:
         self._join = ops.pack_linear(weights["eh_proj.weight"])
         self._layer = DecoderLayer(spec, ops, weights, spec.num_layers)
 
-    def __call__(self, token_ids_R: Tensor, state_RH: Tensor, planes: LayerPlanes, plan: AttentionPlan) -> Tensor:
+    def __call__(self, token_ids_R: Tensor, state_RH: Tensor, planes: LayerPlanes, step: Step) -> Tensor:
         """State [R, H] whose head logits draft the token after `token_ids`; also what a chained draft builds on."""
         ops = self._ops
         token_RH = torch.nn.functional.embedding(token_ids_R, self._embedding_VH)
         token_RH = ops.rms_norm(token_RH, self._norm_token, self._eps)
         state_RH = ops.rms_norm(state_RH, self._norm_state, self._eps)
         joined_RH = ops.linear(torch.cat([token_RH, state_RH], dim=-1), self._join)
-        delta_RH, residual_RH = self._layer(joined_RH, None, planes, plan)
+        delta_RH, residual_RH = self._layer(joined_RH, None, planes, step)
         return ops.add_rms_norm(delta_RH, residual_RH, self._norm_out, self._eps)[0]

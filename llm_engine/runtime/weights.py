@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import xxhash
+from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.checkpoint import (
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _FP8_DTYPE = "F8_E4M3"
 _MAX_NAMED = 4  # how many offenders an error message names
-_PROGRESS_AFTER_S = 2.0
 
 
 def load_weights(
@@ -42,7 +42,7 @@ def load_weights(
 ) -> Weights:
     """Load every tensor of the model in `dtype` (fp32 where the model computes in fp32).
 
-    `with_mtp=False` leaves the draft layer out. A bar appears on a terminal when loading takes long.
+    `with_mtp=False` leaves the draft layer out. `progress` shows a bar while loading, on terminals only.
     Raises ConfigError, in one line, naming tensors that are missing, unknown, of a wrong shape or an unknown format.
     """
     with_mtp = with_mtp and spec.num_mtp_layers > 0
@@ -54,13 +54,11 @@ def load_weights(
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     in_file_order = sorted(infos, key=lambda name: (stored[name].file, name))
-    bar = tqdm(
-        desc=f"loading {path.name}", total=len(infos), disable=None if progress else True, delay=_PROGRESS_AFTER_S
-    )
-    with _Shards(stored) as shards, bar:
-        for name in in_file_order:
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    with _Shards(stored) as shards:
+        for name in track(in_file_order, f"loading {path.name}", console=console, transient=True, disable=hidden):
             tensors[name], digests[name] = _load(shards, spec, name, torch.float32 if infos[name].exact else dtype)
-            bar.update()
     for copy, main in copies.items():
         if digests[copy] == digests[main]:
             del tensors[copy], digests[copy]

@@ -13,11 +13,19 @@ from torch import Tensor
 from llm_engine.ops import load_ops
 from tests.models.harness import Harness, random_tokens
 
-LENGTHS = {"nano": 90, "nano_v3": 60, "tiny": 130, "tiny_v3": 90}  # beyond two selections where there is an indexer
+LENGTHS = {"nano": 90, "nano_v3": 60, "tiny": 110, "tiny_v3": 80}  # well beyond a selection where there is an indexer
 Pieces = list[list[tuple[int, int, int]]]  # passes of (sequence, start, end)
 
 
-@pytest.fixture(scope="module", params=[(size, dtype) for dtype in ("fp32", "bf16") for size in LENGTHS], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((size, "fp32") for size in LENGTHS),
+        ("nano", "bf16"),
+        pytest.param(("tiny", "bf16"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def case(request: pytest.FixtureRequest) -> tuple[Harness, list[list[int]], list[tuple[Tensor, Tensor]]]:
     """A model, three texts, and their logits and MTP states when each is computed alone in one pass."""
     size, dtype = request.param
@@ -62,14 +70,14 @@ def passes(draw: st.DrawFn, lengths: list[int]) -> Pieces:
         piece = []
         for seq in order[: draw(st.integers(1, len(order)))]:
             left = lengths[seq] - done[seq]
-            step = min(left, draw(st.sampled_from([1, 2, 5, 16, 33, 64, 1000])))
+            step = min(left, draw(st.sampled_from([1, 2, 7, 16, 33, 64, 1000])))
             piece.append((seq, done[seq], done[seq] + step))
             done[seq] += step
         pieces.append(piece)
     return pieces
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_schedule_gives_the_same_bits(
     case: tuple[Harness, list[list[int]], list[tuple[Tensor, Tensor]]], data: st.DataObject

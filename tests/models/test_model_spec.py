@@ -19,7 +19,8 @@ from llm_engine.models.spec import ModelSpec, RopeSpec, YarnSpec
 
 RELEASED: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "vocab_size": 129280,
-    "hidden_size": 7168, "num_hidden_layers": 61, "num_nextn_predict_layers": 1, "first_k_dense_replace": 3, "moe_layer_freq": 1,
+    "hidden_size": 7168, "num_hidden_layers": 61, "num_nextn_predict_layers": 1, "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
     "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_attention_heads": 128, "num_key_value_heads": 128,
