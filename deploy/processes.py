@@ -178,7 +178,8 @@ class ProcessCluster:
         self.children.clear()
 
     def _spawn_router(self) -> None:
-        workers = [f"tcp://127.0.0.1:{port}" for port in self._request_ports.values()]
+        own = [f"tcp://127.0.0.1:{port}" for port in self._request_ports.values()]
+        workers = [*self.settings.get("router.workers", ()), *own]
         config = self._write("router", {"router.port": self.port, "router.workers": workers})
         self._launch("router", [sys.executable, "-m", "router", "--config", str(config)])
 

@@ -1,0 +1,161 @@
+"""What the router costs: requests per second, relayed tokens per second, added latency, gaps in a stream.
+
+`python -m benchmarks.router_rate [--sglang-python VENV/bin/python]`. The workers are fakes that answer at once: ours
+over the request plane, the HTTP twin for sglang-router. Load comes from `wrk`. Everything shares the machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.report import machine
+from benchmarks.stream_gaps import stream_gaps
+from deploy.processes import Child, ProcessCluster, free_port
+
+_DURATION = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+def wrk(url: str, body: dict[str, Any], *, connections: int, seconds: int, scratch: Path) -> dict[str, float]:
+    """Requests per second and latency percentiles (ms) of one `wrk` run. Raises RuntimeError when a request failed."""
+    script = scratch / "post.lua"
+    payload = json.dumps(body).replace("'", "")
+    script.write_text(
+        f"wrk.method='POST'\nwrk.headers['Content-Type']='application/json'\nwrk.body='{payload}'\n", encoding="utf-8"
+    )
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+    if "Non-2xx" in text or "Socket errors" in text:
+        raise RuntimeError(f"{url}: requests failed:\n{text}")
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
+    if rate is None:
+        raise RuntimeError(f"wrk printed no rate:\n{text}")
+    found = {f"p{q}": (value, unit) for q, value, unit in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)\b", text)}
+    latency = {f"{name}_ms": round(float(value) * _DURATION[unit], 3) for name, (value, unit) in found.items()}
+    return {"requests_per_s": float(rate.group(1)), **latency}
+
+
+@contextlib.contextmanager
+def baton_router(scratch: Path, processes: int, *, step_ms: float = 0.0) -> Iterator[str]:
+    """Our router over one fake prefill and one fake decode worker; yields its base address."""
+    from llm_engine.models.synthetic import make_checkpoint
+
+    model = scratch / "nano"
+    if not model.exists():
+        make_checkpoint("nano", model)
+    ports = {role: free_port() for role in ("prefill", "decode")}
+    settings = {
+        "model.path": str(model),
+        "model.name": "fake",
+        "router.processes": processes,
+        "router.workers": [f"tcp://127.0.0.1:{port}" for port in ports.values()],
+    }
+    with ProcessCluster(scratch / f"router-{processes}", settings, prefill=0, decode=0) as cluster:
+        fakes = [
+            Child(role, _fake_command(role, port, step_ms), scratch / f"{role}.log", cluster.env)
+            for role, port in ports.items()
+        ]
+        try:
+            for fake in fakes:
+                fake.wait_ready(20)
+            _wait_status(f"{cluster.url}/ready", 20)
+            yield cluster.url
+        finally:
+            for fake in fakes:
+                fake.stop()
+
+
+def _fake_command(role: str, port: int, step_ms: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.fake_worker", "--role", role, "--port", str(port), "--model", "fake"]
+    return [*command, "--prefill-ms", "0", "--step-ms", str(step_ms), "--max-num-seqs", "4096"]
+
+
+@contextlib.contextmanager
+def sglang_router(scratch: Path, python: Path) -> Iterator[str]:
+    """sglang-router in PD mode over two HTTP fakes; yields its base address."""
+    fakes = [
+        Child(name, [sys.executable, "-m", "benchmarks.fake_http_worker"], scratch / f"{name}.log", {})
+        for name in ("http-prefill", "http-decode")
+    ]
+    ports = [fake.wait_ready(20)["port"] for fake in fakes]
+    port, metrics_port = free_port(), free_port()
+    command = [str(python), "-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "round_robin"]
+    command += ["--prefill", f"http://127.0.0.1:{ports[0]}", "9001", "--decode", f"http://127.0.0.1:{ports[1]}"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
+    with (scratch / "sglang.log").open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=sink) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_status(f"{url}/readiness", 60)
+            yield url
+        finally:
+            process.terminate()
+            for fake in fakes:
+                fake.stop()
+
+
+def _wait_status(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    with httpx.Client(trust_env=False, timeout=2.0) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(url).status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} did not answer 200 within {timeout_s} s")
+
+
+def measure(url: str, seconds: int, scratch: Path, *, streams: Sequence[int] = ()) -> dict[str, Any]:
+    """Plain requests at 1 and 32 connections; with `streams`, relayed tokens per second of endless decode."""
+    plain = {"model": "fake", "prompt": "hello", "max_tokens": 2, "seed": 1}
+    target = f"{url}/v1/completions"
+    report: dict[str, Any] = {
+        f"connections_{n}": wrk(target, plain, connections=n, seconds=seconds, scratch=scratch) for n in (1, 32)
+    }
+    for n in streams:
+        tokens = 256
+        body = plain | {"stream": True, "max_tokens": tokens, "ignore_eos": True}
+        run = wrk(target, body, connections=n, seconds=seconds, scratch=scratch)
+        report[f"streams_{n}"] = {"tokens_per_s": round(run["requests_per_s"] * tokens)}
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.router_rate", description=__doc__)
+    parser.add_argument("--sglang-python", type=Path, help="interpreter of a venv with sglang-router")
+    parser.add_argument("--seconds", type=int, default=5, help="length of each run")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="router processes to try")
+    args = parser.parse_args(argv)
+    if shutil.which("wrk") is None:
+        print("wrk is not installed (Debian: apt-get install wrk)", file=sys.stderr)
+        return 2
+    report: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory(prefix="baton-router-") as directory:
+        scratch = Path(directory)
+        for processes in args.processes:
+            with baton_router(scratch, processes) as url:
+                report[f"baton_{processes}"] = measure(url, args.seconds, scratch, streams=(64, 256))
+        with baton_router(scratch, 1, step_ms=5.0) as url:
+            report["baton_stream_at_5_ms"] = stream_gaps(url, "fake", tokens=100, repeats=3)
+        if args.sglang_python:
+            with sglang_router(scratch, args.sglang_python) as url:
+                report["sglang_router"] = measure(url, args.seconds, scratch)
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
