@@ -28,6 +28,7 @@ class DecodeWorker(Worker[Reservation]):
 
     def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena) -> None:
         super().__init__(config, name, Role.DECODE, key, assembly)
+        self._arena = arena
         intake = Intake(
             self._steps,
             self,
@@ -116,6 +117,7 @@ class DecodeWorker(Worker[Reservation]):
 
     async def _close_peers(self) -> None:
         await self._server.close()
+        self._arena.close()
 
     def _drain_peers(self) -> None:
         self._server.drain()

@@ -196,6 +196,7 @@ class PrefillWorker(Worker[Outbound]):
     async def _close_peers(self) -> None:
         if self._client is not None:
             await self._client.close()
+        self._arena.close()
 
     def _num_pending(self) -> int:
         return 0 if self._client is None else self._client.stats().pending

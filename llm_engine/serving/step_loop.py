@@ -144,7 +144,8 @@ class StepLoop(Generic[E, R]):
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
     def _enqueue(self, run: Callable[[], Completion | None]) -> None:

@@ -83,30 +83,16 @@ class Worker(ABC, Generic[D]):
     async def start(self) -> WorkerInfo:
         """Bind every address, start the step thread and serve. Raises ConfigError when a port is taken."""
         self._loop = asyncio.get_running_loop()
-        worker = self.config.worker
-        request_addr = self._plane.bind(worker.host, worker.request_port)
-        control_addr = self._bind_peers()
-        self._info = info = WorkerInfo(
-            name=self.name,
-            role=self.role,
-            incarnation=secrets.token_hex(8),
-            pid=os.getpid(),
-            request_addr=request_addr,
-            control_addr=control_addr,
-            metrics_addr=self._monitor.start(worker.host, worker.metrics_port),
-            model=self.config.model.served_name,
-            format_id=self._assembly.format_id,
-            weight_version=self._assembly.weight_version,
-            block_tokens=self._assembly.layout.block_tokens,
-            num_blocks=self._assembly.layout.num_blocks,
-            max_model_len=self._assembly.engine.max_len,
-            max_num_seqs=self.config.scheduler.max_num_seqs,
-        )
-        self._steps.start()
-        await self._steps.call(lambda engine: None)  # the thread runs, and the first load is known
-        self._metrics.watch(info, lambda: self._last_load)
-        services = (self._plane.run(info), *self._peer_services(info))
-        self._services = [asyncio.create_task(service) for service in services]
+        try:
+            self._info = info = self._bind()
+            self._steps.start()
+            await self._steps.call(lambda engine: None)  # the thread runs, and the first load is known
+            self._metrics.watch(info, lambda: self._last_load)
+            services = (self._plane.run(info), *self._peer_services(info))
+            self._services = [asyncio.create_task(service) for service in services]
+        except BaseException:
+            await self._shut_down("internal", "the worker did not start")
+            raise
         return info
 
     async def serve(self) -> None:
@@ -302,6 +288,25 @@ class Worker(ABC, Generic[D]):
     ) -> None:
         failed = Failed(request_id=request_id, attempt=attempt, code=code, reason=reason, retryable=retryable)
         self._plane.send(router_id, failed)
+
+    def _bind(self) -> WorkerInfo:
+        worker = self.config.worker
+        return WorkerInfo(
+            name=self.name,
+            role=self.role,
+            incarnation=secrets.token_hex(8),
+            pid=os.getpid(),
+            request_addr=self._plane.bind(worker.host, worker.request_port),
+            control_addr=self._bind_peers(),
+            metrics_addr=self._monitor.start(worker.host, worker.metrics_port),
+            model=self.config.model.served_name,
+            format_id=self._assembly.format_id,
+            weight_version=self._assembly.weight_version,
+            block_tokens=self._assembly.layout.block_tokens,
+            num_blocks=self._assembly.layout.num_blocks,
+            max_model_len=self._assembly.engine.max_len,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+        )
 
     def _unready(self) -> str | None:
         if self._info is None:
