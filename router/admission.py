@@ -17,8 +17,8 @@ from llm_engine.api.errors import Overloaded, TooManyRequests
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
-RATE_WINDOW_S = 10.0
-MIN_RATE_SAMPLES = 8  # departures before the measured rate is believed
+WINDOW_S = 10.0
+MIN_DEPARTURES = 8  # before the measured rate is believed
 
 
 class Waiting(Protocol):
@@ -35,14 +35,21 @@ W = TypeVar("W", bound=Waiting)
 
 
 class DepartureRate:
-    """Departures per second over the last RATE_WINDOW_S, in two half windows."""
+    """Departures per second while somebody waits: an idle cluster's rate says nothing about what it could do.
 
-    def __init__(self, now: float) -> None:
-        self._half = RATE_WINDOW_S / 2
-        self._start = now
-        self._current = 0
+    Counted over the last one to two windows of WINDOW_S.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0  # start of the previous window, if there is one
+        self._window = 0.0  # start of the current one
         self._previous = 0
-        self._num_halves = 0
+        self._current = 0
+
+    def restart(self, now: float) -> None:
+        """The queue was empty until now."""
+        self._since = self._window = now
+        self._previous = self._current = 0
 
     def departed(self, now: float) -> None:
         """One request has left."""
@@ -52,31 +59,28 @@ class DepartureRate:
     def per_s(self, now: float) -> float | None:
         """None: too few departures to say."""
         self._roll(now)
-        count = self._current + self._previous
-        if count < MIN_RATE_SAMPLES:
-            return None
-        return count / max(self._half / 10, now - self._start + (self._half if self._num_halves else 0.0))
+        count = self._previous + self._current
+        return count / max(now - self._since, 1e-3) if count >= MIN_DEPARTURES else None
 
     def _roll(self, now: float) -> None:
-        if now - self._start < self._half:
-            return
-        self._previous = self._current if now - self._start < 2 * self._half else 0
-        self._current = 0
-        self._start = now - (now - self._start) % self._half
-        self._num_halves = 1
+        if now - self._window >= WINDOW_S:
+            self._since = max(self._window, now - WINDOW_S)
+            self._previous = self._current if now - self._window < 2 * WINDOW_S else 0
+            self._current = 0
+            self._window = now
 
 
 class Admission(Generic[W]):
     """Credits and the queue in front of them. Clock-free: every call is told the time."""
 
-    def __init__(self, *, max_inflight: int, max_queued: int, queue_timeout_s: float, now: float) -> None:
+    def __init__(self, *, max_inflight: int, max_queued: int, queue_timeout_s: float) -> None:
         self.num_inflight = 0
         self.num_queued = 0
         self._max_inflight = max_inflight
         self._max_queued = max_queued
         self._timeout_s = queue_timeout_s
         self._queue: deque[W] = deque()
-        self._rate = DepartureRate(now)
+        self._rate = DepartureRate()
         self._serving_since: float | None = None  # None: no pair is alive
         self.limit = max_inflight
 
@@ -100,6 +104,8 @@ class Admission(Generic[W]):
                 f"a place is expected in {wait_s:.0f} s, later than router.queue_timeout_s={self._timeout_s:g}",
                 retry_after_s=_clamp(wait_s - self._timeout_s),
             )
+        if self.num_queued == 0:
+            self._rate.restart(now)
         if len(self._queue) > 2 * self.num_queued + 64:  # mostly requests that are over
             self._queue = deque(queued for queued in self._queue if not queued.over)
         item.enqueued = now

@@ -157,18 +157,21 @@ async def _encode_prompts(edge: Edge, body: CompletionBody) -> list[list[int]]:
     if kinds != {str}:
         problem = "mixes strings, token ids and lists" if kinds else "is empty"
         raise RequestError(f"the prompt {problem}", param="prompt")
-    add_bos = body.add_special_tokens is not False
-    encoded = [await encode_text(edge, text, add_bos=add_bos) for text in prompts]
+    encoded = [await encode_text(edge, text, add_bos=body.add_special_tokens) for text in prompts]
     if not all(encoded):
         raise RequestError("the prompt is empty", param="prompt")
     return encoded
 
 
-async def encode_text(edge: Edge, text: str, *, add_bos: bool) -> list[int]:
-    """Token ids of a raw prompt, in which special tokens are recognised; the begin token is not doubled."""
+async def encode_text(edge: Edge, text: str, *, add_bos: bool | None) -> list[int]:
+    """Token ids of a raw prompt, in which special tokens are recognised; the begin token is never doubled.
+
+    `add_bos` None: as the checkpoint's tokenizer does.
+    """
     ids = await edge.encode((Segment(text, trusted=True),))
     bos = edge.tokenizer.bos_id
-    if bos is not None and add_bos and ids[:1] != [bos]:
+    wanted = edge.tokenizer.adds_bos if add_bos is None else add_bos
+    if wanted and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)
     return ids
 

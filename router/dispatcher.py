@@ -74,7 +74,6 @@ class ClusterDispatcher:
             max_inflight=-(-settings.max_inflight // settings.processes),
             max_queued=-(-settings.max_queued // settings.processes),
             queue_timeout_s=settings.queue_timeout_s,
-            now=self._started,
         )
         self._lifecycle = Lifecycle(
             self._placer,

@@ -35,6 +35,7 @@ class MembershipFeed:
             self._context.destroy(linger=0)
             raise ConfigError(f"router.membership={address!r}: {exc}; expected tcp://host:port") from exc
         self._loop.add_reader(self._socket.FD, self._drain)
+        self._drain()  # the descriptor first fires after the socket has been found empty
 
     def close(self) -> None:
         """Unsubscribe. No callback follows."""

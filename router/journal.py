@@ -80,7 +80,7 @@ class Journal(msgspec.Struct, kw_only=True):
         """Open the next attempt; deltas of all older ones are void from now on."""
         self.attempt += 1
         self.live = True
-        self._forget_early()
+        self.early, self.early_finish = {}, None
         record = AttemptRecord(
             number=self.attempt,
             prefill=prefill,
@@ -95,7 +95,6 @@ class Journal(msgspec.Struct, kw_only=True):
     def end(self, outcome: str, ended_s: float) -> None:
         """Close the current attempt: whatever still arrives from it is void."""
         self.live = False
-        self._forget_early()
         if self.attempts and self.record.ended_s is None:
             self.record.ended_s = ended_s
             self.record.outcome = outcome
@@ -162,7 +161,3 @@ class Journal(msgspec.Struct, kw_only=True):
         if self.logprobs is None:
             return True
         return len(delta.logprobs or ()) == len(delta.tokens)
-
-    def _forget_early(self) -> None:
-        self.early = {}
-        self.early_finish = None

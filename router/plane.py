@@ -4,8 +4,8 @@ The raw sockets are watched through their notification descriptor instead of `zm
 task step a message. That descriptor is edge-triggered: it fires when the socket's state changes, so a reader must go on
 until the socket is empty, and any other call on the socket (a send) may swallow an edge and must look for input.
 
-A worker's answers to a broken connection are gone (its ROUTER drops what it can't route), so `disconnected` means that
-every attempt on that worker has to be recovered. Messages are queued to established connections only, and a broken
+What a broken connection still carried is gone, in both directions, so `disconnected` means that every attempt on that
+worker has to be recovered. Messages are queued to established connections only, and a broken
 connection takes its queue with it: a restarted worker never sees a message meant for its predecessor.
 """
 
@@ -92,6 +92,8 @@ class Link:
         except zmq.ZMQError as exc:
             self.close()
             raise ProtocolError(f"worker address {address!r}: {exc}; expected tcp://host:port") from exc
+        self._drain_monitor()  # a descriptor first fires after its socket has been found empty
+        self._schedule_drain()
 
     def send(self, message: Message) -> bool:
         """Queue a message. False: there is no connection, or the worker does not read and its queue is full."""
@@ -169,7 +171,7 @@ class Link:
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 self._handler.connected()
             elif event == zmq.Event.DISCONNECTED:
-                self._read(RECV_QUEUE_MESSAGES)  # what arrived before the connection broke still counts
+                self._read(RECV_QUEUE_MESSAGES)  # nothing that the old connection brought may follow
                 if not self._closed:
                     self._handler.disconnected()
 

@@ -77,7 +77,7 @@ async def tokenize(edge: Edge, exchange: Exchange) -> None:
     body = decode_body(_tokenize_decoder, await exchange.json_body(edge.config.max_body_bytes))
     if body.model is not None:
         edge.check_model(body.model)
-    ids = await encode_text(edge, body.prompt, add_bos=body.add_special_tokens is not False)
+    ids = await encode_text(edge, body.prompt, add_bos=body.add_special_tokens)
     answer = Tokens(tokens=ids, count=len(ids), max_model_len=edge.dispatcher.max_model_len)
     await exchange.respond(200, encode_json(answer))
 

@@ -73,7 +73,7 @@ class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
 
     prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, Meta(ge=0)] | None = None
-    add_special_tokens: Annotated[bool, Meta(description="Put the begin-of-sentence token in front.")] | None = None
+    add_special_tokens: Annotated[bool, Meta(description="Start with the begin-of-sentence token.")] | None = None
     best_of: Literal[1] | None = None
     echo: Annotated[Any, Meta(extra_json_schema={"enum": [False, None]}, description="Only false.")] = None
     suffix: Unsupported = None

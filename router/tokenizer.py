@@ -40,18 +40,30 @@ class Segment:
 class Tokenizer:
     """The checkpoint's byte-level BPE. Safe to use from several threads."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, bos_id: int | None = None) -> None:
-        """`vocab_size` is the model's, padding rows included. Raises ConfigError for anything but byte-level BPE."""
-        tree = json.loads(tokenizer_json)
+    def __init__(
+        self, tokenizer_json: str, vocab_size: int, *, bos_id: int | None = None, adds_bos: bool = False
+    ) -> None:
+        """`vocab_size` is the model's, padding rows included; `adds_bos`: raw prompts start with `bos_id` by default.
+
+        Raises ConfigError for anything but byte-level BPE.
+        """
+        try:
+            tree = json.loads(tokenizer_json)
+        except ValueError as exc:
+            raise ConfigError(f"not JSON: {exc}") from exc
         _require_byte_level(tree)
         added = {token["content"]: token for token in tree.get("added_tokens", [])}
         tree["added_tokens"] = []
         tree["post_processor"] = None
-        self._model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        try:
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        except Exception as exc:  # the library has no narrower type
+            raise ConfigError(f"not a tokenizer: {exc}") from exc
         self._executor = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="encode")
         self._pending = 0
         self.vocab_size = vocab_size
         self.bos_id = bos_id
+        self.adds_bos = adds_bos and bos_id is not None
         self.added_ids: Mapping[str, int] = {text: token["id"] for text, token in added.items()}
         self.special_ids = frozenset(token["id"] for token in added.values() if token.get("special"))
         self._added_pattern = _alternation(self.added_ids)
@@ -61,11 +73,18 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> Tokenizer:
-        """Read tokenizer.json and config.json of a checkpoint directory. Raises ConfigError naming the file."""
+        """Read the tokenizer files and config.json of a checkpoint directory. Raises ConfigError naming the file."""
         config = read_json(model_dir / "config.json")
         path = model_dir / "tokenizer.json"
+        options = model_dir / "tokenizer_config.json"
+        adds_bos = bool(read_json(options).get("add_bos_token")) if options.exists() else False
         try:
-            return cls(path.read_text(encoding="utf-8"), int(config["vocab_size"]), config.get("bos_token_id"))
+            return cls(
+                path.read_text(encoding="utf-8"),
+                int(config["vocab_size"]),
+                bos_id=config.get("bos_token_id"),
+                adds_bos=adds_bos,
+            )
         except OSError as exc:
             raise ConfigError(f"{path}: {exc.strerror}") from exc
         except KeyError as exc:
