@@ -46,7 +46,7 @@ class StopStrings:
         buffer = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if found:
-            start, end = min((b, a) for a, b in found)
+            end, start = min(found)
             self._held = ""
             return buffer[: end if self._include else start], True
         shown = len(buffer) - held_suffix(buffer, self._stops)

@@ -1,0 +1,172 @@
+"""The real HTTP edge over real sockets, on a dispatcher that says what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvloop
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from llm_engine.api.config import RouterConfig
+from llm_engine.api.request import FinishReason, TokenLogprobs
+from router import tokenizer as router_tokenizer
+from router.app import App
+from router.chat import dsml
+from router.chat.format import DeepseekV32Format
+from router.chat.template import PromptTexts
+from router.dispatch_api import GenerationRequest, OutputChunk
+from router.edge import Edge
+from router.server import listen, make_server
+
+PAD = "<｜▁pad▁｜>"
+SPECIALS = (dsml.BOS, dsml.EOS, PAD, dsml.DSML)
+MARKERS = (dsml.THINK_START, dsml.THINK_END, dsml.USER, dsml.ASSISTANT)
+EOS_ID = 1
+VOCAB_SIZE = 320
+MODEL = "nano"
+
+
+def byte_tokenizer_json() -> str:
+    """Byte-level BPE without merges: 0-2 begin, end, padding; 3-258 the bytes; then the chat markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIALS[:3], *alphabet))}
+    tree = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tree.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tree.decoder = decoders.ByteLevel()
+    tree.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    tree.add_tokens([AddedToken(text, special=False, normalized=False) for text in MARKERS])
+    return tree.to_str()
+
+
+def byte_tokenizer() -> router_tokenizer.Tokenizer:
+    return router_tokenizer.Tokenizer(byte_tokenizer_json(), VOCAB_SIZE, bos_id=0)
+
+
+def ids_of(tokenizer: router_tokenizer.Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode([router_tokenizer.Segment(text, trusted=True)])
+
+
+@dataclass
+class Script:
+    """What the dispatcher answers to one request: chunks of tokens, then how it ends."""
+
+    chunks: Sequence[Sequence[int]]
+    finish: FinishReason = FinishReason.STOP
+    error: Exception | None = None  # raised after the chunks
+    pace_s: float = 0.0  # between chunks
+    hang: bool = False  # after the chunks, until closed
+
+
+@dataclass
+class ScriptedDispatcher:
+    """Answers with `script(request)`; remembers the requests, and which generators were closed before their end."""
+
+    script: Callable[[GenerationRequest], Script]
+    model_names: tuple[str, ...] = (MODEL,)
+    max_model_len: int = 4096
+    is_ready: bool = True
+    requests: list[GenerationRequest] = field(default_factory=list)
+    closed_early: list[str] = field(default_factory=list)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def status(self) -> dict[str, Any]:
+        return {"workers": []}
+
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
+        self.requests.append(request)
+        script = self.script(request)
+        complete = False
+        try:
+            for i, tokens in enumerate(script.chunks):
+                if script.pace_s:
+                    await asyncio.sleep(script.pace_s)
+                last = i == len(script.chunks) - 1 and script.error is None and not script.hang
+                complete = last
+                yield OutputChunk(
+                    tokens=list(tokens),
+                    logprobs=_logprobs(request, tokens),
+                    finish=script.finish if last else None,
+                    cached_tokens=2 if i == 0 else None,
+                )
+            if script.hang:
+                await asyncio.Event().wait()
+            if script.error is not None:
+                raise script.error
+        finally:
+            if not complete and script.error is None:
+                self.closed_early.append(request.request_id)
+                self.closed.set()
+
+
+def _logprobs(request: GenerationRequest, tokens: Sequence[int]) -> list[TokenLogprobs] | None:
+    """Made up, but different for every token: -(id)/1000, with the two neighbours as alternatives."""
+    count = request.sampling.logprobs
+    if count is None:
+        return None
+    return [
+        TokenLogprobs(-t / 1000, [t, *range(t + 1, t + count)][:count], [-(t + i) / 1000 for i in range(count)])
+        for t in tokens
+    ]
+
+
+class RecordingMetrics:
+    """Keeps what the edge reported."""
+
+    def __init__(self) -> None:
+        self.responses: list[tuple[str, int]] = []
+
+    def http_response(self, route: str, status: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.responses.append((route, status))
+
+    def render(self) -> bytes:
+        return b"# HELP up a test\n# TYPE up gauge\nup 1\n"
+
+
+@dataclass
+class RunningEdge:
+    """The server, on its own thread and event loop."""
+
+    url: str
+    port: int
+    dispatcher: ScriptedDispatcher
+    metrics: RecordingMetrics
+    tokenizer: router_tokenizer.Tokenizer
+
+
+@contextlib.contextmanager
+def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[RunningEdge]:
+    tokenizer = byte_tokenizer()
+    metrics = RecordingMetrics()
+    config = RouterConfig(**options)
+    edge = Edge(config, dispatcher, metrics, tokenizer, DeepseekV32Format(PromptTexts()))
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    server = make_server(App(edge), drain_s=1.0)
+    thread = threading.Thread(target=lambda: uvloop.run(server.serve(sockets=[sock])), name="edge")
+    thread.start()
+    try:
+        yield RunningEdge(f"http://127.0.0.1:{port}", port, dispatcher, metrics, tokenizer)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        sock.close()
+        tokenizer.close()
+        assert not thread.is_alive()
+
+
+def sse_events(body: str) -> list[dict[str, Any]]:
+    """The JSON events of a stream, which must be well formed and end with [DONE]."""
+    lines = body.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""], lines[-3:]
+    assert all(line.startswith("data: ") for line in lines[:-1])
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
