@@ -60,9 +60,11 @@ class Canary:
         tally.probes["ok" if result.ok else "failed"] += 1
 
     def on_answer(self, message: ProbeGrant | ProbeResult) -> None:
-        """Next step of the running probe; anything else is late and ignored (its lease is fenced by the receiver)."""
+        """Next step of the running probe. A grant that comes too late is given back."""
         if self._answer is not None and message.nonce == self._nonce and not self._answer.done():
             self._answer.set_result(message)
+        elif isinstance(message, ProbeGrant):
+            self._session.send_quietly(Fenced(lease_id=message.lease_id, epoch=message.epoch))
 
     def on_fence(self, fence: Fence) -> bool:
         """The receiver gave up on a probe. False: the lease is not a probe's."""

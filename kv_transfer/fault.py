@@ -19,7 +19,7 @@ class Fault(enum.Enum):
     TRUNCATE = "truncate"  # its second half never arrives
     DUPLICATE = "duplicate"  # it arrives twice
     FLIP = "flip"  # one bit of it changes
-    SWAP = "swap"  # it arrives with the bytes of the copy before it
+    SWAP = "swap"  # it arrives with the bytes of an earlier copy of its length
     LATE = "late"  # it arrives only when `deliver_late` is called (networks do that; shared memory can't)
 
 
@@ -32,7 +32,7 @@ class FaultyLink:
         self._choose = choose
         self._lock = threading.Lock()
         self._late: list[tuple[LeaseKey, bytes, Copy]] = []
-        self._before: bytes = b""
+        self._before: dict[int, bytes] = {}  # the last copy of each length
 
     def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
         """See Link.write."""
@@ -45,9 +45,9 @@ class FaultyLink:
                 data[len(data) // 2] ^= 0x10
             elif fault is Fault.TRUNCATE:
                 copy = copy._replace(num_bytes=copy.num_bytes // 2)
-            elif fault is Fault.SWAP and len(self._before) == len(data):
-                data[:] = self._before
-            self._before = original
+            elif fault is Fault.SWAP:
+                data[:] = self._before.get(len(data), original)
+            self._before[len(original)] = original
             if fault is Fault.LATE:
                 with self._lock:
                     self._late.append((lease, bytes(data), copy))

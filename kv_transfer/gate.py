@@ -71,16 +71,18 @@ class Door:
         """Whether the lease holds every one of the blocks."""
         return all(block in self._position for block in range(cells.block, cells.block + cells.num_blocks))
 
-    def record(self, cells: Sequence[Cells], num_bytes: int) -> None:
-        """These cells have landed completely."""
-        for row, first, count in cells:
+    def record(self, cells: Sequence[Cells], ranges: Sequence[tuple[int, int]]) -> None:
+        """These cells, which are these (offset, length) ranges, have landed completely."""
+        for (row, first, count), (_, length) in zip(cells, ranges, strict=True):
             base = row * self._width
             for block in range(first, first + count):
-                self._landed[base + self._position[block]] = 1
-        self._num_bytes += num_bytes
+                index = base + self._position[block]
+                if not self._landed[index]:
+                    self._landed[index] = 1
+                    self._num_bytes += length // count
 
     def landed(self) -> Landed:
-        """What has landed so far; a cell written twice counts once, its bytes twice."""
+        """What has landed so far; a cell written twice counts once."""
         return Landed(self._landed.count(1), self._num_bytes)
 
     def shut(self) -> None:

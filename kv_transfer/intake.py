@@ -138,7 +138,7 @@ class Intakes(Generic[R]):
         try:
             self._send_or_raise(pair, message)
         except TransferError:
-            self._tally.failed["undeliverable"] += 1
+            self._tally.undeliverable += 1
 
     # Messages.
 
@@ -187,12 +187,12 @@ class Intakes(Generic[R]):
                 self._end(intake)
 
     def on_fenced(self, pair: Pair, message: Fenced) -> None:
-        """The answer to a fence: the blocks leave quarantine."""
+        """The answer to a fence: the blocks leave quarantine. Or a writer gives up a probe."""
         intake = self._intakes.get(message.lease_id)
         if intake is None or intake.pair is not pair or intake.lease.key.epoch != message.epoch:
             return
-        if intake.lease.state in _STOPPABLE:
-            self._free(intake)
+        if intake.lease.state in _STOPPABLE or intake.waiting is None:
+            self._end(intake)
 
     def on_connection_lost(self, pair: Pair, connection: int, proven: bool) -> None:
         """The data connection of a pair is over. `proven`: its writer can't write any more."""
@@ -201,7 +201,7 @@ class Intakes(Generic[R]):
             self._tally.failed["writer_lost"] += 1
         for lease in self.leases.owned_by(connection):
             intake = self._intakes[lease.key.lease_id]
-            self._revoke(intake, "writer_lost")
+            self._revoke(intake, "writer_lost", fence=not proven)
             if proven and lease.state in _STOPPABLE:
                 self._free(intake)
 
@@ -333,7 +333,7 @@ class Intakes(Generic[R]):
 
     # Ends without success.
 
-    def _revoke(self, intake: _Intake[R], cause: str) -> None:
+    def _revoke(self, intake: _Intake[R], cause: str, *, fence: bool = True) -> None:
         """Take the blocks back: free at once if the link proves that nothing lands any more, else to quarantine."""
         lease = intake.lease
         if lease.state is not LeaseState.RECEIVING:
@@ -343,7 +343,8 @@ class Intakes(Generic[R]):
         self._deactivate(intake)
         self.leases.revoke(lease)
         proven = intake.pair.inlet.end_lease(lease.key)
-        self._fence(intake)
+        if fence:
+            self._fence(intake)
         if proven:
             self._free(intake)
         else:

@@ -54,7 +54,7 @@ class Link(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """What an inlet saw arrive under a lease: distinct (plane, layer, block) cells and bytes."""
+    """What an inlet saw arrive under a lease: distinct (plane, layer, block) cells, and their bytes."""
 
     num_cells: int
     num_bytes: int

@@ -149,7 +149,8 @@ class LocalInlet:
         if door is None:
             self._late += len(data)
             return
-        cells = self._doors.check(door, [(target, len(data))])
+        ranges = [(target, len(data))]
+        cells = self._doors.check(door, ranges)
         with door.lock:
             memory = self._memory
             if memory is None:
@@ -158,4 +159,4 @@ class LocalInlet:
                 self._late += len(data)
                 return
             np.copyto(np.frombuffer(memory[target : target + len(data)], np.uint8), np.frombuffer(data, np.uint8))
-        door.record(cells, len(data))
+        door.record(cells, ranges)

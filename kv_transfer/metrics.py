@@ -73,6 +73,7 @@ class ReceiverStats:
     verify_s: float
     late_bytes: int  # arrived for leases that were gone, never stored (tcp and local; shm can't see them)
     dropped_frames: int
+    undeliverable: int  # messages for writers that were gone
     refused_connections: Mapping[str, int]  # data plane, by cause
     peers: tuple[str, ...]  # name/incarnation, transport
 
@@ -90,5 +91,6 @@ class Tally:
     verify_s: float = 0.0
     write_s: float = 0.0
     dropped_frames: int = 0
+    undeliverable: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     probes: Counter[str] = field(default_factory=Counter)

@@ -165,6 +165,7 @@ class HandoffServer(Generic[R]):
             verify_s=tally.verify_s,
             late_bytes=sum(inlet.late_bytes for inlet in self._inlets.values()),
             dropped_frames=tally.dropped_frames,
+            undeliverable=tally.undeliverable,
             refused_connections=dict(self._refused),
             peers=tuple(f"{pair} {pair.inlet.transport}" for pair in self._pairs if pair.connection is not None),
         )

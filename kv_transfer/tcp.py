@@ -231,7 +231,7 @@ class TcpInlet(Listener):
         if stored is None:
             return False
         if door is not None and stored == num_bytes:
-            door.record(cells, num_bytes)
+            door.record(cells, ranges)
             return True
         self._late += num_bytes - stored
         return _discard(sock, num_bytes - stored)

@@ -162,7 +162,7 @@ class Pool:
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Poll for a state that no event announces; fails loudly."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 

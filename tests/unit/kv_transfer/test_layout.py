@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def test_runs_pair_every_block_once_in_order(sources: list[int], rng: object) ->
     runs = merge_runs(sources, targets)
     pairs = [(r.source + i, r.target + i) for r in runs for i in range(r.num_blocks)]
     assert pairs == list(zip(sources, targets, strict=True))
-    for left, right in zip(runs, runs[1:], strict=False):  # nothing mergeable is left
+    for left, right in itertools.pairwise(runs):  # nothing mergeable is left
         assert (left.source + left.num_blocks, left.target + left.num_blocks) != (right.source, right.target)
 
 

@@ -27,7 +27,7 @@ class Writer:
 
 
 class World(RuleBasedStateMachine):
-    """`memory[b]` is who wrote block b last; `owner[b]` is whose the block is: a lease, an engine sequence, or nobody's.
+    """`memory[b]` is who wrote block b last; `owner[b]` is whose it is: a lease's, an engine sequence's, or nobody's.
 
     Shared memory: nothing stops a writer that has a grant, except its own reading of the fence, or death.
     """
