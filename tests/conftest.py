@@ -7,10 +7,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llm_engine.models.synthetic import make_checkpoint
+
+def make(size: str, out_dir: Path, **options: Any) -> Path:
+    from llm_engine.models.synthetic import make_checkpoint  # imports torch, which tests of the edge do without
+
+    return make_checkpoint(size, out_dir, **options)
 
 
 @pytest.fixture(scope="session")
@@ -20,46 +25,46 @@ def checkpoint_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nano_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("nano", checkpoint_root / "nano", planted=False)
+    return make("nano", checkpoint_root / "nano", planted=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("tiny", checkpoint_root / "tiny", planted=False)
+    return make("tiny", checkpoint_root / "tiny", planted=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_gpu_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("tiny-gpu", checkpoint_root / "tiny-gpu", planted=False)
+    return make("tiny-gpu", checkpoint_root / "tiny-gpu", planted=False)
 
 
 @pytest.fixture(scope="session")
 def nano_v3_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("nano-v3", checkpoint_root / "nano-v3", planted=False)
+    return make("nano-v3", checkpoint_root / "nano-v3", planted=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_v3_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("tiny-v3", checkpoint_root / "tiny-v3", planted=False)
+    return make("tiny-v3", checkpoint_root / "tiny-v3", planted=False)
 
 
 @pytest.fixture(scope="session")
 def nano_planted_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("nano", checkpoint_root / "nano-planted")
+    return make("nano", checkpoint_root / "nano-planted")
 
 
 @pytest.fixture(scope="session")
 def tiny_planted_dir(checkpoint_root: Path) -> Path:
-    return make_checkpoint("tiny", checkpoint_root / "tiny-planted")
+    return make("tiny", checkpoint_root / "tiny-planted")
 
 
 @pytest.fixture(scope="session")
 def nano_planted_noisy_dir(checkpoint_root: Path) -> Path:
     """About a third of the MTP drafts is wrong."""
-    return make_checkpoint("nano", checkpoint_root / "nano-planted-noisy", noise=3.0)
+    return make("nano", checkpoint_root / "nano-planted-noisy", noise=3.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_planted_noisy_dir(checkpoint_root: Path) -> Path:
     """About a quarter of the MTP drafts is wrong."""
-    return make_checkpoint("tiny", checkpoint_root / "tiny-planted-noisy", noise=6.0)
+    return make("tiny", checkpoint_root / "tiny-planted-noisy", noise=6.0)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm_engine.ops import Ops, load_ops
 from tests.models.oracle import Oracle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """These models are too small to share a multiplication, and idle OpenMP threads spin."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
