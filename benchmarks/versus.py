@@ -47,10 +47,10 @@ def measure_baton(
     settings: Mapping[str, Any], levels: Mapping[int, Sequence[Job]], *, aggregated: bool
 ) -> dict[int, dict[str, float]]:
     """Run each concurrency level against a fresh cluster (one prefill and one decode worker, or one aggregated)."""
-    roles = {"prefill": 0, "decode": 0, "aggregated": 1} if aggregated else {"prefill": 1, "decode": 1}
+    split = int(not aggregated)
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as run_dir,
-        ProcessCluster(Path(run_dir), settings, **roles) as cluster,
+        ProcessCluster(Path(run_dir), settings, prefill=split, decode=split, aggregated=1 - split) as cluster,
     ):
         warm_up = [Job(prompt=job.prompt[::-1], max_tokens=job.max_tokens) for job in next(iter(levels.values()))[:4]]
         closed_loop(cluster.url, warm_up, 4)

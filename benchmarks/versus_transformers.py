@@ -27,7 +27,8 @@ def measure_transformers(model_dir: Path, jobs: Sequence[Job], dtype: str, threa
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch_dtype)
     model.eval()
     ids = torch.tensor([job.prompt for job in jobs])
     length = jobs[0].max_tokens
