@@ -51,11 +51,17 @@ class FakeSequence:
         self.num_tokens = submit.num_prompt + len(emitted)
         self.num_blocks = -(-(self.num_tokens + 1) // block_tokens)
         self.cached_tokens = 0
+        self.events: KvEvents | None = None  # about its prompt
         self.received = 0.0
         self.started = 0.0
         self.deadline = 0.0  # of the hand-off
         self.granted = False
         self.computed = False
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to prefill."""
+        return self.num_tokens - self.cached_tokens
 
     def draw(self, count: int) -> tuple[list[int], FinishReason | None]:
         """The next tokens, up to `count`, and the finish if they end the sequence."""

@@ -193,18 +193,20 @@ class FakeWorker:
         else:
             now = time.monotonic()
             sequence.received, sequence.started = now, max(now, self._prefill_free_at)
-            sequence.cached_tokens = min(self._cache.hit_tokens(self._cache.chain(submit)), sequence.num_tokens - 1)
-            left = sequence.num_tokens - sequence.cached_tokens
-            self._prefill_free_at = sequence.started + settings.prefill_s + left / settings.prefill_tokens_per_s
+            chain = self._cache.chain(submit)
+            sequence.cached_tokens = min(self._cache.hit_tokens(chain), sequence.num_tokens - 1)
+            sequence.events = self._cache.store(chain)  # who waits behind it will hit; told when it is computed
+            took_s = settings.prefill_s + sequence.num_left / settings.prefill_tokens_per_s
+            self._prefill_free_at = sequence.started + took_s
             heapq.heappush(self._prefilling, (self._prefill_free_at, next(self._order), sequence))
             if submit.decode is not None:
                 self._writing.offer(sequence)
 
     def _prefilled(self, sequence: FakeSequence, now: float) -> None:
         submit = sequence.submit
+        self._publish(sequence.events)
         if self._is_void(submit):
             return
-        self._publish(self._cache.store(self._cache.chain(submit)))
         tokens, finish = sequence.draw(1)
         times = StageTimes(queue_s=sequence.started - sequence.received, compute_s=now - sequence.started)
         self._deltas(submit.router_id, [self._delta(sequence, tokens, finish, first=times)])
@@ -306,7 +308,7 @@ class FakeWorker:
             seq=self._num_loads,
             num_waiting=len(self._prefilling),
             num_running=len(self._running),
-            waiting_tokens=sum(item[2].num_tokens for item in self._prefilling),
+            waiting_tokens=sum(item[2].num_left for item in self._prefilling),
             blocks_free=max(0, settings.num_blocks - live - self._receiving.num_blocks - len(self._cache)),
             blocks_cached=len(self._cache),
             blocks_live=live,

@@ -92,8 +92,7 @@ class Link:
         except zmq.ZMQError as exc:
             self.close()
             raise ProtocolError(f"worker address {address!r}: {exc}; expected tcp://host:port") from exc
-        self._drain_monitor()  # a descriptor first fires after its socket has been found empty
-        self._schedule_drain()
+        self._loop.call_soon(self._drain_monitor)  # its descriptor first fires after the socket was found empty
 
     def send(self, message: Message) -> bool:
         """Queue a message. False: there is no connection, or the worker does not read and its queue is full."""

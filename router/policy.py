@@ -2,7 +2,8 @@
 
 The predicted cost is in seconds, so that its terms can be compared and added:
 
-    prefill   (tokens queued before it + tokens left after the prefix hit) / prefill rate
+    prefill   (tokens queued before it + tokens left after the prefix hit, these with a surcharge) / prefill rate;
+              without the surcharge a prompt that another one is computing just now would be computed elsewhere again
     transfer  tokens the decode worker lacks × seconds a token
     decode    steps the request is expected to take × step time, stretched by the sequences that share the steps,
               plus the wait for a slot when all are taken, plus a little for a full cache
@@ -26,6 +27,7 @@ from llm_engine.api.messages import WorkerInfo
 
 DEFAULT_PREFILL_TOKENS_PER_S = 2000.0  # until a worker has measured its own
 DEFAULT_STEP_S = 0.02
+WORK_SURCHARGE = 0.5  # what a computed token costs the requests that come after, relative to its own time
 TRANSFER_S_PER_TOKEN = 2e-6
 EXPECTED_STEPS = 256  # the true output length is unknown
 FULL_CACHE_S = 0.05
@@ -101,10 +103,19 @@ class Policy(Protocol):
     ) -> Choice | Shortage: ...
 
 
-def prefill_cost(demand: Demand, state: PrefillState) -> float:
+def prefill_time(demand: Demand, state: PrefillState) -> float:
     """Seconds until the first token, if the request is sent to this worker now."""
-    left = max(1, demand.num_tokens - state.hit_tokens)
-    return (state.backlog_tokens + left) / (state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S)
+    return (state.backlog_tokens + _left(demand, state)) / (state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S)
+
+
+def prefill_cost(demand: Demand, state: PrefillState) -> float:
+    """`prefill_time` and the surcharge."""
+    rate = state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
+    return prefill_time(demand, state) + WORK_SURCHARGE * _left(demand, state) / rate
+
+
+def _left(demand: Demand, state: PrefillState) -> int:
+    return max(1, demand.num_tokens - state.hit_tokens)
 
 
 def decode_cost(demand: Demand, state: DecodeState) -> float:
@@ -189,7 +200,7 @@ class _Search:
             self._full = True
         elif self._key is None or (cost, p.info.name, d.info.name) < self._key:
             self._key = (cost, p.info.name, d.info.name)
-            self._best = Choice(i, j, cost, prefill_cost(self._demand, p), p.hit_tokens)
+            self._best = Choice(i, j, cost, prefill_time(self._demand, p), p.hit_tokens)
 
     def result(self) -> Choice | Shortage:
         if self._best is not None:

@@ -50,9 +50,7 @@ class Server:
         self.socket.send_multipart([b"router-1", frame])
 
     async def receive(self) -> tuple[bytes, RouterMessage]:
-        async with asyncio.timeout(5):
-            while not self.socket.poll(0):
-                await asyncio.sleep(0.002)
+        await until(lambda: self.socket.poll(0))
         route, frame = self.socket.recv_multipart()
         return route, self.codec.decode(frame)
 

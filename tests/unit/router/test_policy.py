@@ -16,7 +16,7 @@ from router.policy import (
     Shortage,
     cheapest_pair,
     decode_cost,
-    prefill_cost,
+    prefill_time,
 )
 
 DEMAND = Demand(num_tokens=1000, max_output=100)
@@ -62,14 +62,18 @@ def chosen(prefills: list[PrefillState], decodes: list[DecodeState], demand: Dem
     return names(cheapest_pair(demand, prefills, decodes, ()), prefills, decodes)
 
 
-def test_prefill_cost_is_queue_and_what_the_cache_lacks_over_the_rate() -> None:
-    assert prefill_cost(DEMAND, prefill(backlog_tokens=500, hit_tokens=200)) == pytest.approx(1.3)
+def test_prefill_time_is_queue_and_what_the_cache_lacks_over_the_rate() -> None:
+    assert prefill_time(DEMAND, prefill(backlog_tokens=500, hit_tokens=200)) == pytest.approx(1.3)
+
+
+def test_a_prompt_being_computed_is_waited_for_rather_than_computed_twice() -> None:
+    assert chosen([prefill("a"), prefill("b", backlog_tokens=1000, hit_tokens=990)], [decode()])[0] == "b"
 
 
 def test_a_longer_prefix_hit_wins_until_its_queue_is_longer() -> None:
     cold, warm = prefill("a"), prefill("b", hit_tokens=800)
     assert chosen([cold, warm], [decode()])[0] == "b"
-    busy = prefill("b", hit_tokens=800, backlog_tokens=900)
+    busy = prefill("b", hit_tokens=800, backlog_tokens=1300)
     assert chosen([cold, busy], [decode()])[0] == "a"
 
 
