@@ -15,6 +15,9 @@ SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators"
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,44 +51,80 @@ def position_keys(seed_keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.i
     return x
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """What differs between the two array libraries that can run `_exponential`."""
+
+    float32: Any
+    int32: Any
+    cast: Callable[[Any, Any], Any]
+
+
+_NUMPY = _Arrays(np.float32, np.int32, lambda array, dtype: array.astype(dtype))
+_TORCH = _Arrays(torch.float32, torch.int32, lambda tensor, dtype: tensor.to(dtype))
+
+
 class ExponentialNoise:
-    """Noise rows over a vocabulary of `size` ids on one device."""
+    """Noise rows over a vocabulary of `size` ids on one device. The CPU uses numpy, which is faster on small rows."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._steps = torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
+        steps = np.arange(1, size + 1, dtype=np.int64) * _signed(_GAMMA)
+        self._steps: Any = steps if device.type == "cpu" else torch.from_numpy(steps).to(device)
 
     def __call__(self, keys: npt.NDArray[np.uint64]) -> Tensor:
         """fp32 [R, size], every value in (0, 24·ln2 + 1e-6]."""
-        keys_R1 = torch.from_numpy(keys.view(np.int64)).to(self._steps.device).unsqueeze(1)
-        bits = keys_R1 + self._steps
-        _xor_shift(bits, 30).mul_(_signed(_MIX_1))
-        _xor_shift(bits, 27).mul_(_signed(_MIX_2))
-        _xor_shift(bits, 31)
-        low = bits.bitwise_and((1 << _GEOMETRIC_BITS) - 1)
-        high = bits.bitwise_right_shift_(_GEOMETRIC_BITS).bitwise_and_((1 << _UNIFORM_BITS) - 1)
-        return _geometric(low).mul_(math.log(2)).add_(_truncated_exponential(high))
+        keys_R1 = keys.view(np.int64)[:, None]
+        if isinstance(self._steps, np.ndarray):
+            return torch.from_numpy(_exponential(keys_R1 + self._steps, _NUMPY))
+        out: Tensor = _exponential(torch.from_numpy(keys_R1).to(self._steps.device) + self._steps, _TORCH)
+        return out
 
 
-def _geometric(bits: Tensor) -> Tensor:
+def _exponential(bits: Any, lib: _Arrays) -> Any:
+    """Exp(1) variates from SplitMix64 states (int64), which are overwritten."""
+    _xor_shift(bits, 30)
+    bits *= _signed(_MIX_1)
+    _xor_shift(bits, 27)
+    bits *= _signed(_MIX_2)
+    _xor_shift(bits, 31)
+    low = lib.cast(bits & ((1 << _GEOMETRIC_BITS) - 1), lib.int32)
+    bits >>= _GEOMETRIC_BITS
+    bits &= (1 << _UNIFORM_BITS) - 1
+    noise = _geometric(low, lib)
+    noise *= math.log(2)
+    noise += _truncated_exponential(bits, lib)
+    return noise
+
+
+def _geometric(bits: Any, lib: _Arrays) -> Any:
     """Leading zeros of `_GEOMETRIC_BITS`-bit integers, as fp32: read off the fp32 exponent."""
-    exponents = bits.to(torch.float32).add_(0.5).view(torch.int32).bitwise_right_shift_(23)
-    return exponents.neg_().add_(126 + _GEOMETRIC_BITS).to(torch.float32)
+    values = lib.cast(bits, lib.float32)
+    values += 0.5
+    exponents = values.view(lib.int32)
+    exponents >>= 23
+    return lib.cast(126 + _GEOMETRIC_BITS - exponents, lib.float32)
 
 
-def _truncated_exponential(bits: Tensor) -> Tensor:
+def _truncated_exponential(bits: Any, lib: _Arrays) -> Any:
     """-ln(1 - v/2) for v = bits / 2^_UNIFORM_BITS, by 2·atanh(v / (4 - v)) as a series in fp32."""
-    v = bits.to(torch.float32).add_(0.5).mul_(2.0**-_UNIFORM_BITS)
-    s = v.div_(4.0 - v)
+    v = lib.cast(bits, lib.float32)
+    v += 0.5
+    v *= 2.0**-_UNIFORM_BITS
+    s = v / (4.0 - v)
     square = s * s
     series = square * (1.0 / (2 * _ATANH_TERMS - 1))
     for term in range(_ATANH_TERMS - 2, 0, -1):
-        series.add_(1.0 / (2 * term + 1)).mul_(square)
-    return series.add_(1.0).mul_(s).mul_(2.0)
+        series += 1.0 / (2 * term + 1)
+        series *= square
+    series += 1.0
+    series *= s
+    series *= 2.0
+    return series
 
 
-def _xor_shift(x: Tensor, shift: int) -> Tensor:
-    """x ^= x >>> shift in place; torch's shift of int64 is arithmetic, so the sign's copies are masked away."""
-    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+def _xor_shift(x: Any, shift: int) -> None:
+    """x ^= x >>> shift. The shift of int64 is arithmetic, so the sign's copies are masked away."""
+    x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
 
 
 def _mix(x: int) -> int:

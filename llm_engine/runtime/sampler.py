@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_engine.api.request import SamplingParams, TokenLogprobs
+from llm_engine.api.request import TokenLogprobs
+from llm_engine.runtime.logit_edits import LogitEdits
 from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.sched.sequence import Sequence
 
@@ -64,7 +65,9 @@ class Sampler:
         self._top_p = np.ones(num_slots, dtype=np.float64)
         self._filtered = np.zeros(num_slots, dtype=bool)
         self._reports = np.zeros(num_slots, dtype=bool)
-        self._edits: dict[int, _Edits] = {}  # slots whose logits are changed before they are drawn from
+        self._primed: dict[int, int] = {}  # row key → row of `_primed_noise`
+        self._primed_noise_RV = torch.empty(0, vocab_size, device=device)
+        self._edits: dict[int, LogitEdits] = {}  # slots whose logits are changed before they are drawn from
 
     def open(self, seq: Sequence) -> None:
         """Start to draw for the sequence in `seq.slot`."""
@@ -75,37 +78,58 @@ class Sampler:
         self._top_p[slot] = params.top_p
         self._filtered[slot] = params.top_p < 1 or self._top_k[slot] < self._vocab_size
         self._reports[slot] = params.logprobs is not None
-        if _is_edited(seq):
-            self._edits[slot] = _Edits(seq, self._vocab_size, self._device)
+        if LogitEdits.needed(seq):
+            self._edits[slot] = LogitEdits(seq, self._vocab_size, self._device)
 
     def close(self, slot: int) -> None:
         """The slot's sequence draws no more."""
         self._edits.pop(slot, None)
 
+    def prime(self, seqs: list[Sequence], counts: list[int]) -> None:
+        """Make the noise of the next `counts[i]` positions of `seqs[i]` in one go. Saves time, changes nothing.
+
+        They are about to be drawn, most of them twice: as drafts and then for good.
+        """
+        chosen = [(seq, count) for seq, count in zip(seqs, counts, strict=True) if self._temperature[seq.slot] > 0]
+        self._primed = {}
+        if chosen:
+            rows = DrawRows([seq for seq, _ in chosen], [0] * len(chosen), [count for _, count in chosen])
+            keys = self._row_keys(rows)
+            self._primed = {key: row for row, key in enumerate(keys.tolist())}
+            self._primed_noise_RV = self._noise(keys)
+
     def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True) -> Drawn:
         """One token per row of fp32 logits, which are not modified. `report`: log probabilities are wanted."""
         slots = np.array([seq.slot for seq in rows.seqs], dtype=np.int64)
-        counts = np.array(rows.counts, dtype=np.int64)
-        slot_of_row = np.repeat(slots, counts)
+        slot_of_row = np.repeat(slots, rows.counts)
         edited_RV = self._edit(logits_RV, rows) if self._edits else logits_RV
         sampled = self._temperature[slot_of_row] > 0
         if not sampled.any():
-            tokens_R = edited_RV.argmax(dim=-1)
-            scores_R = edited_RV.gather(1, tokens_R.unsqueeze(1))
+            tokens_R, scores_R = _best(edited_RV)
         else:
-            keys = self._row_keys(rows, slot_of_row, counts)
-            tokens_R, scores_R = self._draw_sampled(edited_RV, slot_of_row, keys, sampled)
+            tokens_R, scores_R = self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled)
         tokens = [
             token if math.isfinite(score) else INVALID
-            for token, score in zip(tokens_R.tolist(), scores_R.flatten().tolist(), strict=True)
+            for token, score in zip(tokens_R.tolist(), scores_R.tolist(), strict=True)
         ]
         wanted = self._reports[slot_of_row] if report else np.zeros(0, dtype=bool)
         return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {})
 
-    def _row_keys(self, rows: DrawRows, slot_of_row: Ints, counts: Ints) -> npt.NDArray[np.uint64]:
+    def _row_keys(self, rows: DrawRows) -> npt.NDArray[np.uint64]:
+        """The noise key of each row: its sequence's seed and the absolute position that it draws."""
         first = np.array([len(seq.tokens) + given for seq, given in zip(rows.seqs, rows.given, strict=True)], np.int64)
-        positions = np.repeat(first - rows.starts(), counts) + np.arange(len(slot_of_row))
-        return position_keys(self._seed_keys[slot_of_row], positions)
+        positions = np.repeat(first - rows.starts(), rows.counts)
+        positions += np.arange(len(positions))
+        seed_keys = self._seed_keys[[seq.slot for seq in rows.seqs]]
+        return position_keys(np.repeat(seed_keys, rows.counts), positions)
+
+    def _noise_of(self, keys: npt.NDArray[np.uint64]) -> Tensor:
+        rows = [self._primed.get(key, -1) for key in keys.tolist()] if self._primed else [-1]
+        if min(rows) < 0:
+            return self._noise(keys)
+        if rows == list(range(len(self._primed))):
+            return self._primed_noise_RV
+        return self._primed_noise_RV[rows]
 
     def _draw_sampled(
         self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64], sampled: npt.NDArray[np.bool_]
@@ -113,8 +137,7 @@ class Sampler:
         """Rows at temperature 0 take the argmax, the others the race; returns tokens and winning scores."""
         if sampled.all():
             return self._race(logits_RV, slots, keys)
-        tokens_R = logits_RV.argmax(dim=-1)
-        scores_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        tokens_R, scores_R = _best(logits_RV)
         chosen = np.flatnonzero(sampled)
         where = torch.from_numpy(chosen).to(self._device)
         tokens_R[where], scores_R[where] = self._race(logits_RV[where], slots[chosen], keys[chosen])
@@ -130,9 +153,7 @@ class Sampler:
             top_k = torch.from_numpy(self._top_k[slots[chosen]]).to(self._device)
             top_p = torch.from_numpy(self._top_p[slots[chosen]]).to(self._device)
             probs_RV[where] = keep_most_likely(probs_RV[where], top_k, top_p)
-        scores_RV = probs_RV.div_(self._noise(keys))
-        tokens_R = scores_RV.argmax(dim=-1)
-        return tokens_R, scores_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        return _best(probs_RV.div_(self._noise_of(keys)))
 
     def _edit(self, logits_RV: Tensor, rows: DrawRows) -> Tensor:
         """A copy with bias, penalties and bans applied to the rows of sequences that have any."""
@@ -171,66 +192,30 @@ def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tens
 
     Between equals the lowest id stays. top_k in [1, V], top_p in (0, 1].
     """
-    width = probs_RV.shape[1] if bool((top_p_R < 1).any()) else int(top_k_R.max())
-    best_RW = probs_RV.topk(width, dim=-1).values
-    mass_RW = best_RW.cumsum(dim=-1, dtype=torch.float64)  # row by row in order: the width changes no bit
-    kept_mass_R1 = mass_RW.gather(1, top_k_R.unsqueeze(1) - 1) * top_p_R.unsqueeze(1)
-    in_nucleus_RW = (mass_RW - best_RW < kept_mass_R1) & (mass_RW.new_ones(width).cumsum(0) <= top_k_R.unsqueeze(1))
-    num_kept_R1 = in_nucleus_RW.sum(dim=-1, keepdim=True).clamp_(min=1)
-    threshold_R1 = best_RW.gather(1, num_kept_R1 - 1)
+    best_RV = _sorted_descending(probs_RV)
+    mass_RV = best_RV.cumsum(dim=-1, dtype=torch.float64)
+    top_k_R1 = top_k_R.unsqueeze(1)
+    kept_mass_R1 = mass_RV.gather(1, top_k_R1 - 1) * top_p_R.unsqueeze(1)
+    in_nucleus_RV = mass_RV - best_RV < kept_mass_R1  # true for a leading part of each row
+    num_kept_R1 = in_nucleus_RV.sum(dim=-1, keepdim=True).minimum(top_k_R1).clamp_(min=1)
+    threshold_R1 = best_RV.gather(1, num_kept_R1 - 1)
     above_RV = probs_RV > threshold_R1
     tied_RV = probs_RV == threshold_R1
     room_R1 = num_kept_R1 - above_RV.sum(dim=-1, keepdim=True)
     return probs_RV * (above_RV | (tied_RV & (tied_RV.cumsum(dim=-1) <= room_R1)))
 
 
-def _is_edited(seq: Sequence) -> bool:
-    params = seq.submit.sampling
-    bans = seq.num_output < params.min_tokens and seq.stop_ids
-    return bool(params.logit_bias or params.presence_penalty or params.frequency_penalty or bans)
+def _best(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest id among the largest scores of each row, and that score; a NaN is larger than everything.
+
+    On the CPU numpy searches many times faster than torch.
+    """
+    best_R = torch.from_numpy(scores_RV.numpy().argmax(axis=-1)) if scores_RV.is_cpu else scores_RV.argmax(dim=-1)
+    return best_R, scores_RV.gather(1, best_R.unsqueeze(1)).squeeze(1)
 
 
-class _Edits:
-    """Changes to the logits of one sequence. Output tokens are counted as they come."""
-
-    def __init__(self, seq: Sequence, vocab_size: int, device: torch.device) -> None:
-        params = seq.submit.sampling
-        self._seq = seq
-        self._params: SamplingParams = params
-        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-        stop_ids = sorted(token for token in seq.stop_ids if 0 <= token < vocab_size)
-        self._stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        penalised = bool(params.presence_penalty or params.frequency_penalty)
-        self._counts_V = torch.zeros(vocab_size, dtype=torch.float32, device=device) if penalised else None
-        self._num_counted = 0  # output tokens in `_counts_V`
-
-    def apply(self, logits_RV: Tensor, given: int) -> None:
-        """Change the adjacent rows that draw after `given`, `given + 1`, … drafts, in place."""
-        if len(self._bias_ids):
-            logits_RV[:, self._bias_ids] += self._bias
-        if self._counts_V is not None:
-            counts_RV = self._count(len(logits_RV), given)
-            logits_RV.sub_(counts_RV * self._params.frequency_penalty)
-            logits_RV.sub_((counts_RV > 0) * self._params.presence_penalty)
-        num_banned = self._params.min_tokens - self._seq.num_output - given
-        if num_banned > 0 and len(self._stop_ids):
-            logits_RV[:num_banned, self._stop_ids] = -math.inf
-
-    def _count(self, num_rows: int, given: int) -> Tensor:
-        """How often each token is output before each row; drafts before a row included."""
-        assert self._counts_V is not None
-        output = self._seq.tokens[self._seq.submit.num_prompt + self._num_counted :]
-        _add_ones(self._counts_V, output)
-        self._num_counted += len(output)
-        counts_RV = self._counts_V.repeat(num_rows, 1)
-        drafts = self._seq.drafts
-        for row in range(num_rows):
-            _add_ones(counts_RV[row], drafts[: given + row])
-        return counts_RV
-
-
-def _add_ones(counts_V: Tensor, tokens: Seq[int]) -> None:
-    if tokens:
-        ids = torch.tensor(tokens, dtype=torch.int64, device=counts_V.device)
-        counts_V.scatter_add_(0, ids, torch.ones(len(tokens), device=counts_V.device))
+def _sorted_descending(values_RV: Tensor) -> Tensor:
+    """Each row from its largest value to its smallest. On the CPU numpy sorts many times faster than torch."""
+    if values_RV.is_cpu:
+        return torch.from_numpy(np.sort(values_RV.numpy(), axis=-1)[:, ::-1].copy())
+    return values_RV.sort(dim=-1, descending=True).values

@@ -57,6 +57,8 @@ class Speculator:
             return
         states_RH, last_row = self._catch_up()
         active = [(seq, wanted) for seq, wanted in zip(seqs, num_drafts, strict=True) if wanted and seq in last_row]
+        if active:
+            self._runner.sampler.prime([seq for seq, _ in active], [1 + wanted for _, wanted in active])
         states_AH = states_RH[[last_row[seq] for seq, _ in active]]
         while active:
             tokens = self._draw([seq for seq, _ in active], states_AH)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from llm_engine.runtime import noise as noise_module
 from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
 
 CPU = torch.device("cpu")
@@ -133,3 +134,13 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         for row in (0, 1, 33, 69):
             assert torch.equal(noise(keys[row : row + 1])[0], batch[row])
         assert torch.equal(ExponentialNoise(size + 13, CPU)(keys)[:, :size], batch)
+
+
+def test_every_array_library_makes_the_same_bits() -> None:
+    """What another device computes with torch is what the CPU computes with numpy."""
+    states = np.random.default_rng(0).integers(-(2**63), 2**63, size=(40, 1000), dtype=np.int64)
+    states[0, :3] = [0, -1, 2**63 - 1]
+    by_torch = noise_module._exponential(torch.from_numpy(states.copy()), noise_module._TORCH)
+    by_numpy = noise_module._exponential(states, noise_module._NUMPY)
+    assert by_numpy.dtype == np.float32
+    assert torch.equal(by_torch, torch.from_numpy(by_numpy))
