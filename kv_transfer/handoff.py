@@ -217,15 +217,11 @@ class Handoff:
 
     def _conclude(self, compute_end: float) -> HandoffReport:
         now = time.monotonic()
-        outbox, tally = self._outbox, self._context.tally
+        outbox = self._outbox
         assert self._session is not None
-        tally.accepted += 1
-        tally.num_bytes += outbox.num_bytes
-        tally.num_blocks += outbox.num_sent_blocks
-        tally.write_s += outbox.write_s
         outbox.gate.stop(lambda: None)
         self._forget()
-        return HandoffReport(
+        report = HandoffReport(
             request_id=self.request_id,
             attempt=self.attempt,
             peer=self._session.target.name,
@@ -238,6 +234,8 @@ class Handoff:
             exposed_s=now - compute_end,
             write_s=outbox.write_s,
         )
+        self._context.tally.count_accepted(report)
+        return report
 
     async def _end(self, told: bool) -> None:
         """Stop writing, say so, forget. Runs once, whoever failed the hand-off."""

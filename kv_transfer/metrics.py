@@ -94,3 +94,12 @@ class Tally:
     undeliverable: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     probes: Counter[str] = field(default_factory=Counter)
+
+    def count_accepted(self, report: HandoffReport) -> None:
+        """A hand-off has succeeded."""
+        self.accepted += 1
+        self.num_bytes += report.num_bytes
+        self.num_blocks += report.num_blocks
+        self.exposed_s += report.exposed_s
+        self.verify_s += report.verify_s
+        self.write_s += report.write_s

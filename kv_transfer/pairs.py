@@ -29,7 +29,6 @@ class Pair:
     ticket: str
     connection: int | None = None
     seen_at: float = field(default_factory=time.monotonic)
-    probing: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}/{self.incarnation}"

@@ -148,7 +148,7 @@ class HandoffServer(Generic[R]):
     def stats(self) -> ReceiverStats:
         """Exact counters and gauges."""
         tally, intakes = self._tally, self._intakes
-        quarantined_leases, quarantined_blocks = intakes.quarantined()
+        quarantined_leases, quarantined_blocks = intakes.custody.quarantined()
         return ReceiverStats(
             pending=intakes.num_pending,
             waiting_offers=len(intakes.offers),
@@ -241,10 +241,8 @@ class HandoffServer(Generic[R]):
                 self._intakes.on_withdraw(pair, message)
             case Fenced():
                 self._intakes.on_fenced(pair, message)
-            case Probe():
+            case Probe() | ProbeCommit():
                 self._intakes.on_probe(pair, message)
-            case ProbeCommit():
-                self._intakes.on_probe_commit(pair, message)
 
     def _connect(self, identity: bytes, message: Connect) -> None:
         assert self._info is not None

@@ -55,6 +55,7 @@ class HandoffClient:
         check_layout(layout, len(source))
         self._closed = asyncio.Event()
         self._done = asyncio.Event()
+        self._started = False
         self._tasks: asyncio.TaskGroup | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bug: Exception | None = None
@@ -78,10 +79,12 @@ class HandoffClient:
 
     async def run(self) -> None:
         """Own the background tasks; returns after `close`, raises what killed one of them."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._started = asyncio.get_running_loop(), True
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
+                for peer in self._peers.values():
+                    self._start(tasks, peer)
                 await self._closed.wait()
                 if self._bug is not None:
                     raise self._bug
@@ -98,7 +101,7 @@ class HandoffClient:
     async def close(self) -> None:
         """Abort what is pending, close every connection, join every thread. Safe in every state."""
         self._closed.set()
-        if self._loop is not None:
+        if self._started:
             await self._done.wait()
         else:
             self._context.zmq.destroy(linger=0)
@@ -115,11 +118,11 @@ class HandoffClient:
 
         `submit.deadline_s` must be the time left now. `on_failed` is called once on the loop if the hand-off fails
         while nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing, then `abort()`.
-        Raises Overloaded when config.max_pending hand-offs are under way, TransferError when the client is not running.
+        Raises Overloaded when config.max_pending hand-offs are under way, TransferError when the client is closed.
         """
-        context = self._context
-        if self._tasks is None or self._closed.is_set():
-            raise TransferError("hand-off client is not running", request_id=submit.request_id)
+        context, self._loop = self._context, asyncio.get_running_loop()
+        if self._closed.is_set() or self._done.is_set():
+            raise TransferError("hand-off client is closed", request_id=submit.request_id)
         if submit.decode is None or num_tokens < 1:
             raise ValueError(f"{submit.request_id}: a hand-off needs a decode worker and tokens")
         if len(context.handoffs) >= context.config.max_pending:
@@ -127,7 +130,7 @@ class HandoffClient:
         handoff = Handoff(context, submit, num_tokens, weight_version, on_failed)
         context.handoffs.add(handoff)
         context.tally.offered += 1
-        self._peer(self._tasks, submit.decode).offer(handoff)
+        self._peer(submit.decode).offer(handoff)
         return handoff
 
     def bad_peers(self) -> list[str]:
@@ -152,15 +155,19 @@ class HandoffClient:
             peers=tuple(peer.stats() for peer in self._peers.values()),
         )
 
-    def _peer(self, tasks: asyncio.TaskGroup, target: Target) -> Peer:
+    def _peer(self, target: Target) -> Peer:
         key = (target.name, target.incarnation)
         peer = self._peers.get(key)
         if peer is None:
             peer = self._peers[key] = Peer(self._context, target)
-            task = tasks.create_task(self._serve(peer))
-            self._serving.add(task)
-            task.add_done_callback(self._serving.discard)
+            if self._tasks is not None:
+                self._start(self._tasks, peer)
         return peer
+
+    def _start(self, tasks: asyncio.TaskGroup, peer: Peer) -> None:
+        task = tasks.create_task(self._serve(peer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, peer: Peer) -> None:
         try:

@@ -178,6 +178,7 @@ class Rig:
         scale: int = 1,
         receiver_transport: str | None = None,
         key: bytes = KEY,
+        served_weights: str = "w1",
         **config: float | str | int,
     ) -> None:
         self.network = LocalNetwork()
@@ -191,6 +192,7 @@ class Rig:
         self.config = TransferConfig(transport=transport, **settings)
         self.receiver_config = TransferConfig(transport=receiver_transport or transport, **settings)
         self.key = key
+        self.served_weights = served_weights
         self.pool = Pool(num_blocks, on_admit=self._check_bytes)
         self.sent: dict[str, list[int]] = {}  # request → source blocks
         self.clients: list[HandoffClient] = []
@@ -208,7 +210,7 @@ class Rig:
             network=self.network,
         )
         address = self.server.bind("127.0.0.1")
-        self.info = make_info("decode-0", "d0", self.layout, address)
+        self.info = make_info("decode-0", "d0", self.layout, address, weight_version=self.served_weights)
         self._tasks.append(asyncio.create_task(self.server.run(self.info)))
         self.target = Peer(name="decode-0", incarnation="d0", control_addr=address)
         self.client = await self.add_client("prefill-0")
@@ -228,7 +230,6 @@ class Rig:
         )
         self.clients.append(client)
         self._tasks.append(asyncio.create_task(client.run()))
-        await asyncio.sleep(0)
         return client
 
     async def __aexit__(
@@ -239,8 +240,8 @@ class Rig:
         if error is None:
             await until(lambda: self.server.stats().pending == 0)
             await until(lambda: self.pool.count("leased") == self.pool.count("quarantined") == 0)
-            self.server._intakes.leases.check()
-            assert len(self.server._intakes.leases) == 0
+            self.server._intakes.custody.leases.check()
+            assert len(self.server._intakes.custody.leases) == 0
         await self.server.close()
         await asyncio.gather(*self._tasks)
         self.arena.close()

@@ -218,8 +218,7 @@ async def test_drain_refuses_the_new_and_finishes_the_granted(transport: str) ->
 
 
 async def test_other_weights_are_refused(transport: str) -> None:
-    async with Rig(transport) as rig:
-        rig.server._intakes.weight_version = "w2"
+    async with Rig(transport, served_weights="w2") as rig:
         with pytest.raises(TransferError, match="weights w1, served are w2"):
             await rig.hand_off("r1", 20)
 
@@ -234,7 +233,7 @@ async def test_closing_the_client_ends_its_hand_offs(transport: str) -> None:
             with pytest.raises(TransferError, match="shutting down"):
                 await handoff.commit(FIRST, compute_end=time.monotonic())
         await until(lambda: rig.server.stats().pending == 0)
-        with pytest.raises(TransferError, match="not running"):
+        with pytest.raises(TransferError, match="client is closed"):
             rig.offer("r3", 20)
 
 
@@ -249,8 +248,8 @@ async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) ->
             await handoff.commit(FIRST, compute_end=time.monotonic())
         await until(lambda: rig.client.bad_peers() == ["decode-0"])
         rig.pool.all.clear()  # the server's leases died with it
-        rig.server._intakes.leases._leases.clear()
-        rig.server._intakes.leases._holder.clear()
+        rig.server._intakes.custody.leases._leases.clear()
+        rig.server._intakes.custody.leases._holder.clear()
         rig.server._intakes._active.clear()
 
 

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from kv_transfer.control import connect_dealer, post
 from kv_transfer.layout import CopyPlan, PlaneLayer, merge_runs
-from kv_transfer.link import LeaseKey
+from kv_transfer.link import Copy, LeaseKey
 from kv_transfer.manifest import ManifestBuilder
 from kv_transfer.negotiate import writer_offers
 from kv_transfer.shm import ShmLink
@@ -230,6 +230,61 @@ async def test_nothing_written_is_rejected(transport: str) -> None:
         writer.say(writer.commit(grant, manifest))
         assert isinstance(await writer.hear(), Rejected)
         assert list(rig.pool.admitted) == ["r0"]
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_what_arrives_after_the_commit_changes_nothing(accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes may be overtaken by the commit that covers them, but never change what has been verified."""
+    async with Rig("auto") as rig, raw_writers(rig) as [writer]:
+        hashing, go_on = asyncio.Event(), asyncio.Event()
+        check = rig.server._intakes._verifier.check
+
+        async def slow(*args: Any) -> str | None:
+            verdict = await check(*args)
+            hashing.set()
+            await go_on.wait()
+            return verdict if accepted else "not what was sent"
+
+        monkeypatch.setattr(rig.server._intakes._verifier, "check", slow)
+        grant = await writer.granted("r1", 20)
+        writer.say(writer.commit(grant, writer.send_blocks(grant)))
+        await hashing.wait()
+        before = bytes(rig.arena.buffer)
+        target = rig.layout.planes[0].address(0, grant.blocks[0], rig.layout.num_blocks)
+        lease = LeaseKey(grant.lease_id, grant.epoch)
+        writer.link.write(lease, memoryview(bytes(96)), [Copy(0, target, 96)], lambda: False)
+        assert await asyncio.wrap_future(writer.link.confirm(lease)) == 0
+        go_on.set()
+        assert isinstance(await writer.hear(), Accepted if accepted else Rejected)
+        assert rig.arena.buffer == before
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("end", ["accepted", "cancelled"])
+async def test_a_writer_may_die_right_after_its_commit(
+    transport: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig("auto") as rig, raw_writers(rig, transport=transport) as [writer]:
+        hashing, go_on = asyncio.Event(), asyncio.Event()
+        check = rig.server._intakes._verifier.check
+
+        async def slow(*args: Any) -> str | None:
+            hashing.set()
+            await go_on.wait()
+            return await check(*args)
+
+        monkeypatch.setattr(rig.server._intakes._verifier, "check", slow)
+        grant = await writer.granted("r1", 20)
+        writer.say(writer.commit(grant, writer.send_blocks(grant)))
+        await hashing.wait()
+        writer.link.close()
+        await until(lambda: rig.server.stats().peers == ())
+        if end == "cancelled":
+            rig.server.cancel("r1", 0)
+            assert len(rig.pool.free_blocks) == 32  # the writer is gone: no quarantine
+        go_on.set()
+        await until(lambda: rig.server.stats().pending == 0)
+        assert list(rig.pool.admitted) == (["r1"] if end == "accepted" else [])
 
 
 async def test_one_writer_can_not_speak_for_another() -> None:
