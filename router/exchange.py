@@ -36,6 +36,12 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class BodyStalled(RequestError):
+    """The client stopped sending in the middle of the body."""
+
+    status = 408
+
+
 class WrongMediaType(RequestError):
     """The request body is not declared as JSON."""
 
@@ -71,7 +77,7 @@ class Exchange:
         self.finished = False
 
     async def json_body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises BodyTooLarge, WrongMediaType, ClientGone, or RequestError when it stops coming."""
+        """The whole body. Raises BodyTooLarge, BodyStalled, WrongMediaType, ClientGone."""
         declared = 0
         media_type = b""
         for name, value in self._scope["headers"]:
@@ -155,7 +161,7 @@ class Exchange:
                         return b"".join(parts)
                     deadline.reschedule(asyncio.get_running_loop().time() + self._stall_s)
         except TimeoutError:
-            raise RequestError(f"no more of the body arrived for {self._stall_s:g} s") from None
+            raise BodyStalled(f"no more of the body arrived for {self._stall_s:g} s") from None
         await self._discard(max_bytes)
         return b"".join(parts)
 

@@ -8,6 +8,7 @@ import msgspec
 
 from llm_engine.api.errors import DeadlineExceeded, Overloaded, PromptTooLong, RequestError, ServingError, UnknownModel
 from router.answers import ErrorBody, ErrorDetail
+from router.exchange import BodyStalled, BodyTooLarge
 
 _CODES: dict[type[ServingError], str] = {
     PromptTooLong: "context_length_exceeded",
@@ -45,11 +46,13 @@ def error_body(exc: ServingError) -> bytes:
 
 
 def error_headers(exc: ServingError) -> list[tuple[bytes, bytes]]:
-    """Retry-After where waiting helps, Allow where another method would."""
+    """Retry-After where waiting helps, Allow where another method would; a half-read body ends the connection."""
     if isinstance(exc, Overloaded):
         return [(b"retry-after", b"%d" % max(1, math.ceil(exc.retry_after_s)))]
     if exc.retryable:
         return [(b"retry-after", b"1")]
+    if isinstance(exc, BodyTooLarge | BodyStalled):
+        return [(b"connection", b"close")]
     if isinstance(exc, MethodNotAllowed):
         return [(b"allow", exc.allow.encode())]
     return []

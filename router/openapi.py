@@ -31,6 +31,8 @@ _STRUCTS = (
 _ERRORS = {
     400: "The request can't be served as written.",
     404: "The model is not served here.",
+    405: "The method is not served here; see Allow.",
+    408: "The body stopped coming.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "Too many requests; come back after Retry-After seconds.",
@@ -38,8 +40,8 @@ _ERRORS = {
     503: "No capacity now; come back after Retry-After seconds.",
     504: "The request was not finished within its deadline.",
 }
-_BODY_ERRORS = (400, 404, 413, 415, 503)
-_GENERATION_ERRORS = (400, 404, 413, 415, 429, 500, 503, 504)
+_BODY_ERRORS = (400, 404, 408, 413, 415, 503)
+_GENERATION_ERRORS = (400, 404, 408, 413, 415, 429, 500, 503, 504)
 
 Json = dict[str, Any]
 
@@ -138,9 +140,8 @@ def _operation(
     if streams:
         content = content | {"text/event-stream": {"schema": {"type": "string"}}}
     responses["200"] = {"description": summary, "content": content}
-    for status in errors:
-        error = {"application/json": {"schema": _ref(answers.ErrorBody)}}
-        responses[str(status)] = {"description": _ERRORS[status], "content": error}
+    for status in (*errors, 405):
+        responses[str(status)] = _error(status)
     operation: Json = {"operationId": name, "summary": summary, "responses": responses}
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
@@ -150,7 +151,13 @@ def _operation(
 def _text_operation(name: str, summary: str, media_type: str) -> Json:
     schema = {"type": "object"} if media_type == "application/json" else {"type": "string"}
     content = {media_type: {"schema": schema}}
-    return {"operationId": name, "summary": summary, "responses": {"200": {"description": summary, "content": content}}}
+    responses = {"200": {"description": summary, "content": content}, "405": _error(405)}
+    return {"operationId": name, "summary": summary, "responses": responses}
+
+
+def _error(status: int) -> Json:
+    content = {"application/json": {"schema": _ref(answers.ErrorBody)}}
+    return {"description": _ERRORS[status], "content": content}
 
 
 def _ref(struct: type) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import msgspec
@@ -10,15 +11,16 @@ from llm_engine.api.errors import RequestError
 
 T = TypeVar("T")
 
+_PATH = re.compile(r"`\$\.?([^`]+)`$")  # how msgspec names the place in its messages
+
 
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     """Raises RequestError saying what is wrong and where."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as exc:
-        message, _, path = str(exc).partition(" - at `")
-        field = path.removeprefix("$.").rstrip("`") or None
-        raise RequestError(f"{message} - at `{field}`" if field else message, param=field) from None
+        path = _PATH.search(str(exc))
+        raise RequestError(str(exc), param=path[1] if path else None) from None
     except UnicodeDecodeError as exc:
         raise RequestError(f"the body is not UTF-8: {exc.reason} at byte {exc.start}") from None
     except msgspec.DecodeError as exc:

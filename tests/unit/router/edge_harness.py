@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+import uvicorn
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -87,8 +89,7 @@ class ScriptedDispatcher:
         complete = False
         try:
             for i, tokens in enumerate(script.chunks):
-                if script.pace_s:
-                    await asyncio.sleep(script.pace_s)
+                await asyncio.sleep(script.pace_s)
                 last = i == len(script.chunks) - 1 and script.error is None and not script.hang
                 complete = last
                 yield OutputChunk(
@@ -141,6 +142,8 @@ class RunningEdge:
     dispatcher: ScriptedDispatcher
     metrics: RecordingMetrics
     tokenizer: router_tokenizer.Tokenizer
+    http: httpx.Client
+    server: uvicorn.Server
 
 
 @contextlib.contextmanager
@@ -155,7 +158,9 @@ def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[Run
     thread = threading.Thread(target=lambda: uvloop.run(server.serve(sockets=[sock])), name="edge")
     thread.start()
     try:
-        yield RunningEdge(f"http://127.0.0.1:{port}", port, dispatcher, metrics, tokenizer)
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=30, verify=False) as client:
+            yield RunningEdge(url, port, dispatcher, metrics, tokenizer, client, server)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -13,18 +13,9 @@ from llm_engine.api.request import FinishReason, TokenLogprobs
 from router.dispatch_api import OutputChunk
 from router.stream import Piece, TextStream, held_suffix
 
-END = 8  # the id that ends a sequence
-TABLE = [
-    b"a",
-    b"b",
-    b"ab",
-    b"\n\n",
-    "ä".encode()[:1],
-    "ä".encode()[1:],
-    "🙂".encode()[:2],
-    "🙂".encode()[2:],
-    b"</end>",
-]
+WORD = 8
+END = 9  # the id that ends a sequence
+TABLE = [b"a", b"b", b"ab", b"\n\n", b"\xc3", b"\xa4", b"\xf0\x9f", b"\x99\x82", b"abba", b"</end>"]  # halves of ä, 🙂
 TOKEN = st.integers(0, END - 1)
 
 

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+
+from llm_engine.api.request import FinishReason
+from router import server as server_module
+from router.dispatch_api import GenerationRequest
+from tests.unit.router.edge_harness import (
+    MODEL,
+    RunningEdge,
+    Script,
+    ScriptedDispatcher,
+    byte_tokenizer,
+    ids_of,
+    running_edge,
+    sse_events,
+)
+
+TOKENIZER = byte_tokenizer()
+ENDLESS = 1 << 20
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+def scripted(request: GenerationRequest) -> Script:
+    """The salt says how to answer."""
+    match request.salt:
+        case "hang":
+            return Script([], hang=True)
+        case "one-then-hang":
+            return Script([ids_of(TOKENIZER, "a")], hang=True)
+        case "flood":
+            return Script([ids_of(TOKENIZER, "x" * 4096)] * ENDLESS)
+        case "slow":
+            return Script([ids_of(TOKENIZER, "a")] * 30, pace_s=0.005, finish=FinishReason.LENGTH)
+    return Script([ids_of(TOKENIZER, "ok")], finish=FinishReason.LENGTH)
+
+
+@pytest.fixture(scope="module")
+def edge() -> Iterator[RunningEdge]:
+    options = {"max_body_bytes": 64 << 10, "client_stall_s": 0.5, "max_inflight": 8, "max_queued": 0}
+    with running_edge(ScriptedDispatcher(scripted), **options) as running:
+        yield running
+
+
+def request_bytes(salt: str = "", *, stream: bool = False, path: str = COMPLETIONS, **fields: Any) -> bytes:
+    body = json.dumps({"model": MODEL, "prompt": "hi", "stream": stream, "cache_salt": salt} | fields).encode()
+    if path == CHAT:
+        messages = [{"role": "user", "content": "hi"}]
+        body = json.dumps({"model": MODEL, "messages": messages, "stream": stream, "cache_salt": salt}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def connect(edge: RunningEdge) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", edge.port), timeout=20)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    while piece := sock.recv(1 << 16):
+        data += piece
+    return data
+
+
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def test_models(edge: RunningEdge) -> None:
+    listed = edge.http.get("/v1/models").json()
+    assert [card["id"] for card in listed["data"]] == [MODEL]
+    assert edge.http.get(f"/v1/models/{MODEL}").json() == listed["data"][0]
+    assert listed["data"][0]["max_model_len"] == 4096
+    assert edge.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert edge.http.get("/v1/models/a/b").status_code == 404
+
+
+def test_health_and_readiness(edge: RunningEdge) -> None:
+    assert edge.http.get("/health").json() == {"status": "ok"}
+    assert edge.http.get("/ready").json() == {"ready": True, "detail": {"workers": []}}
+    edge.dispatcher.is_ready = False
+    try:
+        response = edge.http.get("/ready")
+        assert (response.status_code, response.json()["ready"]) == (503, False)
+        assert edge.http.get("/health").status_code == 200
+    finally:
+        edge.dispatcher.is_ready = True
+
+
+def test_metrics_are_passed_through_and_exchanges_reported(edge: RunningEdge) -> None:
+    response = edge.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "up 1" in response.text
+    edge.metrics.responses.clear()
+    edge.http.get("/v1/models/other")
+    edge.http.get("/nowhere")
+    edge.http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"})
+    edge.http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x", "stream": True})
+    wait_until(lambda: len(edge.metrics.responses) == 4)
+    assert edge.metrics.responses == [
+        ("/v1/models/{model}", 404),
+        ("unmatched", 404),
+        (COMPLETIONS, 200),
+        (COMPLETIONS, 200),
+    ]
+
+
+def test_tokenize_and_detokenize(edge: RunningEdge) -> None:
+    answer = edge.http.post("/tokenize", json={"prompt": "é<think>", "model": MODEL}).json()
+    assert answer == {"tokens": ids_of(TOKENIZER, "é<think>"), "count": 3, "max_model_len": 4096}
+    assert edge.http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "é<think>"}
+    assert edge.http.post("/detokenize", json={"tokens": [320]}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "/nowhere", 404, None),
+        ("GET", COMPLETIONS, 405, "POST"),
+        ("PUT", CHAT, 405, "POST"),
+        ("POST", "/health", 405, "GET"),
+        ("DELETE", "/v1/models/x", 405, "GET"),
+        ("OPTIONS", COMPLETIONS, 405, "POST"),
+    ],
+)
+def test_unknown_paths_and_methods(edge: RunningEdge, method: str, path: str, status: int, allow: str | None) -> None:
+    response = edge.http.request(method, path)
+    assert response.status_code == status
+    assert response.headers.get("allow") == allow
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'{"model": "nano", "prompt": "\xff"}', "not UTF-8"),
+        (b'{"model": "nano", "prompt": "\xf0\x9f\x99"}', "not UTF-8"),
+        (b'{"model": "nano", "prompt": "\\ud800"}', "not JSON"),
+        (b'{"model": "nano", "prompt": "x", "temperature": NaN}', "not JSON"),
+        (b'{"model": "nano", "prompt": "x"} trailing', "not JSON"),
+        (b'{"model": "nano", "metadata": ' + b'{"a":' * 3000 + b"1" + b"}" * 3000 + b"}", "nested"),
+        (b"[]", "array"),
+        (b"null", "null"),
+    ],
+)
+def test_broken_bodies(edge: RunningEdge, content: bytes, message: str) -> None:
+    response = edge.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def test_the_media_type_must_be_json(edge: RunningEdge) -> None:
+    content = json.dumps({"model": MODEL, "prompt": "x"})
+    for media_type in ("text/plain", "application/x-www-form-urlencoded"):
+        assert edge.http.post(COMPLETIONS, content=content, headers={"Content-Type": media_type}).status_code == 415
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert edge.http.post(COMPLETIONS, content=content, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("size", [72 << 10, 1 << 20])
+def test_a_huge_body_is_refused(edge: RunningEdge, size: int, chunked: bool) -> None:
+    content = iter([b"x" * 8192] * (size // 8192)) if chunked else b"x" * size
+    with httpx.Client(base_url=edge.url) as client:
+        try:
+            response = client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+        except httpx.WriteError:  # the server may stop reading before everything is sent
+            assert size > 100 << 10
+            return
+    assert (response.status_code, response.headers["connection"]) == (413, "close")
+    assert "65536" in response.json()["error"]["message"]
+
+
+def test_a_body_at_the_limit_is_read_in_pieces(edge: RunningEdge) -> None:
+    frame = json.dumps({"model": MODEL, "prompt": "x", "user": ""})
+    content = frame.replace('"user": "', '"user": "' + "u" * ((64 << 10) - len(frame))).encode()
+    assert len(content) == 64 << 10
+    headers = {"Content-Type": "application/json"}
+    assert edge.http.post(COMPLETIONS, content=content, headers=headers).status_code == 200
+    pieces = iter([content[:10], content[10:40000], content[40000:]])
+    assert edge.http.post(COMPLETIONS, content=pieces, headers=headers).status_code == 200
+    assert edge.http.post(COMPLETIONS, content=content + b" ", headers=headers).status_code == 413
+
+
+def test_a_body_that_stops_coming_ends_in_an_error(edge: RunningEdge) -> None:
+    with connect(edge) as sock:
+        data = request_bytes()
+        sock.sendall(data[:-5])
+        answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"no more of the body arrived" in answer
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(("salt", "stream"), [("hang", False), ("hang", True), ("one-then-hang", True)])
+def test_a_client_that_leaves_aborts_its_request(edge: RunningEdge, path: str, salt: str, stream: bool) -> None:
+    edge.dispatcher.closed.clear()
+    edge.metrics.responses.clear()
+    num_before = len(edge.dispatcher.requests)
+    with connect(edge) as sock:
+        sock.sendall(request_bytes(salt, stream=stream, path=path))
+        wait_until(lambda: len(edge.dispatcher.requests) > num_before)
+        if salt == "one-then-hang":
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert edge.dispatcher.closed.wait(5)
+    assert edge.dispatcher.closed_early[-1] == edge.dispatcher.requests[-1].request_id
+    wait_until(lambda: edge.metrics.responses == [(path, 499)])
+
+
+def test_a_client_that_leaves_aborts_all_choices(edge: RunningEdge) -> None:
+    num_before = len(edge.dispatcher.requests)
+    with connect(edge) as sock:
+        sock.sendall(request_bytes("one-then-hang", stream=True, n=4))
+        wait_until(lambda: len(edge.dispatcher.requests) == num_before + 4)
+    ids = {request.request_id for request in edge.dispatcher.requests[num_before:]}
+    wait_until(lambda: ids <= set(edge.dispatcher.closed_early))
+
+
+def test_a_client_that_resets_the_connection_aborts_its_request(edge: RunningEdge) -> None:
+    edge.dispatcher.closed.clear()
+    sock = connect(edge)
+    sock.sendall(request_bytes("one-then-hang", stream=True))
+    sock.recv(1 << 16)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+    assert edge.dispatcher.closed.wait(5)
+
+
+def test_a_client_that_stops_reading_is_disconnected(edge: RunningEdge) -> None:
+    edge.dispatcher.closed.clear()
+    edge.metrics.responses.clear()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", edge.port))
+    with sock:
+        started = time.monotonic()
+        sock.sendall(request_bytes("flood", stream=True))
+        assert edge.dispatcher.closed.wait(10)
+        assert 0.4 < time.monotonic() - started < 8
+        wait_until(lambda: edge.metrics.responses == [(COMPLETIONS, 499)])
+        with contextlib.suppress(ConnectionResetError):
+            read_all(sock)  # ends: the connection is gone
+
+
+def test_a_client_that_reads_slowly_but_reads_is_served(edge: RunningEdge) -> None:
+    edge.dispatcher.closed.clear()
+    with connect(edge) as sock:
+        sock.sendall(request_bytes("flood", stream=True))
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            assert sock.recv(1 << 20)
+            time.sleep(0.02)
+        assert not edge.dispatcher.closed.is_set()
+    assert edge.dispatcher.closed.wait(5)
+
+
+def test_more_open_requests_than_configured_are_refused(edge: RunningEdge) -> None:
+    num_before = len(edge.dispatcher.requests)
+    sockets = [connect(edge) for _ in range(8)]
+    try:
+        for sock in sockets:
+            sock.sendall(request_bytes("hang"))
+        wait_until(lambda: len(edge.dispatcher.requests) == num_before + 8)
+        response = edge.http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert edge.http.get("/health").status_code == 200
+    finally:
+        for sock in sockets:
+            sock.close()
+    wait_until(lambda: edge.http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"}).status_code == 200)
+
+
+def test_events_arrive_as_they_are_made(edge: RunningEdge) -> None:
+    """Without the 40 ms gap that Nagle's algorithm and delayed acknowledgements cause on kept-alive connections."""
+    body = {"model": MODEL, "prompt": "x", "stream": True, "cache_salt": "slow"}
+    longest_gaps = []
+    for _ in range(5):
+        with edge.http.stream("POST", COMPLETIONS, json=body) as response:
+            times = [time.monotonic() for _ in response.iter_raw()]
+        assert len(times) >= 20, "the events came in lumps"
+        longest_gaps.append(max(b - a for a, b in pairwise(times)))
+    assert min(longest_gaps) < 0.03
+
+
+def test_connections_have_nodelay(edge: RunningEdge) -> None:
+    edge.http.get("/health")
+    transports = [connection.transport for connection in edge.server.server_state.connections]
+    assert transports
+    for transport in transports:
+        assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_pipelined_and_kept_alive_requests_are_answered_in_order(edge: RunningEdge) -> None:
+    with connect(edge) as sock:
+        last = request_bytes().replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n")
+        sock.sendall(request_bytes() + request_bytes(stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + last)
+        answers = read_all(sock)
+    assert answers.count(b"HTTP/1.1 200 OK") == 4
+    assert answers.index(b"text_completion") < answers.index(b"text/event-stream") < answers.index(b'"status":"ok"')
+
+
+def test_oversized_headers_are_refused(edge: RunningEdge) -> None:
+    with connect(edge) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        try:
+            for _ in range(40):
+                sock.sendall(b"a" * 4096)
+            answer = read_all(sock)
+        except ConnectionError:
+            return
+    assert answer.startswith(b"HTTP/1.1 400")
+
+
+def test_a_request_head_that_stops_coming_is_cut_off(edge: RunningEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.2)
+    for start in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
+        with connect(edge) as sock:
+            sock.sendall(start)
+            assert read_all(sock).count(b"HTTP/1.1 200") == start.count(b"\r\n\r\n")
+
+
+def test_a_stream_survives_the_head_timeout(edge: RunningEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.05)
+    response = edge.http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x", "stream": True, "cache_salt": "slow"})
+    assert len(sse_events(response.text)) >= 2
