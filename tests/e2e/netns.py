@@ -11,13 +11,13 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 import psutil
 
-_TOOLS = ("unshare", "nsenter", "ip", "ss")
+_TOOLS = ("unshare", "nsenter", "setsid", "ip", "ss", "ps", "pgrep")
 _CLONE_NEWNET = 0x40000000
 _SETUP = """
 ip link set lo up
@@ -68,18 +68,13 @@ class Host:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=env, check=False)
 
     def kill(self, pid: int, signal: str = "KILL") -> None:
-        """Send a signal to a process inside."""
-        self.run("kill", "-s", signal, str(pid)).check_returncode()
+        """Send a signal to a process inside, or, to a negative number, to a process group."""
+        self.run("sh", "-c", f"kill -s {signal} -- {pid}").check_returncode()
 
     def processes(self) -> list[str]:
         """Command lines of all living processes but the first one."""
-        inside = psutil.Process(self._init).children(recursive=True)
-        found = []
-        for process in inside:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-        return found
+        rows = [line.split(maxsplit=2) for line in self.run("ps", "-ww", "-eo", "pid=,stat=,args=").stdout.splitlines()]
+        return [row[2] for row in rows if row[0] != "1" and "Z" not in row[1] and not row[2].startswith("ps -ww")]
 
     def listeners(self) -> list[str]:
         """Addresses of all TCP and UDP listeners."""
@@ -109,10 +104,3 @@ def is_loopback(address: str) -> bool:
 def _set_network(descriptor: int) -> None:
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "setns")
-
-
-def python(*words: str) -> Sequence[str]:
-    """An argument vector of this interpreter."""
-    import sys
-
-    return [sys.executable, *words]

@@ -2,88 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from deploy.rundir import RunDir
 from tests.e2e import netns
+from tests.e2e.site import Site, worker_of
 
 REASON = netns.missing()
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.timeout(300)]
 
 URL = "http://127.0.0.1:8000"
 READY_S = 20.0
-Json = dict[str, Any]
-
-
-class Site:
-    """A host with a run directory, and the `baton` command in it."""
-
-    def __init__(self, host: netns.Host, model: Path, directory: Path) -> None:
-        self.host, self.run_dir = host, directory / "run"
-        self.config = directory / "cluster.toml"
-        self.config.write_text(
-            f'[model]\npath = "{model}"\nname = "nano"\n[kv]\nmemory_mb = 32\n[worker]\ndrain_timeout_s = 10.0\n',
-            encoding="utf-8",
-        )
-        self.output = directory / "up.out"
-
-    def baton(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.host.run(sys.executable, "-m", "deploy.cli", *words, "--run-dir", str(self.run_dir))
-
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "deploy.cli",
-            "up",
-            "--config",
-            str(self.config),
-            "--run-dir",
-            str(self.run_dir),
-        ]
-        with self.output.open("wb") as out:
-            return subprocess.Popen(self.host.command(*command), stdout=out, stderr=subprocess.STDOUT)
-
-    def status(self) -> Json:
-        done = self.baton("status", "--json")
-        assert done.returncode in (0, 4), done.stderr
-        status: Json = json.loads(done.stdout)
-        return status
-
-    def worker(self, name: str) -> Json:
-        return next(worker for worker in self.status()["workers"] if worker["name"] == name)
-
-    def until(self, condition: Callable[[Json], bool], timeout_s: float = 60.0) -> Json:
-        deadline = time.monotonic() + timeout_s
-        while not condition(status := self.status()):
-            assert time.monotonic() < deadline, f"{status}\n{self.told()}"
-        return status
-
-    def told(self) -> str:
-        """Everything a person would look at after a failure."""
-        logs = sorted((self.run_dir / "logs").glob("*.log"))
-        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-3000:]}" for log in (self.output, *logs))
-
-    def assert_nothing_left(self, shm_before: set[str], ray_dir: str) -> None:
-        deadline = time.monotonic() + 10.0
-        while (left := self.host.processes()) and time.monotonic() < deadline:
-            pass
-        assert left == []
-        assert self.host.listeners() == []
-        assert netns.shared_memory() <= shm_before
-        assert not Path(ray_dir).exists()
-        assert {path.name for path in self.run_dir.iterdir()} == {"lock", "config.toml", "logs"}
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +34,11 @@ def site(host: netns.Host, nano_planted_dir: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def cluster(site: Site) -> Iterator[Site]:
     """A running cluster that every test leaves ready, with one prefill and one decode worker."""
-    shm_before, started = netns.shared_memory(), time.monotonic()
-    process = site.start()
-    while b"Try it" not in site.output.read_bytes():
-        assert process.poll() is None, site.told()
-        assert time.monotonic() - started < 120.0, site.told()
-        time.sleep(0.05)
-    site.ready_s = time.monotonic() - started
-    record = RunDir(site.run_dir).cluster()
-    assert record is not None
+    shm_before = netns.shared_memory()
+    process, site.ready_s = site.start()
+    record = site.record()
     yield site
-    site.host.kill(record.supervisor.pid, "INT")
+    site.host.kill(-record.supervisor.pid, "INT")  # Ctrl-C reaches the whole process group
     assert process.wait(timeout=60) == 0, site.told()
     assert "killed" not in site.output.read_text(), "everything stops by itself"
     site.assert_nothing_left(shm_before, record.ray_dir)
@@ -189,8 +117,8 @@ def test_a_killed_worker_costs_a_stream_nothing_and_comes_back(cluster: Site, ap
     cluster.host.kill(before["pid"])
     pieces.extend(chunk.choices[0].text for chunk in stream)
     assert "".join(pieces) == undisturbed
-    status = cluster.until(lambda now: now["ready"] and cluster_worker(now, name)["restarts"] > before["restarts"])
-    after = cluster_worker(status, name)
+    status = cluster.until(lambda now: now["ready"] and worker_of(now, name)["restarts"] > before["restarts"])
+    after = worker_of(status, name)
     assert (after["state"], after["pid"] != before["pid"]) == ("ready", True)
     assert complete(api) == undisturbed[: len(complete(api))]
 
@@ -227,7 +155,3 @@ def test_a_pool_scales_and_a_worker_drains(cluster: Site, api: OpenAI) -> None:
     assert [worker["name"] for worker in status["workers"]] == ["decode-1", "prefill-0"]
     assert complete(api) == text
     assert cluster.baton("drain", "decode-7").returncode == 1
-
-
-def cluster_worker(status: Json, name: str) -> Json:
-    return next(worker for worker in status["workers"] if worker["name"] == name)
