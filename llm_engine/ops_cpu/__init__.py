@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import Ops
-from llm_engine.ops_cpu import rows
 from llm_engine.ops_cpu.cache import write_index_keys, write_latent
 from llm_engine.ops_cpu.gate import gate
 from llm_engine.ops_cpu.gemm import TILE_ROWS, FreeGemm, Gemm, PackedProduct, TiledGemm
 from llm_engine.ops_cpu.index_topk import index_topk
+from llm_engine.ops_cpu.jit import compile_kernels
 from llm_engine.ops_cpu.mla import PackedKvB, mla_attend
 from llm_engine.ops_cpu.moe import PackedExperts, PackedMlp, mlp, moe
+from llm_engine.ops_cpu.norm import add_rms_norm, rms_norm
 from llm_engine.ops_cpu.plan import plan
 
 
 def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
     """The CPU table. Kernels compute in fp32 from weights and caches of `dtype`, unless they say otherwise."""
+    compile_kernels(dtype)
     gemm: Gemm = TiledGemm() if numerics == "exact" else FreeGemm()
 
     def pack_linear(weight_OI: Tensor, *, fp32: bool = False) -> PackedProduct:
@@ -31,13 +33,6 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
 
     def pack_experts(gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> PackedExperts:
         return PackedExperts.pack(gate_up_E2FH, down_EHF, shared)
-
-    def rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return rows.rms_norm(x_RH, weight_H, eps).to(dtype)
-
-    def add_rms_norm(x_RH: Tensor, residual_RH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total_RH = x_RH.float() + residual_RH
-        return rows.rms_norm(total_RH, weight_H, eps).to(dtype), total_RH.to(dtype)
 
     return Ops(
         name=f"cpu/{numerics}/{str(dtype).removeprefix('torch.')}",
@@ -50,8 +45,8 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
         pack_experts=pack_experts,
         gate=gate,
         moe=moe,
-        rms_norm=rms_norm,
-        add_rms_norm=add_rms_norm,
+        rms_norm=partial(rms_norm, dtype=dtype),
+        add_rms_norm=partial(add_rms_norm, dtype=dtype),
         plan=plan,
         write_latent=write_latent,
         write_index_keys=write_index_keys,

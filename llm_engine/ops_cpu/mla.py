@@ -1,151 +1,207 @@
 """Latent attention in absorbed form: queries meet the cached latents directly, values are expanded afterwards.
 
-A row's keys stand in ascending position in tiles of KEY_TILE slots. Scores are products of one fixed shape a tile;
-softmax runs over the whole row; weighted latents are summed tile after tile. Slots behind the last key have probability
-zero and a finite latent, so that further tiles add exact zeros and change no bit: a row gives the same result with any
-number of tiles, and the same whether its keys come from a selection of everything or from all visible positions.
+A row walks over its keys in ascending position, whether they are a selection or everything it may see, so a selection
+of everything gives the same bits as none. Nothing but the row's own keys is ever read.
 
-Shapes: R rows, N real rows, n rows of a group, h heads, D query width without rope, L latent rank, C = L + 2J cache
-width, V value width, T or K key slots of a row, a multiple of KEY_TILE.
+Shapes: R rows, N real rows, h heads, D query width, J rope pairs, L latent rank, C = L + 2J cache width,
+V value width, K selected.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm_engine.ops_cpu.gemm import Gemm, PackedProduct
-from llm_engine.ops_cpu.plan import CpuPlan, RowGroup
-
-KEY_TILE: Final = 64
-_GATHER_BYTES: Final = 768 << 10  # latents gathered at a time, so that they stay in a core's cache
-_NO_BIAS: Final = torch.zeros(1, 1, 1)
+from llm_engine.ops_cpu.jit import (
+    CACHE,
+    F2,
+    F3,
+    I1,
+    N2,
+    ONE,
+    ZERO,
+    Cache,
+    Floats,
+    Ints,
+    Longs,
+    cache_array,
+    exp,
+    inline,
+    kernel,
+    rotate_interleaved,
+    row_at,
+    slot_of,
+)
+from llm_engine.ops_cpu.plan import CpuPlan
 
 
 @dataclass(frozen=True, slots=True)
 class PackedKvB:
-    """Both halves of kv_b_proj, and its sizes."""
+    """Both halves of kv_b_proj."""
 
-    absorb: PackedProduct  # [n, h, D] → [h, n, L]
-    expand: PackedProduct  # [n, h, L] → [h, n, V]
-    key_hDL: Tensor
-    value_hVL: Tensor
+    absorb: PackedProduct  # [R, h, D] → [h, R, L]
+    expand: PackedProduct  # [R, h, L] → [h, R, V]
 
     @classmethod
     def pack(cls, gemm: Gemm, key_hDL: Tensor, value_hVL: Tensor) -> PackedKvB:
-        return cls(gemm.heads(key_hDL), gemm.heads(value_hVL.transpose(1, 2)), key_hDL, value_hVL)
+        return cls(gemm.heads(key_hDL), gemm.heads(value_hVL.transpose(1, 2)))
 
 
 def mla_attend(
     query_RhD: Tensor, plane_BPC: Tensor, plan: CpuPlan, sel_NK: Tensor | None, kv_b: PackedKvB, scale: float
 ) -> Tensor:
     """See `llm_engine.ops.spec.MlaAttend`."""
-    rows, heads, _ = query_RhD.shape
-    query_RhC = _absorbed(query_RhD.float(), plan, kv_b)
-    latents_C = plane_BPC.view(-1, plane_BPC.shape[-1])
-    rank = kv_b.key_hDL.shape[2]
-    out_RhL = query_RhC.new_empty(rows, heads, rank)
-    for group in plan.groups:
-        query_nhC = group.take(query_RhC)
-        if sel_NK is not None:
-            slots_nK, hidden_nK = _selected(group, group.take(sel_NK))
-            out = attend_slots(query_nhC, latents_C, slots_nK, hidden_nK, rank, scale)
-        elif group.shared:
-            out = attend_shared(query_nhC, latents_C, group, rank, scale)
-        else:
-            out = attend_slots(query_nhC, latents_C, group.slots, group.hidden_nT, rank, scale)
-        group.put(out_RhL, out)
-    if plan.num_rows < rows:
-        out_RhL[plan.num_rows :] = out_RhL[plan.num_rows - 1]
-    return kv_b.expand(out_RhL).transpose(0, 1).contiguous().to(query_RhD.dtype)
+    query = query_RhD.float()
+    absorbed_hRL = kv_b.absorb(query[..., : -2 * plan.cos_RJ.shape[1]]).contiguous()
+    latent_hRL = torch.empty(absorbed_hRL.shape)
+    _attend(
+        query.contiguous().numpy(),
+        absorbed_hRL.numpy(),
+        cache_array(plane_BPC),
+        plan.tables_SB,
+        plan.seqs_N,
+        plan.visible_N,
+        plan.block_tokens,
+        _NO_SELECTION if sel_NK is None else sel_NK.numpy(),
+        plan.cos_RJ,
+        plan.sin_RJ,
+        scale,
+        latent_hRL.numpy(),
+    )
+    heads_hRV = kv_b.expand(latent_hRL.transpose(0, 1))
+    return heads_hRV.transpose(0, 1).contiguous().to(query_RhD.dtype)
 
 
-def _absorbed(query_RhD: Tensor, plan: CpuPlan, kv_b: PackedKvB) -> Tensor:
-    """Rotate the rope part and carry the rest into the latent space: [R, h, C]."""
-    width = plan.rope.width
-    plain, turned = query_RhD[..., :-width], query_RhD[..., -width:]
-    absorbed_hRL = kv_b.absorb(plain)
-    rank = absorbed_hRL.shape[2]
-    out_RhC = query_RhD.new_empty(*query_RhD.shape[:2], rank + width)
-    out_RhC[..., :rank] = absorbed_hRL.transpose(0, 1)
-    plan.rope.rotate_interleaved(turned, out_RhC[..., rank:])
-    return out_RhC
+_NO_SELECTION = np.empty((0, 0), np.int32)
 
 
-def _selected(group: RowGroup, sel_nK: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Slots of selected positions in whole tiles, and which of them are empty (None: none is)."""
-    missing = -sel_nK.shape[1] % KEY_TILE
-    if missing:
-        sel_nK = torch.nn.functional.pad(sel_nK, (0, missing), value=-1)
-    elif int(sel_nK[:, -1].amin()) >= 0:
-        return group.slots_at(sel_nK), None
-    return group.slots_at(sel_nK.clamp_min(0)), sel_nK < 0
+@inline
+def _keys(table: Ints, visible: int, block_tokens: int, sel: Ints, row: int, slots: Longs) -> int:
+    """Cache slots of a row's keys in ascending position, and how many they are."""
+    if sel.shape[0] == 0:
+        for t in range(visible):
+            slots[t] = slot_of(table, t, block_tokens)
+        return visible
+    count = 0
+    for k in range(sel.shape[1]):
+        t = sel[row, k]
+        if t < 0:
+            break
+        slots[count] = slot_of(table, t, block_tokens)
+        count += 1
+    return count
 
 
-def attend_slots(
-    query_nhC: Tensor, latents_C: Tensor, slots_nK: Tensor, hidden_nK: Tensor | None, rank: int, scale: float
-) -> Tensor:
-    """Rows with their own key slots: [n, h, L]."""
-    n, heads, width = query_nhC.shape
-    keys = slots_nK.shape[1]
-    out_nhL = query_nhC.new_empty(n, heads, rank)
-    blocks = max(1, -(-n * keys * width * latents_C.itemsize // _GATHER_BYTES))
-    step = -(-n // blocks)
-    for first in range(0, n, step):
-        part = slice(first, min(first + step, n))
-        latents_bKC = latents_C.index_select(0, slots_nK[part].reshape(-1)).view(-1, keys, width).float()
-        scores_bhK = _scores(query_nhC[part], latents_bKC, scale)
-        weights_bhK = _softmax(scores_bhK, None if hidden_nK is None else hidden_nK[part])
-        _weighted_sum(weights_bhK, latents_bKC[..., :rank], out_nhL[part])
-    return out_nhL
+@inline
+def _score(query: Floats, key0: Floats, key1: Floats, scale: np.float32, weights: Floats, k: int) -> None:
+    """weights[h, k], weights[h, k + 1] = scale · query[h] · key0, key1."""
+    heads, width = query.shape
+    quads = heads - heads % 4
+    for h in range(0, quads, 4):
+        q0, q1, q2, q3 = query[h], query[h + 1], query[h + 2], query[h + 3]
+        a0, a1, a2, a3 = ZERO, ZERO, ZERO, ZERO
+        b0, b1, b2, b3 = ZERO, ZERO, ZERO, ZERO
+        for c in range(width):
+            a, b = key0[c], key1[c]
+            a0 += q0[c] * a
+            a1 += q1[c] * a
+            a2 += q2[c] * a
+            a3 += q3[c] * a
+            b0 += q0[c] * b
+            b1 += q1[c] * b
+            b2 += q2[c] * b
+            b3 += q3[c] * b
+        weights[h, k], weights[h, k + 1] = a0 * scale, b0 * scale
+        weights[h + 1, k], weights[h + 1, k + 1] = a1 * scale, b1 * scale
+        weights[h + 2, k], weights[h + 2, k + 1] = a2 * scale, b2 * scale
+        weights[h + 3, k], weights[h + 3, k + 1] = a3 * scale, b3 * scale
+    for h in range(quads, heads):
+        q0 = query[h]
+        a0, b0 = ZERO, ZERO
+        for c in range(width):
+            a0 += q0[c] * key0[c]
+            b0 += q0[c] * key1[c]
+        weights[h, k], weights[h, k + 1] = a0 * scale, b0 * scale
 
 
-def attend_shared(query_nhC: Tensor, latents_C: Tensor, group: RowGroup, rank: int, scale: float) -> Tensor:
-    """Consecutive rows of one sequence, all of whose positions are visible: [n, h, L]."""
-    n, heads, _ = query_nhC.shape
-    latents_TC = latents_C.index_select(0, group.slots).float()
-    tiles = [tile.expand(n, -1, -1) for tile in torch.split(latents_TC, KEY_TILE)]
-    scores = [torch.baddbmm(_NO_BIAS, query_nhC, tile.mT, beta=0, alpha=scale) for tile in tiles]
-    weights_nhT = _softmax(torch.cat(scores, dim=-1), group.hidden_nT)
-    out_nhL = query_nhC.new_empty(n, heads, rank)
-    for index, (weights, tile) in enumerate(zip(torch.split(weights_nhT, KEY_TILE, dim=-1), tiles, strict=True)):
-        _accumulate(out_nhL, weights, tile[..., :rank], first=index == 0)
-    return out_nhL
+@inline
+def _add_weighted(
+    weights: Floats, k: int, key0: Floats, key1: Floats, key2: Floats, key3: Floats, row: int, out: Floats
+) -> None:
+    """out[h, row] += Σ_i weights[h, k + i] · key_i."""
+    heads, rank = out.shape[0], out.shape[2]
+    for h in range(heads):  # one output row at a time: with more, the compiler gives up on telling the rows apart
+        w0, w1, w2, w3 = weights[h, k], weights[h, k + 1], weights[h, k + 2], weights[h, k + 3]
+        total = out[h, row]
+        for c in range(rank):
+            total[c] += (w0 * key0[c] + w1 * key1[c]) + (w2 * key2[c] + w3 * key3[c])
 
 
-def _scores(query_bhC: Tensor, latents_bKC: Tensor, scale: float) -> Tensor:
-    """scale · query · latent: [b, h, K], computed tile by tile."""
-    b, heads, width = query_bhC.shape
-    tiles = latents_bKC.shape[1] // KEY_TILE
-    if tiles > 1:
-        query_bhC = query_bhC.repeat_interleave(tiles, 0)
-    keys_tCK = latents_bKC.view(b * tiles, KEY_TILE, width).mT
-    scores = torch.baddbmm(_NO_BIAS, query_bhC, keys_tCK, beta=0, alpha=scale)
-    if tiles == 1:
-        return scores
-    return scores.view(b, tiles, heads, KEY_TILE).transpose(1, 2).reshape(b, heads, -1)
+@inline
+def _softmax(weights: Floats) -> None:
+    top = weights[0]
+    for k in range(weights.shape[0]):
+        top = max(top, weights[k])
+    total = ZERO
+    for k in range(weights.shape[0]):
+        weights[k] = exp(weights[k] - top)
+        total += weights[k]
+    factor = ONE / total
+    for k in range(weights.shape[0]):
+        weights[k] *= factor
 
 
-def _softmax(scores_bhK: Tensor, hidden_bK: Tensor | None) -> Tensor:
-    """Softmax over a row's visible keys; zero everywhere in a row that has none."""
-    if hidden_bK is None:
-        return torch.softmax(scores_bhK, -1)
-    hidden_b1K = hidden_bK.unsqueeze(1)
-    weights = torch.softmax(scores_bhK.masked_fill_(hidden_b1K, -torch.inf), -1)
-    return weights.masked_fill_(hidden_b1K, 0.0)
-
-
-def _weighted_sum(weights_bhK: Tensor, latents_bKL: Tensor, out_bhL: Tensor) -> None:
-    pairs = zip(torch.split(weights_bhK, KEY_TILE, dim=-1), torch.split(latents_bKL, KEY_TILE, dim=1), strict=True)
-    for index, (weights, latents) in enumerate(pairs):
-        _accumulate(out_bhL, weights, latents, first=index == 0)
-
-
-def _accumulate(out_bhL: Tensor, weights_bhK: Tensor, latents_bKL: Tensor, *, first: bool) -> None:
-    if first:
-        torch.bmm(weights_bhK, latents_bKL, out=out_bhL)
-    else:
-        out_bhL.baddbmm_(weights_bhK, latents_bKL)
+@kernel(f"void({F3}, {F3}, {CACHE}, {N2}, {I1}, {I1}, int64, {N2}, {F2}, {F2}, float64, {F3})")
+def _attend(
+    query: Floats,
+    absorbed: Floats,
+    cache: Cache,
+    tables: Ints,
+    seqs: Longs,
+    visible: Longs,
+    block_tokens: int,
+    sel: Ints,
+    cos: Floats,
+    sin: Floats,
+    scale: float,
+    out: Floats,
+) -> None:
+    rows, heads, rank, rope = seqs.shape[0], query.shape[1], absorbed.shape[2], 2 * cos.shape[1]
+    most = sel.shape[1]
+    if sel.shape[0] == 0:
+        for r in range(rows):
+            most = max(most, visible[r])
+    slots = np.empty(most + 3, np.int64)
+    weights = np.empty((heads, most + 3), np.float32)
+    turned = np.empty((heads, rank + rope), np.float32)
+    scratch = np.empty((4, rank + rope), np.float32)
+    for r in range(rows):
+        for h in range(heads):
+            for c in range(rank):
+                turned[h, c] = absorbed[h, r, c]
+                out[h, r, c] = ZERO
+            for c in range(rope):
+                turned[h, rank + c] = query[r, h, query.shape[2] - rope + c]
+            rotate_interleaved(turned[h], rank, cos[r], sin[r])
+        count = _keys(tables[seqs[r]], visible[r], block_tokens, sel, r, slots)
+        if count:
+            for k in range(count, count + -count % 4):  # whole quads: repeat the last key with weight zero
+                slots[k] = slots[count - 1]
+            for k in range(0, count, 2):
+                key0, key1 = row_at(cache, slots[k], scratch[0]), row_at(cache, slots[k + 1], scratch[1])
+                _score(turned, key0, key1, np.float32(scale), weights, k)
+            for h in range(heads):
+                _softmax(weights[h, :count])
+                weights[h, count : count + -count % 4] = ZERO
+        for k in range(0, count, 4):
+            key0, key1 = row_at(cache, slots[k], scratch[0]), row_at(cache, slots[k + 1], scratch[1])
+            key2, key3 = row_at(cache, slots[k + 2], scratch[2]), row_at(cache, slots[k + 3], scratch[3])
+            _add_weighted(weights, k, key0, key1, key2, key3, r, out)
+    for r in range(rows, out.shape[1]):
+        for h in range(heads):
+            for c in range(rank):
+                out[h, r, c] = out[h, rows - 1, c]

@@ -1,8 +1,8 @@
 """SwiGLU MLPs: dense, and routed experts in row tiles.
 
-Rows are sorted by expert into tiles of TILE_ROWS rows of one expert, so that every product has one fixed shape. The
-first tiles of all experts run as one batched product when many experts are active; further tiles run expert by expert.
-A shared expert of the routed experts' width is one more expert that every row chooses last, with weight one.
+Rows are dealt into tiles of TILE_ROWS rows of one expert, so that every product has one fixed shape. When many experts
+are active, the first tiles of all experts run as one batched product; further tiles run expert by expert. A shared
+expert of the routed experts' width is one more expert that every row chooses last, with weight one.
 
 Shapes: R rows, H hidden, E experts, F expert width, K chosen, t tiles, M = TILE_ROWS.
 """
@@ -12,14 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_engine.ops_cpu import rows
 from llm_engine.ops_cpu.gemm import TILE_ROWS, Gemm, PackedProduct
-
-Ints = npt.NDArray[np.int64]
+from llm_engine.ops_cpu.jit import F2, F2S, I1, I2, ONE, ZERO, Floats, Longs, exp, kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,15 @@ class PackedMlp:
 
 def mlp(x_RH: Tensor, packed: PackedMlp) -> Tensor:
     """See `llm_engine.ops.spec.Mlp`."""
-    return packed.down(rows.silu_mul(packed.gate_up(x_RH)))
+    return packed.down(silu_mul(packed.gate_up(x_RH)))
+
+
+def silu_mul(gate_up_R2F: Tensor) -> Tensor:
+    """silu(g) · u of contiguous fp32 rows [g ‖ u]."""
+    rows, width = gate_up_R2F.shape
+    out_RF = torch.empty(rows, width // 2)
+    _silu_mul(gate_up_R2F.numpy(), out_RF.numpy())
+    return out_RF
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,62 +70,121 @@ def _in_out(weight_EOI: Tensor) -> Tensor:
 
 def moe(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: PackedExperts) -> Tensor:
     """See `llm_engine.ops.spec.Moe`."""
-    experts = packed.gate_up_EH2F.shape[0]
-    ids = ids_RK.numpy()
-    if packed.merged:
-        ids = np.concatenate([ids, np.full((len(ids), 1), experts - 1)], axis=1)
-        weights_RK = torch.nn.functional.pad(weights_RK, (0, 1), value=1.0)
-    layout = TileLayout.of(ids, experts)
-    x = x_RH.float().index_select(0, torch.from_numpy(layout.row_of_slot)).view(-1, TILE_ROWS, x_RH.shape[1])
-    gate_up = _by_expert(x, packed.gate_up_EH2F, layout)
-    down = _by_expert(rows.silu_mul(gate_up), packed.down_EFH, layout)
-    chosen_RKH = down.view(-1, x_RH.shape[1]).index_select(0, torch.from_numpy(layout.slot_of_choice))
-    out_RH = torch.bmm(weights_RK.unsqueeze(1), chosen_RKH.view(*ids.shape, -1)).squeeze(1).to(x_RH.dtype)
+    tiles = _deal(x_RH.float(), ids_RK, packed)
+    gate_up = _by_expert(tiles.x_tMH, packed.gate_up_EH2F, tiles)
+    hidden = silu_mul(gate_up.view(-1, gate_up.shape[2])).view(-1, TILE_ROWS, gate_up.shape[2] // 2)
+    down = _by_expert(hidden, packed.down_EFH, tiles)
+    out_RH = torch.empty(x_RH.shape)
+    down_rows = down.view(-1, down.shape[2])
+    _combine(down_rows.numpy(), tiles.slot_of_choice, weights_RK.contiguous().numpy(), packed.merged, out_RH.numpy())
+    out_RH = out_RH.to(x_RH.dtype)
     return out_RH if packed.shared is None else out_RH.add_(mlp(x_RH, packed.shared))
 
 
 @dataclass(frozen=True, slots=True)
-class TileLayout:
-    """Which row stands in which slot of which expert's tiles."""
+class Tiles:
+    """Rows dealt to experts."""
 
-    row_of_slot: Ints  # [t · M]; unused slots hold row 0
-    slot_of_choice: Ints  # [R · K]
+    x_tMH: Tensor  # unused rows are zero
+    slot_of_choice: Longs  # [R, K (+ 1 if merged)] flat row of x_tMH
     batched: bool  # tile e of the first E is the first of expert e
-    runs: list[tuple[int, int, int]]  # (expert, first tile, end) of the tiles not covered by `batched`
-
-    @classmethod
-    def of(cls, ids_RK: Ints, experts: int) -> TileLayout:
-        choices = ids_RK.reshape(-1)
-        order = np.argsort(choices, kind="stable")
-        counts = np.bincount(choices, minlength=experts)
-        tiles = -(-counts // TILE_ROWS)
-        batched = 2 * int(np.count_nonzero(tiles)) >= experts
-        head = 1 if batched else 0  # tiles of an expert that stand in the batched part
-        rest = np.maximum(tiles - head, 0)
-        ends = np.cumsum(rest) + head * experts
-        starts = ends - rest
-        sorted_ids = choices[order]
-        rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[sorted_ids]
-        tile = starts[sorted_ids] + rank // TILE_ROWS - head
-        if batched:
-            tile = np.where(rank < TILE_ROWS, sorted_ids, tile)
-        slots = tile * TILE_ROWS + rank % TILE_ROWS
-        row_of_slot = np.zeros(int(ends[-1]) * TILE_ROWS, dtype=np.int64)
-        row_of_slot[slots] = order // ids_RK.shape[1]
-        slot_of_choice = np.empty_like(slots)
-        slot_of_choice[order] = slots
-        active = np.flatnonzero(rest).tolist()
-        runs = [(expert, int(starts[expert]), int(ends[expert])) for expert in active]
-        return cls(row_of_slot, slot_of_choice, batched, runs)
+    runs: list[tuple[int, int, int]]  # (expert, first tile, end) of the tiles that `batched` does not cover
 
 
-def _by_expert(x_tMI: Tensor, weight_EIO: Tensor, layout: TileLayout) -> Tensor:
+def _deal(x_RH: Tensor, ids_RK: Tensor, packed: PackedExperts) -> Tiles:
+    rows, hidden = x_RH.shape
+    experts = packed.gate_up_EH2F.shape[0]
+    choices = ids_RK.shape[1] + packed.merged
+    bound = experts + rows * choices // TILE_ROWS
+    x_tMH = torch.empty(bound, TILE_ROWS, hidden)
+    slot_of_choice = np.empty((rows, choices), np.int64)
+    first, end = np.empty(experts, np.int64), np.empty(experts, np.int64)
+    x, ids, out = x_RH.numpy(), ids_RK.contiguous().numpy(), x_tMH.view(-1, hidden).numpy()
+    batched = bool(_deal_rows(x, ids, TILE_ROWS, out, slot_of_choice, first, end))
+    spans = zip(range(experts), first.tolist(), end.tolist(), strict=True)
+    runs = [span for span in spans if span[1] < span[2]]
+    used = max((span[2] for span in runs), default=experts if batched else 0)
+    return Tiles(x_tMH[:used], slot_of_choice, batched, runs)
+
+
+def _by_expert(x_tMI: Tensor, weight_EIO: Tensor, tiles: Tiles) -> Tensor:
     """Every tile times its expert's matrix."""
     experts, _, out = weight_EIO.shape
     y_tMO = x_tMI.new_empty(*x_tMI.shape[:2], out)
-    if layout.batched:
+    if tiles.batched:
         torch.bmm(x_tMI[:experts], weight_EIO, out=y_tMO[:experts])
-    for expert, first, end in layout.runs:
+    for expert, first, end in tiles.runs:
         weight = weight_EIO[expert].expand(end - first, -1, -1)
         torch.bmm(x_tMI[first:end], weight, out=y_tMO[first:end])
     return y_tMO
+
+
+@kernel(f"boolean({F2S}, {I2}, int64, {F2}, {I2}, {I1}, {I1})")
+def _deal_rows(
+    x: Floats, ids: Longs, tile_rows: int, out: Floats, slot_of_choice: Longs, first: Longs, end: Longs
+) -> bool:
+    """Assign slots and copy rows. `first` and `end` span each expert's tiles outside the batched part."""
+    experts, width = first.shape[0], out.shape[1]
+    counts = np.zeros(experts, np.int64)
+    for r in range(ids.shape[0]):
+        for k in range(slot_of_choice.shape[1]):
+            counts[ids[r, k] if k < ids.shape[1] else experts - 1] += 1
+    active = 0
+    for e in range(experts):
+        active += counts[e] > 0
+    batched: bool = 2 * active >= experts
+    head = 1 if batched else 0
+    tile = head * experts
+    for e in range(experts):
+        first[e] = tile
+        tile += max((counts[e] + tile_rows - 1) // tile_rows - head, 0)
+        end[e] = tile
+    filled = np.zeros(experts, np.int64)
+    for r in range(ids.shape[0]):
+        for k in range(slot_of_choice.shape[1]):
+            e = ids[r, k] if k < ids.shape[1] else experts - 1
+            rank = filled[e]
+            filled[e] += 1
+            tile = first[e] + rank // tile_rows - head
+            if batched and rank < tile_rows:
+                tile = e
+            slot = tile * tile_rows + rank % tile_rows
+            slot_of_choice[r, k] = slot
+            for c in range(width):
+                out[slot, c] = x[r, c]
+    for e in range(experts):
+        tiles = max(end[e] - first[e] + head, head)
+        for rank in range(counts[e], tiles * tile_rows):
+            tile = first[e] + rank // tile_rows - head
+            if batched and rank < tile_rows:
+                tile = e
+            slot = tile * tile_rows + rank % tile_rows
+            for c in range(width):
+                out[slot, c] = ZERO
+    return batched
+
+
+@kernel(f"void({F2}, {F2})")
+def _silu_mul(gate_up: Floats, out: Floats) -> None:
+    width = out.shape[1]
+    for r in range(out.shape[0]):
+        for c in range(width):
+            gate = gate_up[r, c]
+            out[r, c] = gate / (ONE + exp(-gate)) * gate_up[r, width + c]
+
+
+@kernel(f"void({F2}, {I2}, {F2}, boolean, {F2})")
+def _combine(down: Floats, slot_of_choice: Longs, weights: Floats, merged: bool, out: Floats) -> None:
+    routed = weights.shape[1]
+    for r in range(out.shape[0]):
+        row = out[r]
+        for c in range(row.shape[0]):
+            row[c] = ZERO
+        for k in range(routed):
+            weight, chosen = weights[r, k], down[slot_of_choice[r, k]]
+            for c in range(row.shape[0]):
+                row[c] += weight * chosen[c]
+        if merged:
+            shared = down[slot_of_choice[r, routed]]
+            for c in range(row.shape[0]):
+                row[c] += shared[c]
