@@ -20,7 +20,7 @@ from llm_engine.api.messages import Cancel, Role, Started, Submit, WorkerInfo
 from llm_engine.sched import Reservation, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
-from llm_engine.serving.worker import Worker
+from llm_engine.serving.worker import PeerReport, Worker
 
 
 class DecodeWorker(Worker[Reservation]):
@@ -122,5 +122,6 @@ class DecodeWorker(Worker[Reservation]):
     def _drain_peers(self) -> None:
         self._server.drain()
 
-    def _num_pending(self) -> int:
-        return self._server.stats().pending
+    def _peers(self) -> PeerReport:
+        stats = self._server.stats()
+        return PeerReport(pending=stats.pending, failed=stats.failed)

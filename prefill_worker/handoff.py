@@ -6,49 +6,48 @@ before the sequence is computed; should the engine be faster, `Outbound` keeps t
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Protocol
 
+from kv_transfer.writer import Handoff
 from llm_engine.api.messages import Submit
 from llm_engine.sched import Sequence
 
 
-class Receiver(Protocol):
-    """The part of `kv_transfer.writer.Handoff` that takes finished layers."""
-
-    def layer_ready(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None: ...
-
-
 class Outbound:
-    """One sequence to be handed over. `seq` is set on the step thread once the engine has taken it."""
+    """One sequence to be handed over. `opened` is its hand-off, once offered.
 
-    def __init__(self, submit: Submit, num_tokens: int) -> None:
+    `seq` is set on the step thread when the engine has taken the request.
+    """
+
+    def __init__(self, submit: Submit, num_tokens: int, opened: asyncio.Future[Handoff]) -> None:
         self.submit = submit
         self.num_tokens = num_tokens
+        self.opened = opened
         self.seq: Sequence | None = None
         self.started = False
         self._lock = threading.Lock()
-        self._receiver: Receiver | None = None
+        self._handoff: Handoff | None = None
         self._early: list[tuple[int, int, Seq[int]]] = []
 
     def layer_ready(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
         """Blocks that may be sent; on the step thread. Never waits for the network."""
         with self._lock:
-            if self._receiver is None:
+            if self._handoff is None:
                 self._early.append((layer, first_block_index, block_ids))
                 return
-        self._receiver.layer_ready(layer, first_block_index, block_ids)
+        self._handoff.layer_ready(layer, first_block_index, block_ids)
 
-    def attach(self, receiver: Receiver) -> None:
+    def attach(self, handoff: Handoff) -> None:
         """Pass on what has been reported so far, in order, and everything that follows."""
         with self._lock:
             for report in self._early:
-                receiver.layer_ready(*report)
+                handoff.layer_ready(*report)
             self._early.clear()
-            self._receiver = receiver
+            self._handoff = handoff
 
 
 class Outbox:

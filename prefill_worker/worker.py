@@ -19,14 +19,14 @@ import msgspec
 from kv_transfer.memory import Arena
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import ClusterConfig, cluster_key
-from llm_engine.api.errors import LayoutMismatch, Overloaded, TransferError
+from llm_engine.api.errors import LayoutMismatch, Overloaded, TransferError, TransferTimeout
 from llm_engine.api.messages import Role, Submit, WorkerInfo
 from llm_engine.api.request import TOKEN_BYTES
 from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Prefilled, Refusal, Sequence
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
-from llm_engine.serving.worker import Worker
+from llm_engine.serving.worker import PeerReport, Worker
 from prefill_worker.handoff import OfferQueue, Outbound, Outbox
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ class PrefillWorker(Worker[Outbound]):
         self._arena = arena
         self._outbox = outbox
         self._offers = OfferQueue(_LOOKAHEAD_STEPS * config.scheduler.max_step_tokens)
-        self._handoffs: dict[Outbound, Handoff] = {}
         self._client: HandoffClient | None = None
 
     @classmethod
@@ -68,7 +67,8 @@ class PrefillWorker(Worker[Outbound]):
         if self._draining:
             self._refuse(submit, "draining", "this worker takes no new work", retryable=True)
             return
-        outbound = Outbound(submit, len(submit.tokens) // TOKEN_BYTES)
+        opened: asyncio.Future[Handoff] = asyncio.get_running_loop().create_future()
+        outbound = Outbound(submit, len(submit.tokens) // TOKEN_BYTES, opened)
         live = self._take_over(submit, outbound)
         if live is None:
             return
@@ -99,11 +99,7 @@ class PrefillWorker(Worker[Outbound]):
         live = self._ledger.get(prefilled.seq.request_id, prefilled.seq.attempt)
         if live is None:  # ended meanwhile: `_end` releases the blocks
             return
-        handoff = self._handoffs.get(live.data)
-        if handoff is None:
-            self._fail(live, "handoff", "too many hand-offs are under way")
-            return
-        self._errand(self._commit(live, handoff, prefilled))
+        self._errand(self._commit(live, prefilled))
 
     def _end(self, live: Live[Outbound], reason: str) -> None:
         self._steps.post(lambda engine: engine.abort(live.request_id, live.attempt))
@@ -117,9 +113,8 @@ class PrefillWorker(Worker[Outbound]):
 
     async def _release(self, outbound: Outbound, reason: str) -> None:
         """Stop the hand-off, then unpin: until it has stopped a sender thread may still read the blocks."""
-        handoff = self._handoffs.pop(outbound, None)
-        if handoff is not None:
-            await handoff.abort(reason)
+        if not outbound.opened.cancel():
+            await outbound.opened.result().abort(reason)
         self._steps.post(lambda engine: None if outbound.seq is None else engine.release_sent(outbound.seq))
         self._pump_offers()
 
@@ -152,8 +147,8 @@ class PrefillWorker(Worker[Outbound]):
         except TransferError as exc:
             self._lost(live, exc)
             return True
-        self._handoffs[outbound] = handoff
         outbound.attach(handoff)
+        outbound.opened.set_result(handoff)
         return True
 
     def _lost(self, live: Live[Outbound], exc: TransferError) -> None:
@@ -161,14 +156,18 @@ class PrefillWorker(Worker[Outbound]):
         if self._ledger.get(live.request_id, live.attempt) is not live:
             return
         _log.info("hand-off of %s/%d failed: %s", live.request_id, live.attempt, exc)
-        self._metrics.handoff_failed(type(exc).__name__)
         if isinstance(exc, LayoutMismatch):
             _log.error("%s can't serve with its peer: %s", self.name, exc)
         self._fail(live, "handoff", str(exc))
 
-    async def _commit(self, live: Live[Outbound], handoff: Handoff, prefilled: Prefilled) -> None:
+    async def _commit(self, live: Live[Outbound], prefilled: Prefilled) -> None:
         try:
+            async with asyncio.timeout(self.config.transfer.grant_timeout_s):
+                handoff = await asyncio.shield(live.data.opened)
             await handoff.commit(prefilled.first, compute_end=prefilled.compute_end)
+        except TimeoutError:
+            self._lost(live, TransferTimeout("too many hand-offs are under way"))
+            return
         except TransferError as exc:
             self._lost(live, exc)
             return
@@ -198,11 +197,11 @@ class PrefillWorker(Worker[Outbound]):
             await self._client.close()
         self._arena.close()
 
-    def _num_pending(self) -> int:
-        return 0 if self._client is None else self._client.stats().pending
-
-    def _bad_peers(self) -> list[str]:
-        return [] if self._client is None else self._client.bad_peers()
+    def _peers(self) -> PeerReport:
+        if self._client is None:
+            return PeerReport()
+        stats = self._client.stats()
+        return PeerReport(pending=stats.pending, bad=self._client.bad_peers(), failed=stats.failed)
 
 
 def _post(loop: asyncio.AbstractEventLoop, callback: Any, *args: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -49,6 +49,7 @@ class WorkerMetrics:
         for position in range(_MAX_DRAFTS):
             self._drafts.labels(str(position))
             self._accepted.labels(str(position))
+        self._failures_seen: dict[str, int] = {}
         self._tokens_in, self._tokens_out = self._tokens.labels("in"), self._tokens.labels("out")
         self._device_hits = self._hits.labels("device")
 
@@ -89,9 +90,11 @@ class WorkerMetrics:
         self._exposed_s.observe(exposed_s)
         self._handoff_bytes.inc(num_bytes)
 
-    def handoff_failed(self, cause: str) -> None:
-        """A hand-off failed; `cause` is the class of the error."""
-        self._handoff_failures.labels(cause).inc()
+    def handoff_failures(self, totals: Mapping[str, int]) -> None:
+        """Failed hand-offs so far, by cause."""
+        for cause, total in totals.items():
+            self._handoff_failures.labels(cause).inc(total - self._failures_seen.get(cause, 0))
+        self._failures_seen = dict(totals)
 
 
 class _LoadCollector(Collector):

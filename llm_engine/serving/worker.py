@@ -13,7 +13,8 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -35,6 +36,15 @@ _HAND_BACK_S = 2.0  # after a drain ran out of time: for handed-back sequences t
 _JOIN_S = 2.0
 
 D = TypeVar("D")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerReport:
+    """Hand-offs of one worker: open ones (an exact count), peers not to be used, failures so far by cause."""
+
+    pending: int = 0
+    bad: list[str] = field(default_factory=list)
+    failed: Mapping[str, int] = field(default_factory=dict)
 
 
 class Worker(ABC, Generic[D]):
@@ -129,7 +139,7 @@ class Worker(ABC, Generic[D]):
     @property
     def drained(self) -> bool:
         """Draining, and nothing is left: no live request, no open hand-off."""
-        return self._draining and len(self._ledger) == 0 and self._num_pending() == 0
+        return self._draining and len(self._ledger) == 0 and self._peers().pending == 0
 
     def stop(self, *, drain_s: float = 0.0) -> None:
         """Make `serve` return: at once, or after a drain of at most `drain_s`. Callable from any thread, repeatedly."""
@@ -140,15 +150,17 @@ class Worker(ABC, Generic[D]):
         """State of this worker now."""
         if self.drained:
             self._empty.set()
+        peers = self._peers()
+        self._metrics.handoff_failures(peers.failed)
         self._last_load = msgspec.structs.replace(
             self._steps.load,
             seq=self._last_load.seq + 1,
-            pending_handoffs=self._num_pending(),
+            pending_handoffs=peers.pending,
             step_s=self._step_s,
             step_age_s=self._steps.age_s,
             draining=self._draining,
             healthy=self.trouble() is None,
-            bad_peers=self._bad_peers(),
+            bad_peers=peers.bad,
         )
         return self._last_load
 
@@ -196,12 +208,9 @@ class Worker(ABC, Generic[D]):
     def _drain_peers(self) -> None:
         """Take no new hand-offs."""
 
-    def _num_pending(self) -> int:
-        """Hand-offs that are open, exactly."""
-        return 0
-
-    def _bad_peers(self) -> list[str]:
-        return []
+    def _peers(self) -> PeerReport:
+        """State of the hand-offs with the other pool."""
+        return PeerReport()
 
     def _refuse(self, submit: Submit, code: str, reason: str, *, retryable: bool) -> None:
         """Turn a request down that is not live."""

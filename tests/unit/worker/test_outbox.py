@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +26,17 @@ class Taken:
         self.reports.append((layer, first_block_index, list(block_ids)))
 
 
+LOOP = asyncio.new_event_loop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_loop() -> Iterator[None]:
+    yield
+    LOOP.close()
+
+
 def outbound(request_id: str = "r", tokens: int = 4) -> Outbound:
-    return Outbound(submit_of([1] * tokens, request_id=request_id), tokens)
+    return Outbound(submit_of([1] * tokens, request_id=request_id), tokens, LOOP.create_future())
 
 
 def test_reports_made_before_the_handoff_exists_come_first_and_none_is_lost() -> None:
