@@ -134,10 +134,12 @@ class HandoffClient:
         return handoff
 
     def bad_peers(self) -> list[str]:
-        """Names of decode workers whose canary fails or that can't be reached (Load.bad_peers)."""
+        """Incarnations of decode workers whose canary fails or that can't be reached (Load.bad_peers).
+
+        Not names: a worker that has restarted must be given work before anything can be known of its new life.
+        """
         peers = [peer.stats() for peer in self._peers.values()]
-        good = {peer.name for peer in peers if peer.healthy}  # a worker that restarted is judged by its new life
-        return sorted({peer.name for peer in peers} - good)
+        return sorted(peer.incarnation for peer in peers if not peer.healthy)
 
     def stats(self) -> WriterStats:
         """Exact counters and gauges."""

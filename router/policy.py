@@ -59,7 +59,7 @@ class PrefillState(msgspec.Struct, frozen=True):
     backlog_tokens: int = 0  # waiting there, including what was sent since its last report
     tokens_per_s: float = 0.0  # 0: not measured yet
     hit_tokens: int = 0  # of this request, in its prefix cache
-    bad_peers: Sequence[str] = ()  # decode workers it can't reach
+    bad_peers: Sequence[str] = ()  # incarnations of decode workers it can't reach
 
 
 class DecodeState(msgspec.Struct, frozen=True):
@@ -162,7 +162,7 @@ def cheapest_pair(
         for cost_d, _, j in by_cost:
             if search.beaten(cost_p + cost_d):
                 break
-            if decodes[j].info.name not in prefills[i].bad_peers:
+            if decodes[j].info.incarnation not in prefills[i].bad_peers:
                 search.offer(i, j, prefills[i], decodes[j], cost_p + cost_d)
     for i, (p, d) in enumerate(aggregated):
         search.offer(i, None, p, d, search.prefill(p) + search.decode(d))

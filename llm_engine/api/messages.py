@@ -149,7 +149,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     step_age_s: float = 0.0  # seconds since the step loop last made progress while it had work
     draining: bool = False
     healthy: bool = True
-    bad_peers: list[str] = []  # names of decode workers whose canary failed
+    bad_peers: list[str] = []  # incarnations of decode workers whose canary failed
 
 
 class KvEvents(Message, frozen=True, kw_only=True, tag="kv_events"):

@@ -31,7 +31,7 @@ async def test_a_pair_that_loses_bytes_is_reported_until_it_works_again(transpor
     async with Rig(transport, canary_period_s=0.02) as rig:
         client = await rig.add_client("prefill-1", wrap_link=wrap)
         await rig.offer("r0", 20, client=client).abort()
-        await until(lambda: client.bad_peers() == ["decode-0"])
+        await until(lambda: client.bad_peers() == ["d0"])
         assert "canary: the bytes here are not" in client.stats().peers[0].detail
         current[0] = Fault.NONE
         await until(lambda: client.bad_peers() == [])
@@ -56,7 +56,7 @@ async def test_a_receiver_that_is_silent_is_reported() -> None:
             await rig.server._done.wait()
 
         rig.pool.reserve_probe = never  # type: ignore[method-assign]
-        await until(lambda: rig.client.bad_peers() == ["decode-0"])
+        await until(lambda: rig.client.bad_peers() == ["d0"])
         assert "no answer within 0.2 s" in rig.client.stats().peers[0].detail
         rig.pool.reserve_probe = reserve_probe  # type: ignore[method-assign]
 
@@ -71,4 +71,4 @@ async def test_a_probe_that_is_never_finished_is_fenced_and_its_block_comes_back
         await rig.offer("r0", 20, client=client).abort()
         await until(lambda: rig.server.stats().failed.get("probe_timeout", 0) >= 2)
         await until(lambda: rig.pool.count("leased") == rig.pool.count("quarantined") == 0)
-        assert client.bad_peers() == ["decode-0"]
+        assert client.bad_peers() == ["d0"]

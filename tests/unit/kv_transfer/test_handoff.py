@@ -45,7 +45,7 @@ async def test_scattered_blocks_and_small_chunks(transport: str) -> None:
 @pytest.mark.parametrize("have", [1, 4, 5])
 async def test_what_the_receiver_has_is_not_sent(transport: str, have: int) -> None:
     async with Rig(transport) as rig:
-        rig.pool.have_blocks["r1"] = have
+        rig.pool.have_blocks["r1", 0] = have
         report = await rig.hand_off("r1", 20)
         assert report.have_tokens == 4 * have
         assert report.num_bytes == (5 - have) * rig.layout.bytes_per_block()
@@ -246,7 +246,7 @@ async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) ->
         await rig.server.close()
         with pytest.raises(TransferError):
             await handoff.commit(FIRST, compute_end=time.monotonic())
-        await until(lambda: rig.client.bad_peers() == ["decode-0"])
+        await until(lambda: rig.client.bad_peers() == ["d0"])
         rig.pool.all.clear()  # the server's leases died with it
         rig.server._intakes.custody.leases._leases.clear()
         rig.server._intakes.custody.leases._holder.clear()

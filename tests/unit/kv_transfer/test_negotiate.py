@@ -62,7 +62,7 @@ async def test_a_pair_without_a_common_transport_is_refused() -> None:
     async with Rig("shm", receiver_transport="tcp") as rig:
         with pytest.raises(TransferError, match="decode-0 does not offer shm; prefill-0 does not offer tcp"):
             await rig.hand_off("r1", 20)
-        assert rig.client.bad_peers() == ["decode-0"]
+        assert rig.client.bad_peers() == ["d0"]
 
 
 async def test_other_formats_are_refused_with_both_sides_named() -> None:

@@ -196,7 +196,7 @@ async def test_a_receiver_killed_in_the_middle_fails_the_hand_off_at_once(transp
             assert time.monotonic() - started < 2
             await handoff.abort()
         assert rig.client.stats().pending == 0
-        await until(lambda: rig.client.bad_peers() == ["decode-1"])
+        await until(lambda: rig.client.bad_peers() == ["d1"])
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -215,7 +215,7 @@ async def test_a_stopped_receiver_costs_a_timeout_and_comes_back(transport: str)
         rig.compute(handoff, layers=[2, 3])
         with pytest.raises((TransferTimeout, TransferError)):
             await handoff.commit(FIRST, compute_end=time.monotonic())
-        await until(lambda: rig.client.bad_peers() == ["decode-1"])
+        await until(lambda: rig.client.bad_peers() == ["d1"])
         child.send(signal.SIGCONT)
         await until(lambda: rig.client.bad_peers() == [])
         await rig.hand_off("r2", 40)

@@ -26,7 +26,7 @@ def info(name: str, role: Role = Role.PREFILL, **changes: Any) -> WorkerInfo:
     base = WorkerInfo(
         name=name,
         role=role,
-        incarnation="1",
+        incarnation=f"{name}.1",
         pid=1,
         request_addr="",
         control_addr="",
@@ -111,7 +111,7 @@ def test_workers_that_differ_are_never_paired(key: str) -> None:
 
 
 def test_a_pair_whose_canary_failed_is_not_used() -> None:
-    prefills = [prefill("a", bad_peers=("d0",)), prefill("b", backlog_tokens=5000)]
+    prefills = [prefill("a", bad_peers=("d0.1",)), prefill("b", backlog_tokens=5000)]
     assert chosen(prefills, [decode("d0")]) == ("b", "d0")
     assert cheapest_pair(DEMAND, prefills[:1], [decode("d0")], ()) is Shortage.NO_PAIR
 
@@ -161,7 +161,7 @@ def test_the_search_finds_what_trying_every_pair_finds(
     ps: list[tuple[int, int, str, bool]], ds: list[tuple[int, int, str, bool]]
 ) -> None:
     prefills = [
-        prefill(f"p{i}", {"format_id": f}, backlog_tokens=b * 500, hit_tokens=h, bad_peers=("d0",) if bad else ())
+        prefill(f"p{i}", {"format_id": f}, backlog_tokens=b * 500, hit_tokens=h, bad_peers=("d0.1",) if bad else ())
         for i, (b, h, f, bad) in enumerate(ps)
     ]
     decodes = [
