@@ -98,7 +98,7 @@ async def receiver(settings: dict[str, Any]) -> None:
     """A plain receiver; says what it admits."""
     layout = make_layout(settings["blocks"], scale=settings["scale"])
     arena = Arena.create(layout.arena_bytes, shared=True)
-    pool = Pool(settings["blocks"], on_admit=lambda request, _: say("admitted", request=request))
+    pool = Pool(settings["blocks"], on_admit=lambda submit, _: say("admitted", request=submit.request_id))
     config = TransferConfig(**settings["config"])
     server = HandoffServer(config=config, key=KEY, layout=layout, arena=arena, reserver=pool)
     address = server.bind("127.0.0.1")

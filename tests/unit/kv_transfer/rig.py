@@ -100,9 +100,9 @@ class Pool:
     """Real block bookkeeping: a reservation that is given back twice, or too early, fails the test."""
 
     num_blocks: int
-    have_blocks: dict[str, int] = field(default_factory=dict)  # request → blocks of its prefix that are cached here
+    have_blocks: dict[tuple[str, int], int] = field(default_factory=dict)  # (request, attempt) → cached prefix blocks
     refuse: Callable[[Submit], Exception | None] = lambda _: None
-    on_admit: Callable[[str, Reservation], None] = lambda *_: None
+    on_admit: Callable[[Submit, Reservation], None] = lambda *_: None
 
     def __post_init__(self) -> None:
         self.free_blocks = list(range(self.num_blocks))
@@ -113,7 +113,7 @@ class Pool:
     async def reserve(self, submit: Submit, num_tokens: int) -> Reservation | None:
         if (error := self.refuse(submit)) is not None:
             raise error
-        have = self.have_blocks.get(submit.request_id, 0)
+        have = self.have_blocks.get((submit.request_id, submit.attempt), 0)
         return self.take(-(-num_tokens // BLOCK_TOKENS) - have, have * BLOCK_TOKENS)
 
     async def reserve_probe(self) -> Reservation | None:
@@ -122,7 +122,7 @@ class Pool:
     async def admit(self, submit: Submit, reservation: Reservation, first: FirstToken, report: HandoffReport) -> None:
         if (error := self.refuse(submit)) is not None:
             raise error
-        self.on_admit(submit.request_id, reservation)
+        self.on_admit(submit, reservation)
         self._move(reservation, "live", "leased")
         self.admitted[submit.request_id] = (reservation, first, report)
 
@@ -194,7 +194,7 @@ class Rig:
         self.key = key
         self.served_weights = served_weights
         self.pool = Pool(num_blocks, on_admit=self._check_bytes)
-        self.sent: dict[str, list[int]] = {}  # request → source blocks
+        self.sent: dict[tuple[str, int], list[int]] = {}  # (request, attempt) → source blocks
         self.clients: list[HandoffClient] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.server: HandoffServer[Reservation]
@@ -259,12 +259,12 @@ class Rig:
         on_failed: Callable[[Handoff, TransferError], None] | None = None,
     ) -> Handoff:
         submit = make_submit(request_id, num_tokens, self.target, attempt=attempt, deadline_s=deadline_s)
-        self.sent[request_id] = list(blocks if blocks is not None else range(-(-num_tokens // BLOCK_TOKENS)))
+        self.sent[request_id, attempt] = list(blocks if blocks is not None else range(-(-num_tokens // BLOCK_TOKENS)))
         return (client or self.client).offer(submit, num_tokens, "w1", on_failed=on_failed)
 
     def compute(self, handoff: Handoff, *, chunk: int = 1 << 20, layers: Sequence[int] = range(NUM_LAYERS + 1)) -> None:
         """Report every layer of every chunk, as a step loop would."""
-        blocks = self.sent[handoff.request_id]
+        blocks = self.sent[handoff.request_id, handoff.attempt]
         for first in range(0, len(blocks), chunk):
             for layer in layers:
                 handoff.layer_ready(layer, first, blocks[first : first + chunk])
@@ -274,9 +274,11 @@ class Rig:
         self.compute(handoff)
         return await handoff.commit(FIRST, compute_end=time.monotonic())
 
-    def _check_bytes(self, request_id: str, reservation: Reservation) -> None:
+    def _check_bytes(self, submit: Submit, reservation: Reservation) -> None:
         """What is admitted must be, byte for byte, what the writer holds."""
-        sources = self.sent[request_id][reservation.have_tokens // BLOCK_TOKENS :]
+        sources = self.sent[submit.request_id, submit.attempt][reservation.have_tokens // BLOCK_TOKENS :]
         for source, target in zip(sources, reservation.blocks, strict=True):
             ours = block_bytes(self.source_layout, self.source.buffer, source)
-            assert block_bytes(self.layout, self.arena.buffer, target) == ours, f"{request_id}: accepted wrong bytes"
+            assert block_bytes(self.layout, self.arena.buffer, target) == ours, (
+                f"{submit.request_id}: accepted wrong bytes"
+            )

@@ -34,7 +34,7 @@ class Churn:
         for attempt in range(rng.randint(1, 3)):
             await pause(rng)
             blocks = rng.sample(range(40), rng.randint(1, 9))
-            self.rig.pool.have_blocks[name] = rng.randint(0, len(blocks))
+            self.rig.pool.have_blocks[name, attempt] = rng.randint(0, len(blocks))
             try:
                 handoff = self.rig.offer(
                     name, len(blocks) * BLOCK_TOKENS, client=rng.choice(self.clients), attempt=attempt, blocks=blocks
@@ -70,7 +70,7 @@ class Churn:
 
 @pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
 def test_nothing_leaks_under_churn(transport: str) -> None:
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 1 << 30), lose=st.booleans())
     def check(seed: int, lose: bool) -> None:
         asyncio.run(life(seed, lose))
