@@ -128,19 +128,18 @@ class Handoff:
         except TransferError as exc:
             self.fail("link", exc)
 
-    def on_grant(self, grant: Grant) -> bool:
-        """Blocks are reserved. False: not wanted any more, or impossible."""
+    def on_grant(self, grant: Grant) -> None:
+        """Blocks are reserved. Ignored when it comes twice, or too late: then `_end` tells the receiver."""
         if self._error is not None or self._granted.is_set() or self._session is None:
-            return False
+            return
         try:
             self._outbox.open(grant, self._session.plan)
         except ProtocolError as exc:
             self.fail("protocol", TransferError(str(exc), request_id=self.request_id))
-            return False
+            return
         self._grant_timer.cancel()
         self._granted.set()
         self._session.sender.submit(self._pump)
-        return True
 
     def on_defer(self, message: Defer) -> None:
         """The offer waits at the receiver."""

@@ -139,7 +139,11 @@ class Session:
 
     def offer(self, handoff: Handoff) -> None:
         """Start a hand-off on this session."""
-        self._handoffs[handoff.request_id, handoff.attempt] = handoff
+        key = (handoff.request_id, handoff.attempt)
+        if key in self._handoffs:
+            handoff.fail("duplicate", TransferError(f"{key[0]}/{key[1]} is under way", request_id=key[0]))
+            return
+        self._handoffs[key] = handoff
         handoff.attach(self)
 
     def forget(self, handoff: Handoff) -> None:
@@ -248,7 +252,9 @@ class Session:
                 self._on_fence(message)
             case Grant():
                 handoff = self._handoffs.get((message.request_id, message.attempt))
-                if handoff is None or not handoff.on_grant(message):
+                if handoff is not None:
+                    handoff.on_grant(message)
+                else:  # forgotten, so it has stopped; or never known
                     self.send_quietly(Withdraw(request_id=message.request_id, attempt=message.attempt))
             case Defer() | Refused() | Accepted() | Rejected():
                 handoff = self._handoffs.get((message.request_id, message.attempt))

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from kv_transfer.pairs import Pair
 from kv_transfer.writer import Handoff
 from llm_engine.api.errors import LeaseRevoked, Overloaded, PromptTooLong, TransferError, TransferTimeout
+from llm_engine.api.handoff import Grant
+from llm_engine.api.messages import Message
 from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Rig, until
 
 pytestmark = pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
@@ -251,6 +254,57 @@ async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) ->
         rig.server._intakes.custody.leases._leases.clear()
         rig.server._intakes.custody.leases._holder.clear()
         rig.server._intakes._active.clear()
+
+
+async def test_offering_an_attempt_twice_leaves_the_first_alone(transport: str) -> None:
+    async with Rig(transport) as rig:
+        await rig.hand_off("r0", 4)
+        first, second = rig.offer("r1", 20), rig.offer("r1", 20)
+        with pytest.raises(TransferError, match="r1/0 is under way"):
+            await second.commit(FIRST, compute_end=time.monotonic())
+        rig.compute(first)
+        await first.commit(FIRST, compute_end=time.monotonic())
+
+
+async def test_a_repeated_grant_does_not_disturb_the_writing(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Rig(transport) as rig:
+        intakes = rig.server._intakes
+        send = intakes._send_or_raise
+
+        def twice(pair: Pair, message: Message) -> None:
+            for _ in range(2 if isinstance(message, Grant) else 1):
+                send(pair, message)
+
+        monkeypatch.setattr(intakes, "_send_or_raise", twice)
+        handoff = rig.offer("r1", 20)
+        rig.compute(handoff, layers=range(2))
+        await rig.hand_off("r2", 20)
+        rig.compute(handoff, layers=range(2, 4))
+        await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert rig.server.stats().failed == {}
+
+
+async def test_cancelling_both_ends_leaves_nothing_running(transport: str) -> None:
+    rig = Rig(transport)
+    await rig.__aenter__()
+    handoffs = [rig.offer("r1", 20), rig.offer("r2", 20)]
+    rig.compute(handoffs[0], layers=range(2))
+    await until(lambda: rig.server.stats().leases == 2)
+    server, *clients = rig._tasks
+    for task in clients:
+        task.cancel()
+    await asyncio.wait(clients)
+    for handoff in handoffs:
+        with pytest.raises(TransferError):
+            await handoff.commit(FIRST, compute_end=time.monotonic())
+    await until(lambda: len(rig.pool.free_blocks) == 32)
+    server.cancel()
+    await asyncio.wait([server])
+    await rig.client.close()
+    await rig.server.close()
+    rig.arena.close()
+    rig.source.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")]
 
 
 async def test_a_cancelled_commit_aborts(transport: str) -> None:
