@@ -138,7 +138,7 @@ class _Choice:
 
 
 def _refuse_unsupported(body: CompletionBody) -> None:
-    if body.echo not in (None, False):
+    if body.echo:
         raise RequestError("echo is not supported", param="echo")
     if body.suffix is not None:
         raise RequestError("suffix is not supported: the model does not fill in the middle", param="suffix")
@@ -157,10 +157,9 @@ async def _encode_prompts(edge: Edge, body: CompletionBody) -> list[list[int]]:
     if kinds != {str}:
         problem = "mixes strings, token ids and lists" if kinds else "is empty"
         raise RequestError(f"the prompt {problem}", param="prompt")
-    encoded = [await encode_text(edge, text, add_bos=body.add_special_tokens) for text in prompts]
-    if not all(encoded):
+    if not all(prompts):
         raise RequestError("the prompt is empty", param="prompt")
-    return encoded
+    return [await encode_text(edge, text, add_bos=body.add_special_tokens) for text in prompts]
 
 
 async def encode_text(edge: Edge, text: str, *, add_bos: bool | None) -> list[int]:

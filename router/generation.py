@@ -92,8 +92,6 @@ def plan(
     n = sampling.num_choices(body, limits)
     if len(prompts) * n > limits.max_sequences:
         raise RequestError(f"at most {limits.max_sequences} sequences a request are served", param="n")
-    if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options needs stream: true", param="stream_options")
     job_id = f"{kind}-{os.urandom(12).hex()}"
     seed = sampling.draw_seed() if body.seed is None else body.seed
     requests: list[GenerationRequest] = []

@@ -19,7 +19,9 @@ _STRUCTS = (
     schemas.DetokenizeBody,
     FunctionSpec,
     answers.Completion,
+    answers.CompletionChunk,
     answers.ChatCompletion,
+    answers.ChatChunk,
     answers.ModelList,
     answers.ModelCard,
     answers.Health,
@@ -77,7 +79,7 @@ def _paths(model_names: Sequence[str]) -> Json:
                 body=schemas.CompletionBody,
                 answer=answers.Completion,
                 errors=_GENERATION_ERRORS,
-                streams=True,
+                event=answers.CompletionChunk,
             )
         },
         "/v1/chat/completions": {
@@ -87,7 +89,7 @@ def _paths(model_names: Sequence[str]) -> Json:
                 body=schemas.ChatBody,
                 answer=answers.ChatCompletion,
                 errors=_GENERATION_ERRORS,
-                streams=True,
+                event=answers.ChatChunk,
             )
         },
         "/v1/models": {"get": _operation("listModels", "Served names.", answer=answers.ModelList)},
@@ -132,13 +134,13 @@ def _operation(
     body: type | None = None,
     errors: Sequence[int] = (),
     also: Sequence[int] = (),
-    streams: bool = False,
+    event: type | None = None,
 ) -> Json:
-    """`also`: further statuses that carry the answer; `streams`: 200 may be server-sent events instead."""
+    """`also`: further statuses that carry the answer; `event`: what a stream carries instead, if there is one."""
     content: Json = {"application/json": {"schema": _ref(answer)}}
     responses: Json = {str(status): {"description": summary, "content": content} for status in also}
-    if streams:
-        content = content | {"text/event-stream": {"schema": {"type": "string"}}}
+    if event is not None:
+        content = content | {"text/event-stream": {"schema": _event_schema(event)}}
     responses["200"] = {"description": summary, "content": content}
     for status in (*errors, 405):
         responses[str(status)] = _error(status)
@@ -160,6 +162,16 @@ def _error(status: int) -> Json:
     return {"description": _ERRORS[status], "content": content}
 
 
+def _event_schema(event: type) -> Json:
+    chunk = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(event), _ref(answers.ErrorBody)]},
+    }
+    data = {"anyOf": [chunk, {"const": "[DONE]"}], "description": "A JSON object; [DONE] in the last event."}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+
+
 def _ref(struct: type) -> Json:
     return {"$ref": _REF.format(name=struct.__name__)}
 
@@ -169,11 +181,12 @@ def _narrow(components: Json, limits: Limits, model_names: Sequence[str]) -> Non
     token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
     tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_model_len - 1}
     completion = components["CompletionBody"]["properties"]
+    text = {"type": "string", "minLength": 1}
     completion["prompt"] = {
         "anyOf": [
-            {"type": "string"},
+            text,
             tokens,
-            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": limits.max_sequences},
+            {"type": "array", "items": text, "minItems": 1, "maxItems": limits.max_sequences},
             {"type": "array", "items": tokens, "minItems": 1, "maxItems": limits.max_sequences},
         ]
     }

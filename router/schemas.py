@@ -24,7 +24,7 @@ Unsupported = Annotated[Any, Meta(extra_json_schema={"type": "null"}, descriptio
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What a stream carries beside the output."""
+    """What a stream carries beside the output; without a stream they mean nothing."""
 
     include_usage: bool | None = None  # a last chunk with the usage of the whole request
     continuous_usage_stats: bool | None = None  # the usage so far in every chunk
@@ -75,7 +75,7 @@ class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
     logprobs: Annotated[int, Meta(ge=0)] | None = None
     add_special_tokens: Annotated[bool, Meta(description="Start with the begin-of-sentence token.")] | None = None
     best_of: Literal[1] | None = None
-    echo: Annotated[Any, Meta(extra_json_schema={"enum": [False, None]}, description="Only false.")] = None
+    echo: Annotated[bool | None, Meta(extra_json_schema={"enum": [False, None]}, description="Not supported.")] = None
     suffix: Unsupported = None
 
 

@@ -17,9 +17,10 @@ FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$", descripti
 TypeName = Literal["object", "array", "string", "number", "integer", "boolean", "null"]
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct):
     """A piece of a message's content."""
 
+    type: Literal["text"]
     text: str
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 import uvicorn
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llm_engine.api.config import RouterConfig
 from llm_engine.api.request import FinishReason, TokenLogprobs
+from router import answers
 from router import tokenizer as router_tokenizer
 from router.app import App
 from router.chat import dsml
@@ -170,8 +172,15 @@ def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[Run
 
 
 def sse_events(body: str) -> list[dict[str, Any]]:
-    """The JSON events of a stream, which must be well formed and end with [DONE]."""
+    """The JSON events of a stream, which must be as documented and end with [DONE]."""
     lines = body.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""], lines[-3:]
     assert all(line.startswith("data: ") for line in lines[:-1])
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    for event in events:
+        kind = answers.ErrorBody if "error" in event else _CHUNKS[event["object"]]
+        assert msgspec.to_builtins(msgspec.convert(event, kind)) == event, "a member is not documented"
+    return events
+
+
+_CHUNKS = {"text_completion": answers.CompletionChunk, "chat.completion.chunk": answers.ChatChunk}

@@ -325,7 +325,6 @@ def test_special_tokens_are_shown_on_request_only() -> None:
         ({"best_of": 2}, 400, "best_of", "2"),
         ({"repetition_penalty": 1.2}, 400, "repetition_penalty", "<= 1"),
         ({"max_token": 5}, 400, None, "max_token"),
-        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "needs stream"),
         ({"stream": "yes"}, 400, "stream", "str"),
     ],
 )
@@ -340,6 +339,12 @@ def test_bad_requests_name_what_is_wrong(
     assert error["param"] == param, error
     assert error["type"] == "invalid_request_error"
     assert len(edge.dispatcher.requests) == num_submitted
+
+
+def test_integral_floats_are_integers(edge: RunningEdge) -> None:
+    assert post(edge, prompt=[5.0, 6], max_tokens=3.0, seed=7.0, temperature=1).status_code == 200
+    request = last_request(edge)
+    assert (request.prompt_tokens, request.sampling.max_tokens, request.sampling.seed) == ([5, 6], 3, 7)
 
 
 def test_codes_that_clients_act_on(edge: RunningEdge) -> None:
