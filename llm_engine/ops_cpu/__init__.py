@@ -18,6 +18,7 @@ from llm_engine.ops_cpu.mla import PackedKvB, mla_attend
 from llm_engine.ops_cpu.moe import PackedExperts, PackedMlp, mlp, moe
 from llm_engine.ops_cpu.norm import add_rms_norm, rms_norm
 from llm_engine.ops_cpu.plan import plan
+from llm_engine.ops_cpu.self_check import check_products
 
 
 def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
@@ -53,9 +54,13 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
         index_topk=index_topk,
         pack_kv_b=partial(PackedKvB.pack, gemm),
         mla_attend=mla_attend,
-        self_check=lambda: None,
+        self_check=partial(check_products, gemm) if numerics == "exact" else _nothing_to_check,
     )
 
 
 def _apply(x_RI: Tensor, packed: PackedProduct) -> Tensor:
     return packed(x_RI)
+
+
+def _nothing_to_check() -> None:
+    """`fast` promises closeness only."""
