@@ -12,6 +12,7 @@ from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel, make_sto
 from tests.unit.runtime.harness import (
     PROMPT,
     Clock,
+    Driver,
     blocks_in_use,
     expected_output,
     fake_driver,
@@ -53,6 +54,35 @@ def test_blocks_stay_pinned_until_they_are_released() -> None:
     assert blocks_in_use(driver.engine) == 0
     assert driver.engine.is_idle
     driver.engine.check()
+
+
+def test_blocks_are_not_found_before_the_draft_layer_has_caught_up() -> None:
+    """A cancel between a chunk and its draft rows must not leave blocks that are complete in some layers only."""
+    driver = fake_driver(Role.PREFILL, num_drafts=1)
+    driver.engine.release_sent(_cancelled_after_one_step(driver))
+    assert driver.engine.kv_snapshot().digests == []
+    without = fake_driver(Role.PREFILL)
+    without.engine.release_sent(_cancelled_after_one_step(without))
+    assert len(without.engine.kv_snapshot().digests) == 4
+
+
+def _cancelled_after_one_step(driver: Driver) -> Sequence:
+    seq = driver.add(prompt_of(tokens=[1] * 40))
+    driver.step()
+    assert seq.num_computed == 16
+    assert driver.engine.abort("r", 1) is seq
+    return seq
+
+
+def test_a_deadline_does_not_tear_a_hand_off() -> None:
+    clock = Clock()
+    driver = fake_driver(Role.PREFILL, clock=clock)
+    seq = driver.add(prompt_of(deadline_s=5.0))
+    driver.run()
+    clock.now += 6
+    driver.run()
+    assert not driver.finishes
+    assert seq.phase is Phase.PREFILLED
 
 
 def test_a_sequence_that_ends_at_token_one_is_finished_not_sent() -> None:

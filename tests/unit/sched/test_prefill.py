@@ -127,7 +127,10 @@ def test_the_youngest_yields_and_starts_over_with_what_it_had_cached() -> None:
     scheduler.commit(scheduler.plan(9))
     scheduler.commit(scheduler.plan(9))
     assert young.num_computed == 16
+    later = _prompt(4, 2)
+    scheduler.add(later)
     assert scheduler.yield_youngest() is young
+    assert list(scheduler.waiting) == [young, later]
     assert (young.phase, young.blocks, young.num_computed) == (Phase.WAITING, [], 0)
     assert scheduler.yield_youngest() is None
     scheduler.check()
