@@ -81,16 +81,15 @@ class PrefillWorker(Worker[Outbound]):
 
         if not self._steps.offer(add, lambda outcome: self._added(live, outcome)):
             self._fail(live, "full", "the worker's inbox is full")
-            return
-        self._offers.add(outbound)
-        self._pump_offers()
 
     def _added(self, live: Live[Outbound], outcome: Sequence | Refusal) -> None:
         if isinstance(outcome, Refusal):
             self._metrics.refused(outcome.code)
             self._fail(live, outcome.code, outcome.reason, retryable=outcome.retryable)
-        else:
+        elif self._ledger.get(live.request_id, live.attempt) is live:
             self._metrics.accepted(live.data.num_tokens)
+            self._offers.add(live.data)
+            self._pump_offers()
 
     def _on_finished(self, live: Live[Outbound]) -> None:
         self._dismiss(live.data, "finished at the first token")

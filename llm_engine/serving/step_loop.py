@@ -2,7 +2,7 @@
 
 asyncio thread                                step thread
   post(command) ── inbox (bounded) ─────────▶  runs every waiting command, then one engine step
-  completions, on_step ◀── one delivery ─────  a round; at most `max_deliveries` not yet taken, then the engine waits
+  completions, on_step ◀── deliveries ───────  at most two a round; with `max_deliveries` not yet taken the engine waits
 
 Commands run in the order of posting; their completions and the steps' results arrive in the order they happened.
 An exception of the engine ends the thread and is the result of `failure`: the owner must take the worker down.
@@ -164,16 +164,18 @@ class StepLoop(Generic[E, R]):
             self._hand_over(self.fail, exc)
 
     def _round(self) -> bool:
-        """Commands, one step, one delivery. Sleeps when there was nothing to do. False: stop."""
+        """Commands, one step, and what came of them. Sleeps when there was nothing to do. False: stop."""
         self._working_since = time.monotonic()
         completions = self._run_commands()
+        if completions:
+            self._deliver(completions, None)  # ahead of the step: peers wait for some of these answers
         started = time.monotonic()
         result = self._engine.step()
         report = None if result is None else StepReport(result, time.monotonic() - started)
         self.load = self._engine.load()
-        if completions or report is not None:
-            self._deliver(completions, report)
-        if report is None:
+        if report is not None:
+            self._deliver([], report)
+        else:
             self._working_since = None
             with self._wakeup:
                 if not self._inbox and not self._stopping:
