@@ -65,6 +65,10 @@ class ConfigKeys:
             raise self.error(key, value, " or ".join(json.dumps(item) for item in allowed))
         return value
 
+    def names(self) -> list[str]:
+        """All keys, in the order of the file."""
+        return list(self._tree)
+
     def raw(self, key: str) -> Any:
         """The value as parsed, or None."""
         return self._tree.get(key)

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.config_keys import ConfigKeys, read_json
+from llm_engine.models.quantisation import fp8_block_size
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM")
 _INDEX_KEYS = ("index_n_heads", "index_head_dim", "index_topk")
@@ -142,7 +143,7 @@ class ModelSpec:
             bos_id=keys.integer("bos_token_id", 0, least=0),
             eos_ids=_token_ids(keys, config, "eos_token_id"),
             stored_dtype=keys.text("torch_dtype", config.get("dtype") or "bfloat16"),
-            fp8_block=_fp8_block(keys),
+            fp8_block=fp8_block_size(keys),
             config=dict(config),
         )
 
@@ -250,22 +251,6 @@ def _moe(keys: ConfigKeys, num_layers: int) -> MoeSpec:
     if spec.top_k > spec.top_groups * (spec.num_experts // spec.num_groups):
         raise keys.error("num_experts_per_tok", spec.top_k, "no more experts than the kept groups hold")
     return spec
-
-
-def _fp8_block(keys: ConfigKeys) -> tuple[int, int] | None:
-    quant = keys.section("quantization_config")
-    if quant is None:
-        return None
-    quant.choice("quant_method", ("fp8",))
-    quant.choice("fmt", ("e4m3",), "e4m3")
-    return _block_size(quant)
-
-
-def _block_size(quant: ConfigKeys) -> tuple[int, int]:
-    value = quant.raw("weight_block_size")
-    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value)):
-        raise quant.error("weight_block_size", value, "two positive integers")
-    return int(value[0]), int(value[1])
 
 
 def _token_ids(keys: ConfigKeys, config: Mapping[str, Any], key: str) -> tuple[int, ...]:

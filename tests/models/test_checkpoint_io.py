@@ -101,8 +101,9 @@ def test_scales_that_are_no_powers_of_two(fp8_dir: Path, tmp_path: Path) -> None
         tensors[KV_A + "_scale_inv"] *= 1.1
 
     path = rewritten(fp8_dir, tmp_path / "x", change)
-    stored = load_file(path / "model.safetensors")
-    assert torch.equal(load(path).tensors[KV_A], by_definition(stored[KV_A], stored[KV_A + "_scale_inv"], 128, 128))
+    stored, loaded = load_file(path / "model.safetensors"), load(path)
+    assert torch.equal(loaded.tensors[KV_A], by_definition(stored[KV_A], stored[KV_A + "_scale_inv"], 128, 128))
+    assert loaded.fingerprint != load(fp8_dir).fingerprint
 
 
 def test_the_block_size_comes_from_the_configuration(fp8_dir: Path, tmp_path: Path) -> None:

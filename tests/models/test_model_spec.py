@@ -115,6 +115,23 @@ def test_impossible_values_are_named(values: dict[str, Any], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def compressed(**weights: Any) -> dict[str, Any]:
+    merged = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 64]} | weights
+    groups = {"group_0": {"targets": ["Linear"], "weights": merged}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
+def test_compressed_tensors_with_fp8_blocks() -> None:
+    assert ModelSpec.from_config(changed(quantization_config=compressed())).fp8_block == (128, 64)
+    for weights, key in (
+        ({"type": "int"}, "type"),
+        ({"strategy": "channel"}, "strategy"),
+        ({"num_bits": 4}, "num_bits"),
+    ):
+        with pytest.raises(ConfigError, match=f"quantization_config: config_groups: group_0: weights: {key} is "):
+            ModelSpec.from_config(changed(quantization_config=compressed(**weights)))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
 def test_broken_files_are_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
