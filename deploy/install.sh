@@ -52,6 +52,7 @@ if ! [ -x $venv/bin/python ] || ! $venv/bin/python -c "$supported"; then
 fi
 : >"$log"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
-step "[1/3] pip" $pip install --upgrade "pip>=25.1"
-step "[2/3] PyTorch (the largest download)" $pip install -c constraints.txt torch
-step "[3/3] Baton and the rest" $pip install -c constraints.txt -e ".[router,cpu,cluster,bench,dev]"
+step "[1/4] pip" $pip install --upgrade "pip>=25.1"
+step "[2/4] PyTorch (the largest download)" $pip install -c constraints.txt torch
+step "[3/4] Baton and the rest" $pip install -c constraints.txt -e ".[router,cpu,cluster,bench,dev]"
+step "[4/4] CPU kernels (compiled once)" $venv/bin/python -c "from llm_engine.ops.load import load_ops; load_ops('cpu')"
