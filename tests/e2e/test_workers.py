@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.processes import ProcessCluster
 from llm_engine.api.config import SECRET_ENV
-from llm_engine.api.messages import Drain, KvSnapshot, SnapshotRequest
+from llm_engine.api.messages import Cancel, Drain, KvSnapshot, SnapshotRequest
 from llm_engine.api.request import FinishReason
 from tests.e2e.mini_router import MiniRouter, Stream
 
@@ -175,6 +175,28 @@ async def test_a_cancelled_request_leaves_nothing_behind_at_any_stage(pair: Proc
             await router.clean(PREFILL, DECODE)
             assert not stream.finish
             assert not stream.failures
+
+
+async def test_a_prefill_worker_withdraws_what_is_cancelled_while_it_computes(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        stream = router.stream(prompts(1, longest=400)[0] * 12, max_tokens=5)
+        await router.submit(stream, PREFILL, DECODE)
+        await router.until(lambda: router.loads[DECODE].blocks_leased > 0)
+        await router.cancel(stream, PREFILL)
+        await router.clean(PREFILL, DECODE, timeout_s=5.0)
+        assert stream.tokens == []
+
+
+async def test_a_request_cancelled_before_its_offer_is_not_taken(pair: ProcessCluster) -> None:
+    async with routing(pair) as router:
+        stream = router.stream(prompts(1)[0], max_tokens=5)
+        await router.send(DECODE, Cancel(request_id=stream.request_id, attempt=0))
+        await router.submit(stream, PREFILL, DECODE)
+        failure = await router.failed(stream)
+        assert (failure.code, failure.retryable) == ("handoff", True)
+        await router.persist(stream, PREFILL, DECODE)
+        assert len(stream.tokens) == 5
+        await router.clean(PREFILL, DECODE)
 
 
 async def test_a_deadline_ends_a_request_on_its_worker(pair: ProcessCluster) -> None:
