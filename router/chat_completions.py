@@ -41,7 +41,7 @@ async def chat_completions(edge: Edge, exchange: Exchange) -> None:
         logprobs=_num_logprobs(body),
     )
     choices: list[_Choice] = []
-    envelope = Envelope(job, "chat.completion.chunk", body, choices)
+    envelope = Envelope(job, "chat.completion.chunk", body.stream_options, choices)
     choices += [_Choice(edge, body, job, i, envelope, rendered, forced) for i in range(len(job.requests))]
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)

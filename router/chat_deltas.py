@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from router.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
+from router.sampling import fresh_id
 
 _encode = msgspec.json.Encoder().encode
 
 
 def call_id() -> str:
     """The model does not name its calls; clients need names."""
-    return f"call_{os.urandom(12).hex()}"
+    return f"call_{fresh_id()}"
 
 
 @dataclass(slots=True)
@@ -78,6 +78,8 @@ class DeltaWriter:
         self._max_calls = max_calls
 
     def deltas(self, events: Sequence[Event]) -> list[bytes]:
+        if len(events) == 1 and isinstance(event := events[0], Content):
+            return [b'{"content":%b}' % _encode(event.text)]
         out: list[bytes] = []
         i = 0
         while i < len(events):

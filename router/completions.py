@@ -42,7 +42,7 @@ async def completions(edge: Edge, exchange: Exchange) -> None:
         logprobs=body.logprobs,
     )
     choices: list[_Choice] = []
-    envelope = Envelope(job, "text_completion", body, choices)
+    envelope = Envelope(job, "text_completion", body.stream_options, choices)
     choices += [_Choice(edge, body, job, i, envelope) for i in range(len(job.requests))]
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)

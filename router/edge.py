@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -36,6 +37,13 @@ class Edge:
         self.completion_bytes = tokenizer.visible_bytes()
         self.chat_bytes = tokenizer.visible_bytes(keep=chat.markers)
         self.started = int(time.time())
+        self._limits = Limits(
+            max_model_len=dispatcher.max_model_len,
+            vocab_size=tokenizer.vocab_size,
+            max_n=config.max_n,
+            max_logprobs=config.max_logprobs,
+            max_sequences=MAX_SEQUENCES,
+        )
 
     @classmethod
     def load(cls, config: ClusterConfig, dispatcher: Dispatcher, metrics: EdgeMetrics) -> Edge:
@@ -46,13 +54,9 @@ class Edge:
     @property
     def limits(self) -> Limits:
         """The limits now; the context may depend on the workers that are up."""
-        return Limits(
-            max_model_len=self.dispatcher.max_model_len,
-            vocab_size=self.tokenizer.vocab_size,
-            max_n=self.config.max_n,
-            max_logprobs=self.config.max_logprobs,
-            max_sequences=MAX_SEQUENCES,
-        )
+        if self._limits.max_model_len != self.dispatcher.max_model_len:
+            self._limits = dataclasses.replace(self._limits, max_model_len=self.dispatcher.max_model_len)
+        return self._limits
 
     def check_model(self, name: str) -> None:
         """Raises UnknownModel."""

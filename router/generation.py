@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from router.dispatch_api import GenerationRequest, OutputChunk
 from router.edge import Edge
 from router.exchange import Exchange
 from router.failures import error_body
-from router.schemas import GenerationBody
+from router.schemas import GenerationBody, StreamOptions
 from router.sources import ChunkSource, open_source
 from router.stream import TextStream
 
@@ -92,7 +91,7 @@ def plan(
     n = sampling.num_choices(body, limits)
     if len(prompts) * n > limits.max_sequences:
         raise RequestError(f"at most {limits.max_sequences} sequences a request are served", param="n")
-    job_id = f"{kind}-{os.urandom(12).hex()}"
+    job_id = f"{kind}-{sampling.fresh_id()}"
     seed = sampling.draw_seed() if body.seed is None else body.seed
     requests: list[GenerationRequest] = []
     for prompt in prompts:
@@ -133,11 +132,10 @@ def text_stream(
 class Envelope:
     """The part of a server-sent event that is the same for all chunks of a request."""
 
-    def __init__(self, job: Job, object_name: str, body: GenerationBody, choices: Sequence[Choice]) -> None:
+    def __init__(self, job: Job, object_name: str, options: StreamOptions | None, choices: Sequence[Choice]) -> None:
         """`choices` may still be filled by the caller."""
         fields = {"id": job.id, "object": object_name, "created": job.created, "model": job.model}
         self.head = b"data: " + encode_json(fields)[:-1] + b',"choices":['
-        options = body.stream_options
         self._usage_in_every_chunk = options is not None and bool(options.continuous_usage_stats)
         self._usage_at_end = options is not None and bool(options.include_usage)
         self._tail = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"

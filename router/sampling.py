@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from router.schemas import GenerationBody
 GREEDY_BELOW = 1e-4  # a smaller temperature overflows the scaled logits, and draws the most likely token anyway
 _SEED_SPACE = 1 << 63
 
-_draw = random.SystemRandom().getrandbits
+_random = random.Random(os.urandom(32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,12 @@ class Limits:
 
 def draw_seed() -> int:
     """A fresh seed; small enough to survive JSON readers that know doubles only."""
-    return _draw(53)
+    return _random.getrandbits(53)
+
+
+def fresh_id() -> str:
+    """A part of an id that no other request of any router has."""
+    return f"{_random.getrandbits(96):024x}"
 
 
 def choice_seed(seed: int, choice: int) -> int:

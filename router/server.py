@@ -18,11 +18,45 @@ KEEP_ALIVE_S = 75.0
 BACKLOG = 2048
 
 
+class HeadJoiner:
+    """The transport of one response: its head leaves together with the first bytes of the body, in one segment."""
+
+    __slots__ = ("_held", "_transport", "_wrote_head")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._wrote_head = False
+        self._held = b""
+
+    def write(self, data: bytes) -> None:
+        if self._wrote_head:
+            self._transport.write(self._held + data if self._held else data)
+            self._held = b""
+        elif data.startswith(b"HTTP/1.1 100"):
+            self._transport.write(data)
+        else:
+            self._wrote_head = True
+            self._held = data
+
+    def flush(self) -> None:
+        """For answers without a body."""
+        if self._held:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
 class EdgeProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol, which leaves the size and the arrival time of a request's head unbounded."""
 
+    _in_head = False  # a head has begun and is not complete
+    _completed = False  # a request ended in the data being handled
     _head_bytes = 0
-    _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -34,13 +68,12 @@ class EdgeProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._in_head:
-            super().data_received(data)
-            return
-        self._head_bytes += len(data)
+        self._completed = False
         super().data_received(data)
         if not self._in_head or self.transport.is_closing():
             return
+        if not self._completed:  # else an unknown part of `data` belonged to the previous request
+            self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self.send_400_response(f"The request line and headers exceed {MAX_HEAD_BYTES} bytes.")
         elif self._head_timer is None:
@@ -48,17 +81,26 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
         self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._disarm()
         super().on_headers_complete()
+        joiner = HeadJoiner(self.transport)
+        self.cycle.transport = joiner  # type: ignore[assignment]  # the cycle's task has not begun yet
+
+        def complete() -> None:
+            joiner.flush()
+            self.on_response_complete()
+
+        self.cycle.on_response = complete
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head = True
-        self._head_bytes = 0
+        self._completed = True
 
     def _arm(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
@@ -104,6 +146,7 @@ def make_server(app: Any, *, drain_s: float) -> uvicorn.Server:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=int(KEEP_ALIVE_S),
         timeout_graceful_shutdown=int(drain_s),
         backlog=BACKLOG,

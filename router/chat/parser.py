@@ -43,6 +43,9 @@ class _State(enum.Enum):
     DONE = enum.auto()
 
 
+_PLAIN: dict[_State, type[Reasoning] | type[Content]] = {_State.REASONING: Reasoning, _State.CONTENT: Content}
+
+
 class AnswerParser:
     """Feed text, get events. `finish` once at the end."""
 
@@ -75,6 +78,8 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Event]:
         """Events that `text` completes."""
+        if not self._buffer and self._state in _PLAIN and "<" not in text and "\n" not in text:
+            return [_PLAIN[self._state](text)] if text else []  # nothing in it can begin a marker
         self._buffer += text
         while self._buffer and self._steps[self._state]():
             pass
