@@ -25,10 +25,7 @@ class Waiting(Protocol):
     """A queued request."""
 
     enqueued: float
-
-    @property
-    def over(self) -> bool:
-        """The client has left, or the deadline has passed: it only has to be skipped."""
+    over: bool  # the client has left, or the deadline has passed: it only has to be skipped
 
 
 W = TypeVar("W", bound=Waiting)

@@ -88,15 +88,13 @@ class Flight:
         self.last_output = 0.0
         self.stages: dict[str, float] = {}
         self.ended_s: float | None = None
+        self.over = False  # phase is OVER
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def request_id(self) -> str:
         return self.journal.request_id
-
-    @property
-    def over(self) -> bool:
-        return self.phase is Phase.OVER
 
     def wake(self) -> None:
         """There is something for the stream."""
@@ -104,15 +102,12 @@ class Flight:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def changed(self) -> None:
-        """Wait for `wake`. One reader at a time."""
-        if self._waiter is not None:
+    def change(self) -> asyncio.Future[None]:
+        """Done at the next `wake`. One reader at a time."""
+        if self._waiter is not None and not self._waiter.done():
             raise RuntimeError(f"two readers of one stream: {self.request_id}")
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._waiter = self._loop.create_future()
+        return self._waiter
 
     def ttft_stages(self, written: float, served: AttemptRecord) -> dict[str, float]:
         """Stages of the time to first token; they add up to `written - arrived` exactly.
@@ -162,6 +157,19 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
 
     async def __anext__(self) -> OutputChunk:
         flight = self._flight
+        if flight is None or self._first_pending or self._done:
+            flight = self._begin()
+        try:
+            while len(flight.journal.output) == self._cursor and not flight.over:
+                await flight.change()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        return self._take(flight)
+
+    def _begin(self) -> Flight:
+        """What has to be done at the first two reads. Raises StopAsyncIteration after the last chunk."""
+        flight = self._flight
         if self._first_pending and flight is not None:
             self._first_pending = False
             self._owner.first_chunk_written(flight)
@@ -171,24 +179,16 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
             self._done = True  # until it is admitted
             flight = self._flight = self._owner.open(self._request)
             self._done = False
-        try:
-            while (chunk := self._take(flight)) is None:
-                if flight.over:
-                    self._done = True
-                    raise flight.error or StopAsyncIteration
-                await flight.changed()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        return chunk
+        return flight
 
-    def _take(self, flight: Flight) -> OutputChunk | None:
-        """Everything since the last chunk, if there is anything."""
+    def _take(self, flight: Flight) -> OutputChunk:
+        """Everything since the last chunk. Raises what the request ended with when there is nothing."""
         journal, start = flight.journal, self._cursor
         end = len(journal.output)
         finish = journal.finish if flight.over and flight.error is None else None
         if end == start and finish is None:
-            return None
+            self._done = True
+            raise flight.error or StopAsyncIteration
         chunk = OutputChunk(
             tokens=journal.output[start:end],
             logprobs=None if journal.logprobs is None else journal.logprobs[start:end],

@@ -52,15 +52,12 @@ class Inbox:
             self._failed(flight, worker, message)
 
     def lost(self, worker: Worker, attempts: Mapping[str, int], cause: str) -> None:
-        """Recover what the loss of a worker interrupts. Prefill no longer matters once decode has started."""
+        """Recover what the loss of a worker interrupts. What decode took over is no attempt of prefill any more."""
         for request_id, attempt in attempts.items():
             flight = self._flights.get(request_id)
             if flight is None or flight.phase is not Phase.RUNNING or flight.journal.attempt != attempt:
                 continue
-            if worker is flight.decode:
-                self._lifecycle.recover(flight, f"decode_{cause}")
-            elif not flight.started:
-                self._lifecycle.recover(flight, f"prefill_{cause}")
+            self._lifecycle.recover(flight, f"{'decode' if worker is flight.decode else 'prefill'}_{cause}")
 
     def _deltas(self, items: list[TokenDelta]) -> None:
         now = self._clock()

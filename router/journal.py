@@ -104,7 +104,9 @@ class Journal(msgspec.Struct, kw_only=True):
         if delta.attempt != self.attempt or self.finish is not None or not self.live:
             return Applied.NOTHING
         have, end = len(self.output), delta.index + len(delta.tokens)
-        if end > self.sampling.max_tokens or delta.index < 0 or not self._logprobs_fit(delta):
+        if end > self.sampling.max_tokens or delta.index < 0:
+            return Applied.BROKEN
+        if self.logprobs is not None and len(delta.logprobs or ()) != len(delta.tokens):
             return Applied.BROKEN
         if delta.index == have and delta.finish is None and not self.early and self.early_finish is None:
             self._append(delta, 0)  # the usual case
@@ -155,9 +157,3 @@ class Journal(msgspec.Struct, kw_only=True):
         self.output.extend(delta.tokens[skip:] if skip else delta.tokens)
         if self.logprobs is not None and delta.logprobs is not None:
             self.logprobs.extend(delta.logprobs[skip:] if skip else delta.logprobs)
-
-    def _logprobs_fit(self, delta: TokenDelta) -> bool:
-        """Whether a delta carries log probabilities exactly if they were asked for, one per token."""
-        if self.logprobs is None:
-            return True
-        return len(delta.logprobs or ()) == len(delta.tokens)

@@ -23,12 +23,14 @@ class Ledger:
     num_seqs: int = 0  # attempts that decode here, or will
     sent_tokens: int = 0  # since the last report
     sent_seqs: int = 0
+    started_blocks: int = 0  # of hand-offs done since the last report
     epoch: int = 0  # number of reports
 
     def reported(self) -> None:
         """A load report arrived: what was sent before is in it, or still in the bookings."""
         self.sent_tokens = 0
         self.sent_seqs = 0
+        self.started_blocks = 0
         self.epoch += 1
 
     def backlog_tokens(self, load: Load) -> int:
@@ -41,7 +43,8 @@ class Ledger:
 
     def blocks_available(self, load: Load) -> int:
         """Blocks that a new sequence may take; bookings beyond the reported leases are still on their way."""
-        return load.blocks_free + load.blocks_cached - max(0, self.pending_blocks - load.blocks_leased)
+        unseen = max(0, self.pending_blocks - load.blocks_leased) + self.started_blocks
+        return load.blocks_free + load.blocks_cached - unseen
 
     def idle(self, load: Load) -> bool:
         """Whether nothing that will end holds blocks of the worker."""
@@ -84,15 +87,19 @@ class Booking:
             self.prefix.unexpect(self.digests)
 
     def started(self) -> None:
-        """The decode worker owns the sequence: its blocks are in the worker's own reports."""
+        """The decode worker owns the sequence: its blocks are in the worker's next report."""
         self.prefilled()
         if self._pending:
             self._pending = False
             self.decode.pending_blocks -= self.blocks
+            self.decode.started_blocks += self.blocks
 
     def close(self) -> None:
         """The attempt is over, however it ended."""
-        self.started()
+        self.prefilled()
+        if self._pending:
+            self._pending = False
+            self.decode.pending_blocks -= self.blocks
         if self._open:
             self._open = False
             self.decode.num_seqs -= 1

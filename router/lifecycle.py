@@ -220,7 +220,7 @@ class Lifecycle:
         else:
             self._admission.release(now)
             self.num_recovering -= flight.phase is Phase.RECOVERING
-        flight.phase = Phase.OVER
+        flight.phase, flight.over = Phase.OVER, True
         flight.ended_s = now - flight.arrived
         del self.flights[flight.request_id]
         finish, steps = flight.journal.finish, len(flight.journal.output) - 1

@@ -60,7 +60,7 @@ class WorkListener(Protocol):
         """A worker reported its load: waiting requests may have a place now."""
 
     def worker_lost(self, worker: Worker, attempts: Mapping[str, int], cause: str) -> None:
-        """These attempts (request id → attempt) are void."""
+        """These attempts (request id → attempt) are void; cancel them on the worker, which may come back."""
 
     def worker_said(self, worker: Worker, message: WorkMessage) -> None:
         """News about attempts."""
@@ -229,7 +229,6 @@ class Worker:
 
     def _void_attempts(self, cause: str) -> None:
         attempts, self.attempts = self.attempts, {}
-        self._void.update(attempts)
         self._context.listener.worker_lost(self, attempts, cause)
 
     def _send_void(self) -> None:
