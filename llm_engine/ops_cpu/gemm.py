@@ -37,8 +37,10 @@ class Gemm(Protocol):
         ...
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """Add zero rows up to a multiple of TILE_ROWS."""
+def whole_tiles(x: Tensor) -> Tensor:
+    """fp32 rows, with zero rows added up to a multiple of TILE_ROWS."""
+    if x.dtype != torch.float32:
+        x = x.float()
     missing = -x.shape[0] % TILE_ROWS
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
@@ -54,7 +56,7 @@ class TiledLinear:
 
     def __call__(self, x_RI: Tensor) -> Tensor:
         rows = x_RI.shape[0]
-        padded = pad_rows(x_RI.float())
+        padded = whole_tiles(x_RI)
         tiles = padded.shape[0] // TILE_ROWS
         x_tMI = padded.view(tiles, TILE_ROWS, -1)
         if len(self._parts) == 1:
@@ -64,7 +66,10 @@ class TiledLinear:
             y_tMO = torch.bmm(first[0], first[1].expand(tiles, -1, -1))
             for x_part, weight in rest:
                 y_tMO.baddbmm_(x_part, weight.expand(tiles, -1, -1))
-        return y_tMO.view(-1, self._out)[:rows].to(self._out_dtype)
+        y_RO = y_tMO.view(-1, self._out)
+        if y_RO.shape[0] != rows:
+            y_RO = y_RO[:rows]
+        return y_RO if self._out_dtype == torch.float32 else y_RO.to(self._out_dtype)
 
 
 class TiledHeads:
@@ -76,7 +81,7 @@ class TiledHeads:
     def __call__(self, x_RhI: Tensor) -> Tensor:
         heads, _, out = self._weight_hIO.shape
         rows = x_RhI.shape[0]
-        x_hRI = pad_rows(x_RhI.float()).transpose(0, 1)
+        x_hRI = whole_tiles(x_RhI).transpose(0, 1)
         padded = x_hRI.shape[1]
         tiles = padded // TILE_ROWS
         if tiles <= heads:  # the same products either way, in fewer calls

@@ -27,6 +27,7 @@ from llm_engine.ops_cpu.jit import (
     cache_array,
     inline,
     kernel,
+    over_rows,
     rotate_half,
     rotate_interleaved,
     row_at,
@@ -46,7 +47,11 @@ def index_topk(
     if plan.max_visible <= k:
         return None
     sel_NK = torch.empty(plan.num_rows, k, dtype=torch.int32)
-    _index_topk(
+    cost = query_RhD[0].numel() * plan.max_visible
+    over_rows(
+        _index_topk,
+        plan.num_rows,
+        cost,
         query_RhD.float().contiguous().numpy(),
         g_Rh.float().numpy(),
         cache_array(plane_BPD),
@@ -99,7 +104,7 @@ def _weighted_relu(query: Floats, g: Floats, key0: Floats, key1: Floats) -> tupl
 
 
 @inline
-def _as_order(scores: Floats) -> Bits:
+def as_order(scores: Floats) -> Bits:
     """The scores, in place, as integers that compare like them; equal for both zeros, lowest for NaN."""
     order = scores.view(np.uint32)
     for t in range(order.shape[0]):
@@ -142,8 +147,10 @@ def _largest(order: Bits, sel: Ints) -> None:
             found += 1
 
 
-@kernel(f"void({F3}, {F2S}, {CACHE}, {N2}, {I1}, {I1}, int64, {F2}, {F2}, boolean, {N2})")
+@kernel(f"void(int64, int64, {F3}, {F2S}, {CACHE}, {N2}, {I1}, {I1}, int64, {F2}, {F2}, boolean, {N2})")
 def _index_topk(
+    first: int,
+    end: int,
     query: Floats,
     g: Floats,
     cache: Cache,
@@ -160,7 +167,7 @@ def _index_topk(
     turned = np.empty((heads, width), np.float32)
     gates = np.empty(heads, np.float32)
     scratch = np.empty((2, width), np.float32)
-    for r in range(sel.shape[0]):
+    for r in range(first, end):
         count = visible[r]
         if count <= k:
             for t in range(k):
@@ -183,4 +190,4 @@ def _index_topk(
             scores[t] = score0
             if t + 1 < count:
                 scores[t + 1] = score1
-        _largest(_as_order(scores), sel[r])
+        _largest(as_order(scores), sel[r])

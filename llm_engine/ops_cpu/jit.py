@@ -10,7 +10,10 @@ bf16 caches are seen as uint16, fp32 ones as float32: `Cache` arrays below.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Final, TypeVar, cast
 
 import numba
@@ -42,6 +45,7 @@ _LN2_HIGH: Final = np.float32(0.693359375)
 _LN2_LOW: Final = np.float32(-2.12194440e-4)
 ZERO: Final = np.float32(0.0)
 ONE: Final = np.float32(1.0)
+_THREAD_COST: Final = 1_000_000  # multiplications that are worth waking a thread for
 MINUS_INF: Final = np.float32(-np.inf)
 
 
@@ -76,6 +80,34 @@ def compile_kernels(dtype: torch.dtype) -> None:
         dispatcher.disable_compile(False)  # allows `compile`, until below
         dispatcher.compile(signature.replace("{cache}", cache))
         dispatcher.disable_compile()
+
+
+def over_rows(function: Callable[..., None], rows: int, cost: int, *args: Any) -> None:
+    """Run function(first, end, *args) over all rows, on as many threads as torch uses where that pays.
+
+    `cost`: multiplications of an average row. Threads take the next few rows when they are done with theirs, because
+    later rows of a prompt see more keys.
+    """
+    threads = min(torch.get_num_threads(), rows, rows * cost // _THREAD_COST)
+    if threads <= 1:
+        function(0, rows, *args)
+        return
+    step = max(1, rows // (4 * threads))
+    starts = iter(range(0, rows, step))  # shared: every `next` takes the interpreter lock
+
+    def work() -> None:
+        for first in starts:
+            function(first, min(first + step, rows), *args)
+
+    helpers = [_pool().submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kernel")
 
 
 def cache_array(plane_BPC: Tensor) -> Cache:

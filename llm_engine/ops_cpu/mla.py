@@ -32,6 +32,7 @@ from llm_engine.ops_cpu.jit import (
     exp,
     inline,
     kernel,
+    over_rows,
     rotate_interleaved,
     row_at,
     slot_of,
@@ -58,7 +59,11 @@ def mla_attend(
     query = query_RhD.float()
     absorbed_hRL = kv_b.absorb(query[..., : -2 * plan.cos_RJ.shape[1]]).contiguous()
     latent_hRL = torch.empty(absorbed_hRL.shape)
-    _attend(
+    keys = plan.max_visible if sel_NK is None else sel_NK.shape[1]
+    over_rows(
+        _attend,
+        plan.num_rows,
+        2 * latent_hRL[:, 0].numel() * keys,
         query.contiguous().numpy(),
         absorbed_hRL.numpy(),
         cache_array(plane_BPC),
@@ -72,6 +77,7 @@ def mla_attend(
         scale,
         latent_hRL.numpy(),
     )
+    latent_hRL[:, plan.num_rows :] = latent_hRL[:, plan.num_rows - 1 : plan.num_rows]  # padding repeats the last row
     heads_hRV = kv_b.expand(latent_hRL.transpose(0, 1))
     return heads_hRV.transpose(0, 1).contiguous().to(query_RhD.dtype)
 
@@ -155,8 +161,10 @@ def _softmax(weights: Floats) -> None:
         weights[k] *= factor
 
 
-@kernel(f"void({F3}, {F3}, {CACHE}, {N2}, {I1}, {I1}, int64, {N2}, {F2}, {F2}, float64, {F3})")
+@kernel(f"void(int64, int64, {F3}, {F3}, {CACHE}, {N2}, {I1}, {I1}, int64, {N2}, {F2}, {F2}, float64, {F3})")
 def _attend(
+    first: int,
+    end: int,
     query: Floats,
     absorbed: Floats,
     cache: Cache,
@@ -170,16 +178,16 @@ def _attend(
     scale: float,
     out: Floats,
 ) -> None:
-    rows, heads, rank, rope = seqs.shape[0], query.shape[1], absorbed.shape[2], 2 * cos.shape[1]
+    heads, rank, rope = query.shape[1], absorbed.shape[2], 2 * cos.shape[1]
     most = sel.shape[1]
     if sel.shape[0] == 0:
-        for r in range(rows):
+        for r in range(first, end):
             most = max(most, visible[r])
     slots = np.empty(most + 3, np.int64)
     weights = np.empty((heads, most + 3), np.float32)
     turned = np.empty((heads, rank + rope), np.float32)
     scratch = np.empty((4, rank + rope), np.float32)
-    for r in range(rows):
+    for r in range(first, end):
         for h in range(heads):
             for c in range(rank):
                 turned[h, c] = absorbed[h, r, c]
@@ -201,7 +209,3 @@ def _attend(
             key0, key1 = row_at(cache, slots[k], scratch[0]), row_at(cache, slots[k + 1], scratch[1])
             key2, key3 = row_at(cache, slots[k + 2], scratch[2]), row_at(cache, slots[k + 3], scratch[3])
             _add_weighted(weights, k, key0, key1, key2, key3, r, out)
-    for r in range(rows, out.shape[1]):
-        for h in range(heads):
-            for c in range(rank):
-                out[h, r, c] = out[h, rows - 1, c]

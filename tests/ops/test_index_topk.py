@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_engine.ops import Ops, load_ops
+from llm_engine.ops_cpu.index_topk import as_order
 from tests.ops import reference
 from tests.ops.paged import PAIRS, Paged, all_angles, padded_rows
 
@@ -117,3 +119,21 @@ def test_selection_does_not_depend_on_the_batch(data: st.DataObject) -> None:
         gates.insert(0 if other_first else 1, other_g[-beside:])
         sel = choose(ops, cache, spans, torch.cat(rows), torch.cat(gates), k)
         assert torch.equal(sel[at : at + end - first], whole[first:end])
+
+
+def test_threads_share_the_rows(exact: Ops) -> None:
+    torch.manual_seed(0)
+    cache = Paged.random([300], WIDTH, torch.float32)
+    query, g = torch.randn(300, 4, WIDTH), torch.randn(300, 4)
+    single = choose(exact, cache, [(0, 0, 300)], query, g, 16)
+    torch.set_num_threads(3)
+    assert torch.equal(choose(exact, cache, [(0, 0, 300)], query, g, 16), single)
+
+
+def test_order_of_scores() -> None:
+    scores = np.array([-np.inf, -2.5, -1e-40, 0.0, 1e-40, 3.0, np.inf], np.float32)
+    order = as_order(scores.copy())
+    assert (np.diff(order.astype(np.int64)) > 0).all()
+    assert as_order(np.array([-0.0], np.float32))[0] == order[3]
+    assert as_order(np.array([np.nan], np.float32))[0] < order[0]
+    assert as_order(np.array([-np.nan], np.float32))[0] < order[0]

@@ -130,3 +130,14 @@ def test_rows_do_not_depend_on_the_batch(data: st.DataObject) -> None:
         both = None if sel is None or other_sel is None else torch.cat([other_sel[:beside], sel[first:end]])
         got = attention(cache, spans, torch.cat([other[:beside], query[first:end]]), both)
         assert torch.equal(got[beside:], whole[first:end])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_threads_share_the_rows(exact: Ops, sparse: bool) -> None:
+    cache = Paged.random([200, 30], WIDTH, torch.float32)
+    attention, spans = Attention(exact, 211), [(1, 19, 30), (0, 0, 200)]
+    sel = torch.arange(64).expand(211, 64).where(torch.arange(64) <= cache.batch(spans, 1).positions_R[:, None], -1)
+    chosen = sel if sparse else None
+    single = attention(cache, spans, attention.query, chosen)
+    torch.set_num_threads(3)
+    assert torch.equal(attention(cache, spans, attention.query, chosen), single)
