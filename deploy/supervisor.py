@@ -51,8 +51,8 @@ def up(resolved: Resolved, run_dir: RunDir) -> None:
     run_dir.acquire()
     try:
         _remove_leftovers(run_dir)
-        check_checkpoint(config.model.path)
         _check_port(config)
+        check_checkpoint(config.model.path)
         say = Say(sys.stdout)
         for key, source in sorted(resolved.sources.items()):
             say(f"  {key} from {source}")

@@ -190,14 +190,17 @@ async def test_a_restarted_controller_takes_over_what_runs(site: Site) -> None:
     await site.until(lambda now: now.ready)
     await site.ask(ScalePool(pool="decode", replicas=2))
     await site.until(lambda now: now.ready and now.pools["decode"].ready == 2)
-    before, pids = site.run_dir.control(), {name: worker.pid for name, worker in site.workers.items()}
+    await site.ask(DrainWorker(worker="decode-0"))
+    names = ["decode-1", "decode-2", "prefill-0"]
+    await site.until(lambda now: now.ready and [worker.name for worker in now.workers] == names)
+    before, pids = site.run_dir.control(), {name: site.workers[name].pid for name in names}
     site.task.cancel()
     await asyncio.wait({site.task})
-    site.begin(existing=tuple(site.workers))
-    await site.until(lambda now: now.ready and now.pools["decode"].ready == 2)
+    site.begin(existing=tuple(names))
+    status = await site.until(lambda now: now.ready)
     assert site.run_dir.control() == before, "routers and the command line know the old addresses"
-    assert {name: worker.pid for name, worker in site.workers.items()} == pids
-    assert not any(worker.killed for worker in site.workers.values())
+    assert {worker.name: worker.pid for worker in status.workers} == pids
+    assert not any(site.workers[name].killed for name in names)
 
 
 async def test_stop_ends_the_router_first_and_then_the_workers(site: Site) -> None:

@@ -113,13 +113,17 @@ async def test_a_failed_worker_says_why_and_is_started_again(yard: Yard) -> None
     assert (yard.fleet.status()[0].error, yard.fleet.status()[0].restarts) == ("", 1)
 
 
-async def test_a_worker_that_stops_unasked_is_started_again(yard: Yard) -> None:
+async def test_a_worker_that_stops_unasked_is_no_member_and_started_again(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "RESTART_PAUSE_S", (0.3,))
     worker = await yard.add("prefill-0")
     worker.serves()
     await yard.until(lambda: yard.fleet.ready("prefill") == 1)
     worker.finish()
-    await yard.until(lambda: len(yard.launched) == 2)
+    await yard.until(lambda: yard.state("prefill-0") == "failed")
     assert yard.fleet.members() == []
+    await yard.until(lambda: len(yard.launched) == 2)
 
 
 async def test_a_drained_worker_is_gone_when_it_has_stopped() -> None:
