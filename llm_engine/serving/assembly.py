@@ -63,6 +63,7 @@ def assemble(
     """Load weights and build the engine over `buffer` (`plan.layout.arena_bytes` of memory). Raises ConfigError."""
     started = time.monotonic()
     use_threads(config.engine.threads)
+    plan.ops.self_check()
     weights = load_weights(config.model.path, plan.spec, plan.ops.dtype, with_mtp=plan.with_mtp)
     model = build_model(plan.spec, weights, plan.ops, config.model.max_len)
     store = KvStore(plan.layout, torch.frombuffer(buffer, dtype=torch.uint8), plan.ops.dtype)

@@ -40,6 +40,9 @@ class Stepper(Protocol[R_co]):
     def load(self) -> Load:
         """Queue and block counts now."""
 
+    def check(self) -> None:
+        """Verify every invariant. Raises AssertionError."""
+
 
 E = TypeVar("E", bound=Stepper[Any])
 
@@ -76,6 +79,7 @@ class StepLoop(Generic[E, R]):
         self._deliveries = threading.Semaphore(max_deliveries)
         self._stopping = False
         self._working_since: float | None = None
+        self._next_check = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failure: asyncio.Future[None] | None = None
@@ -177,10 +181,19 @@ class StepLoop(Generic[E, R]):
             self._deliver([], report)
         else:
             self._working_since = None
+            self._check()
             with self._wakeup:
                 if not self._inbox and not self._stopping:
                     self._wakeup.wait(self._idle_s)
         return not self._stopping
+
+    def _check(self) -> None:
+        """Verify the engine's invariants while it has nothing else to do, in at most a hundredth of the time."""
+        started = time.monotonic()
+        if started < self._next_check:
+            return
+        self._engine.check()
+        self._next_check = started + 100 * (time.monotonic() - started)
 
     def _run_commands(self) -> list[Completion]:
         completions = []

@@ -23,6 +23,7 @@ class Counter:
     def __init__(self, budget: int = 0) -> None:
         self.budget = budget
         self.calls = 0
+        self.sound = True
         self.steps = 0
         self.threads: set[int] = set()
         self.during_step: Callable[[], None] = lambda: None
@@ -38,6 +39,9 @@ class Counter:
 
     def load(self) -> Load:
         return Load(seq=0, num_running=self.budget - self.steps)
+
+    def check(self) -> None:
+        assert self.sound, "the books do not balance"
 
     def grant(self, steps: int) -> int:
         self.budget += steps
@@ -112,6 +116,17 @@ async def test_a_failing_command_ends_the_loop_and_is_reported() -> None:
     loop.post(lambda e: [][1])
     assert loop.failure is not None
     with pytest.raises(IndexError):
+        await asyncio.wait_for(loop.failure, 10.0)
+    assert await loop.stop(10.0)
+
+
+async def test_broken_invariants_are_found_when_the_engine_is_idle() -> None:
+    engine = Counter()
+    loop: StepLoop[Counter, int] = StepLoop(engine, lambda report: None, idle_s=0.01)
+    loop.start()
+    await loop.call(lambda e: setattr(e, "sound", False))
+    assert loop.failure is not None
+    with pytest.raises(AssertionError, match="do not balance"):
         await asyncio.wait_for(loop.failure, 10.0)
     assert await loop.stop(10.0)
 
