@@ -216,7 +216,7 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
         """Part of the generator protocol: the same as `anext`."""
         return await self.__anext__()
 
-    async def athrow(  # type: ignore[override]
+    async def athrow(
         self,
         typ: type[BaseException] | BaseException,
         val: BaseException | object = None,
