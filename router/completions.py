@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from llm_engine.api.errors import RequestError
+from llm_engine.api.errors import PromptTooLong, RequestError
 from llm_engine.api.request import TokenLogprobs
 from router import generation
 from router.answers import Completion, CompletionChoice, CompletionLogprobs
@@ -147,6 +147,8 @@ def _refuse_unsupported(body: CompletionBody) -> None:
 async def _encode_prompts(edge: Edge, body: CompletionBody) -> list[list[int]]:
     """The prompts as token ids. Raises RequestError for a mixture, and for anything empty or out of range."""
     prompts: list[Any] = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if len(prompts) > max(edge.dispatcher.max_model_len, MAX_SEQUENCES):
+        raise PromptTooLong(f"the context is {edge.dispatcher.max_model_len} tokens", param="prompt")
     kinds = set(map(type, prompts))
     if kinds == {int}:
         return [_checked_ids(edge, prompts)]

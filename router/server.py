@@ -16,6 +16,8 @@ MAX_HEAD_BYTES = 64 << 10  # request line and headers
 HEAD_TIMEOUT_S = 30.0
 KEEP_ALIVE_S = 75.0
 BACKLOG = 2048
+MAX_CONNECTIONS = 16384
+DEAD_PEER_MS = 60_000  # unacknowledged or unread data for so long: the kernel drops the connection
 
 
 class HeadJoiner:
@@ -61,6 +63,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -122,7 +126,9 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by accepted connections
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the next one inherited by accepted connections
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
         sock.bind((host, port))
         sock.listen(BACKLOG)
     except OSError as exc:

@@ -293,6 +293,7 @@ def test_special_tokens_are_shown_on_request_only() -> None:
         ({"model": "other"}, 404, "model", "served: nano"),
         ({"prompt": [1] * 4090, "max_tokens": 100}, 400, "max_tokens", "context is 4096"),
         ({"prompt": [1] * 4096}, 400, "max_tokens", "context is 4096"),
+        ({"prompt": [1] * 5000}, 400, "prompt", "context is 4096"),
         ({"prompt": "x" * 200_000}, 400, "prompt", "can't fit"),
         ({"prompt": ["x", "y" * 200_000]}, 400, "prompt", "can't fit"),
         ({"prompt": []}, 400, "prompt", "empty"),

@@ -298,12 +298,21 @@ def test_events_arrive_as_they_are_made(edge: RunningEdge) -> None:
     assert min(longest_gaps) < 0.03
 
 
-def test_connections_have_nodelay(edge: RunningEdge) -> None:
+def test_connections_have_their_socket_options(edge: RunningEdge) -> None:
     edge.http.get("/health")
     transports = [connection.transport for connection in edge.server.server_state.connections]
     assert transports
     for transport in transports:
-        assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        connection = transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == server_module.DEAD_PEER_MS
+
+
+def test_connections_are_bounded(edge: RunningEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 0)
+    with connect(edge) as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_all(sock) == b""
 
 
 def test_pipelined_and_kept_alive_requests_are_answered_in_order(edge: RunningEdge) -> None:

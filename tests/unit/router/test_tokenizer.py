@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,24 @@ def test_the_longest_special_token_wins() -> None:
     ours = Tokenizer(reference.to_str(), reference.get_vocab_size())
     text = "<think>er<think>e"
     assert ours.encode([Segment(text, trusted=True)]) == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_hundreds_of_special_tokens_do_not_slow_down_splitting() -> None:
+    """Trying each of them at every place that looks like a beginning takes longer than the encoding itself."""
+    reference = trained()
+    names = [f"<｜place▁holder▁no▁{i}｜>" for i in range(800)]
+    reference.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    ours = Tokenizer(reference.to_str(), reference.get_vocab_size())
+    text = "<｜pla " * 10_000 + names[799]
+    ids = ours.encode([Segment(text, trusted=True)])  # fills the tokenizer's own cache
+    assert ids[-1] == ours.added_ids[names[799]]
+
+    def seconds(trusted: bool) -> float:
+        started = time.process_time()
+        ours.encode([Segment(text, trusted)])
+        return time.process_time() - started
+
+    assert min(seconds(True) for _ in range(3)) < 2 * min(seconds(False) for _ in range(3))
 
 
 def test_padding_ids_have_no_text() -> None:
