@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.fake_model import expected_tokens
-from benchmarks.fake_worker import FakeSettings, FakeWorker
+from benchmarks.fake_settings import FakeSettings
+from benchmarks.fake_worker import FakeWorker
 from llm_engine.api.config import SECRET_ENV, build
 from llm_engine.api.messages import Role
 from llm_engine.api.request import FinishReason, SamplingParams, TokenLogprobs
@@ -83,6 +84,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 @contextlib.contextmanager
 def fakes(*roles: str, **settings: Any):  # type: ignore[no-untyped-def]
     """Fake workers on threads, named role-index."""
+    settings.setdefault("heartbeat_s", 0.05)
     workers: list[FakeWorker] = []
     try:
         for index, role in enumerate(roles):
