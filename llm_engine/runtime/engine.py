@@ -30,6 +30,7 @@ from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, S
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.prefill import PrefillScheduler
+from llm_engine.sched.reservations import Reservations
 
 
 class Engine:
@@ -100,7 +101,7 @@ class Engine:
             max_len=self.max_len,
             clock=clock,
         )
-        self._reservations: set[Reservation] = set()  # reserved or quarantined
+        self._reservations = Reservations(self._cache)
         self._draining = False
         self._num_evicted = 0
 
@@ -113,7 +114,10 @@ class Engine:
         """
         if self._role is Role.DECODE:
             raise ValueError("a decode engine takes sequences by reserve and admit")
-        seq = self._accept(submit)
+        refusal = self._turned_away(submit)
+        if refusal is not None:
+            return refusal
+        seq = accept(submit, self._limits, self._clock())
         if isinstance(seq, Refusal):
             return seq
         refusal = self._prefill.add(seq)
@@ -140,61 +144,38 @@ class Engine:
         The engine's own prefix hits are pinned and count as received. Refusal: it can never be taken here, or a newer
         attempt is known. An older attempt that is still running ends (a Failure `stale`).
         """
-        seq = self._accept(submit)
-        if isinstance(seq, Refusal):
-            return seq
-        if not 0 < num_tokens <= len(seq.tokens):
-            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {len(seq.tokens)}", retryable=False)
+        refusal = self._turned_away(submit)
+        if refusal is not None:
+            return refusal
+        seq = self._reservations.recall(submit.request_id, submit.attempt)
+        accepted = seq if seq is not None else accept(submit, self._limits, self._clock())
+        if isinstance(accepted, Refusal):
+            return accepted
+        if not 0 < num_tokens <= len(accepted.tokens):
+            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {len(accepted.tokens)}", retryable=False)
         self._roster.supersede(submit.request_id)
-        reserved = sum(reservation.state == "reserved" for reservation in self._reservations)
-        if len(self._decode.running) + reserved >= self._max_num_seqs:
+        if len(self._decode.running) + self._reservations.num_reserved >= self._max_num_seqs:
+            self._reservations.remember(accepted)
             return None
-        found = self._cache.reserve(seq.tokens[:num_tokens], submit.salt, headroom=len(self._decode.running))
-        if found is None:
-            return None
-        hits, blocks, digests = found
-        reservation = Reservation(
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            num_tokens=num_tokens,
-            deadline=seq.deadline,
-            have_tokens=min(len(hits) * self._cache.block_tokens, num_tokens),
-            hits=hits,
-            blocks=blocks,
-            digests=digests,
-        )
-        self._reservations.add(reservation)
-        return reservation
+        return self._reservations.take(accepted, num_tokens, headroom=len(self._decode.running))
 
     def release_reservation(self, reservation: Reservation, *, quarantine: bool) -> None:
         """Give a reservation up.
 
         `quarantine`: a writer may still write, so the leased blocks wait for `free_quarantined`.
         """
-        self._expect(reservation, "reserved")
-        self._cache.pool.release(reservation.hits)
-        reservation.hits = []
-        if quarantine:
-            reservation.state = "quarantined"
-            self._cache.pool.quarantine(reservation.blocks)
-        else:
-            reservation.state = "released"
-            self._cache.pool.release_leased(reservation.blocks)
-            self._reservations.remove(reservation)
+        self._reservations.release(reservation, quarantine=quarantine)
 
     def free_quarantined(self, reservation: Reservation) -> None:
         """The writer is proven stopped: the quarantined blocks of this reservation may be used again."""
-        self._expect(reservation, "quarantined")
-        reservation.state = "released"
-        self._cache.pool.free_quarantined(reservation.blocks)
-        self._reservations.remove(reservation)
+        self._reservations.free(reservation)
 
     def admit(self, submit: Submit, reservation: Reservation, first: FirstToken) -> Sequence:
         """Take over a handed-off sequence whose blocks are verified. The next step restates token 1 and decodes on.
 
         Raises ValueError, and changes nothing, when the parts do not fit each other or a newer attempt is here.
         """
-        self._expect(reservation, "reserved")
+        self._reservations.expect(reservation, "reserved")
         seq = accept(submit, self._limits, self._clock())
         if isinstance(seq, Refusal):
             raise ValueError(seq.reason)
@@ -208,9 +189,7 @@ class Engine:
             raise ValueError(f"first token {first.token} is not in the vocabulary")
         state_1H = None if self._speculator is None else state_from_bytes(first.hidden, *self._hidden)
         self._roster.supersede(submit.request_id)
-        self._reservations.remove(reservation)
-        reservation.state = "admitted"
-        self._cache.adopt(seq, reservation)
+        self._reservations.adopt(seq, reservation)
         self._enter_decode(seq, reservation, first, state_1H)
         return seq
 
@@ -221,6 +200,7 @@ class Engine:
 
         A reservation is not touched: its lease decides.
         """
+        self._reservations.forget(request_id, attempt)
         seq = self._roster.get(request_id)
         if seq is None or seq.attempt > attempt:
             return None
@@ -261,7 +241,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """No sequence, pinned block, reservation or quarantined block is left."""
-        return not (len(self._roster) or self._roster.num_pinned or self._reservations)
+        return not (len(self._roster) or self._roster.num_pinned or len(self._reservations))
 
     @property
     def draining(self) -> bool:
@@ -300,12 +280,13 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _accept(self, submit: Submit) -> Sequence | Refusal:
+    def _turned_away(self, submit: Submit) -> Refusal | None:
+        """Why this engine takes no such submit now, whatever is in it."""
         if self._draining:
             return Refusal("draining", "this worker takes no new work", retryable=True)
         if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
             return Refusal("stale", f"attempt {submit.attempt} is known or superseded", retryable=False)
-        return accept(submit, self._limits, self._clock())
+        return None
 
     def _enter_decode(
         self, seq: Sequence, reservation: Reservation, first: FirstToken, state_1H: torch.Tensor | None
@@ -331,7 +312,3 @@ class Engine:
             return False
         self._roster.retire(seq)
         return True
-
-    def _expect(self, reservation: Reservation, state: str) -> None:
-        if reservation.state != state:
-            raise ValueError(f"{reservation.request_id}: the reservation is {reservation.state}, not {state}")

@@ -103,17 +103,19 @@ class PagedCache:
             self.index.evict(block)
             self.pool.unmark_indexed(block)
 
-    def reserve(self, tokens: Seq[int], salt: str, headroom: int) -> tuple[list[int], list[int], list[bytes]] | None:
-        """Pin the known prefix of `tokens` and lease blocks for the rest: (hits, leased, digests). None: no room."""
-        digests = self.digests(tokens, salt)
+    def reserve(self, num_tokens: int, digests: Seq[bytes], headroom: int) -> tuple[list[int], list[int]] | None:
+        """Pin the known prefix of `num_tokens` tokens and lease blocks for the rest: (hits, leased). None: no room.
+
+        `digests` are those of the tokens' full blocks; here everything may be found.
+        """
         hits = self.index.find(digests)
         self.pool.share(hits)
-        rest = self.blocks_for(len(tokens)) - len(hits)
+        rest = self.blocks_for(num_tokens) - len(hits)
         leased = self.pool.lease(rest) if self.pool.num_available >= rest + headroom else None
         if leased is None:
             self.pool.release(hits)
             return None
-        return hits, leased, digests
+        return hits, leased
 
     def adopt(self, seq: Sequence, reservation: Reservation) -> None:
         """Turn a reservation, whose blocks now hold all its tokens, into the blocks of `seq`."""

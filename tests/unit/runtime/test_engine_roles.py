@@ -7,7 +7,7 @@ import pytest
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason
-from llm_engine.sched import Phase, Reservation, Sequence
+from llm_engine.sched import Phase, Refusal, Reservation, Sequence
 from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel, make_store
 from tests.unit.runtime.harness import (
     PROMPT,
@@ -185,6 +185,24 @@ def test_reservations_wait_for_room_and_slots() -> None:
     d.engine.release_reservation(second, quarantine=False)
     d.engine.check()
     assert d.engine.is_idle
+
+
+def test_an_offer_that_waited_does_not_end_a_newer_attempt() -> None:
+    p, d, stores = fake_pair()
+    p.add(prompt_of(attempt=2))
+    p.run()
+    hog = d.engine.reserve(prompt_of("hog", [1] * 60, deadline_s=9.0), 60)
+    assert isinstance(hog, Reservation)
+    hogs = [d.engine.reserve(prompt_of(f"hog{i}", [i] * 60), 60) for i in range(2)]
+    assert hogs[0] is not None
+    assert d.engine.reserve(prompt_of(attempt=1), 10) is None
+    d.engine.release_reservation(hog, quarantine=False)
+    hand_over(p, d, stores)
+    stale = d.engine.reserve(prompt_of(attempt=1), 10)
+    assert isinstance(stale, Refusal)
+    assert stale.code == "stale"
+    d.run()
+    assert d.outputs["r"] == expected_output(prompt_of())
 
 
 def test_a_reservation_has_one_end() -> None:

@@ -123,12 +123,15 @@ def test_doubtful_blocks_are_never_found_again() -> None:
 def test_a_reservation_pins_its_hits_and_may_find_everything() -> None:
     cache = _cache(num_blocks=5)
     cache.free(_prefilled(cache, sequence_of(range(8))))
-    found = cache.reserve(list(range(8)), "", headroom=0)
+    digests = cache.digests(range(8), "")
+    found = cache.reserve(8, digests, headroom=0)
     assert found is not None
-    hits, leased, digests = found
+    hits, leased = found
     assert len(hits) == 2
     assert leased == []
-    assert cache.reserve(list(range(100, 116)), "", headroom=0) is None, "pinned blocks must not be evicted"
+    assert cache.reserve(16, cache.digests(range(100, 116), ""), headroom=0) is None, (
+        "pinned blocks must not be evicted"
+    )
     seq = sequence_of(range(8))
     reservation = Reservation("r", 1, 8, 1e6, 8, hits, leased, digests)
     cache.adopt(seq, reservation)
@@ -140,9 +143,10 @@ def test_a_reservation_pins_its_hits_and_may_find_everything() -> None:
 
 def test_an_adopted_hand_off_enters_the_prefix_index() -> None:
     cache = _cache()
-    found = cache.reserve(list(range(10)), "", headroom=0)
+    digests = cache.digests(range(10), "")
+    found = cache.reserve(10, digests, headroom=0)
     assert found is not None
-    hits, leased, digests = found
+    hits, leased = found
     assert (hits, len(leased)) == ([], 3)
     assert cache.index.find(digests) == [], "leased blocks are not to be found before they are verified"
     seq = sequence_of(range(10))

@@ -13,6 +13,7 @@ import pytest
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.prefill import PrefillScheduler
+from llm_engine.sched.reservations import Reservations
 from llm_engine.sched.sequence import Phase, Reservation, Sequence
 from tests.unit.sched.requests import sequence_of
 
@@ -27,12 +28,14 @@ class Side:
     cache: PagedCache
     prefill: PrefillScheduler
     decode: DecodeScheduler
+    reservations: Reservations
 
     @classmethod
     def make(cls, num_blocks: int, rng: random.Random) -> Side:
         cache = PagedCache(num_blocks, BLOCK, format_id="f")
         prefill = PrefillScheduler(cache, max_step_tokens=rng.choice([5, 16, 64]), max_waiting=10)
-        return cls(cache, prefill, DecodeScheduler(cache, num_drafts=rng.randint(0, 3), max_len=60))
+        decode = DecodeScheduler(cache, num_drafts=rng.randint(0, 3), max_len=60)
+        return cls(cache, prefill, decode, Reservations(cache))
 
     def check(self) -> None:
         self.cache.check()
@@ -65,16 +68,14 @@ class Cluster:
             self.sending.append(seq)
 
     def _reserve(self) -> None:
-        if not self.sending or len(self.d.decode.running) + len(self.receiving) >= MAX_ACTIVE:
+        if not self.sending or len(self.d.decode.running) + self.d.reservations.num_reserved >= MAX_ACTIVE:
             return
         seq = self.sending[0]
-        found = self.d.cache.reserve(seq.tokens, "", headroom=len(self.d.decode.running))
-        if found is not None:
+        reservation = self.d.reservations.take(seq, len(seq.tokens), headroom=len(self.d.decode.running))
+        if reservation is not None:
             self.sending.pop(0)
-            hits, blocks, digests = found
-            assert len(hits) + len(blocks) == self.d.cache.blocks_for(len(seq.tokens))
-            have = len(hits) * BLOCK
-            self.receiving.append((seq, Reservation("r", 1, len(seq.tokens), 1e6, have, hits, blocks, digests)))
+            assert len(reservation.hits) + len(reservation.blocks) == self.d.cache.blocks_for(len(seq.tokens))
+            self.receiving.append((seq, reservation))
 
     def _land(self) -> None:
         """A hand-off is committed, withdrawn, or revoked with its writer still at large."""
@@ -84,22 +85,19 @@ class Cluster:
         outcome = self.rng.random()
         if outcome < 0.7:
             seq = sequence_of(source.tokens, source.request_id, max_tokens=source.submit.sampling.max_tokens)
-            self.d.cache.adopt(seq, reservation)
+            self.d.reservations.adopt(seq, reservation)
             seq.tokens.append(1)
             self.d.decode.add(seq)
         else:
-            self.d.cache.pool.release(reservation.hits)
-            if outcome < 0.85:
-                self.d.cache.pool.release_leased(reservation.blocks)
-            else:
-                self.d.cache.pool.quarantine(reservation.blocks)
+            self.d.reservations.release(reservation, quarantine=outcome > 0.85)
+            if outcome > 0.85:
                 self.quarantined.append(reservation)
             self.num_over += 1
         self.p.cache.free(source)
 
     def _fence(self) -> None:
         if self.quarantined:
-            self.d.cache.pool.free_quarantined(self.quarantined.pop().blocks)
+            self.d.reservations.free(self.quarantined.pop())
 
     def _decode(self) -> None:
         plan = self.d.decode.plan()
