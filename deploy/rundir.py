@@ -65,8 +65,8 @@ class RunDir:
         self.config = self.path / "config.toml"
         self._lock_fd: int | None = None
 
-    def acquire(self) -> None:
-        """Become the only supervisor here, and forget what a dead one left. Raises AlreadyRunning."""
+    def acquire(self) -> ClusterRecord | None:
+        """Become the only supervisor here; returns what a dead one left running. Raises AlreadyRunning."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(0o700)
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -80,11 +80,13 @@ class RunDir:
             )
         self._lock_fd = fd
         self.logs.mkdir(exist_ok=True)
+        left = self.cluster()
+        self._clear()
+        return left
 
     def release(self) -> None:
         """Remove what only a running cluster needs and let the next supervisor in. Logs and configuration stay."""
-        for name in ("cluster.json", "control.json", "desired.json", "secret"):
-            (self.path / name).unlink(missing_ok=True)
+        self._clear()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -139,6 +141,10 @@ class RunDir:
         draft = target.with_suffix(f".{os.getpid()}.tmp")
         draft.write_bytes(msgspec.json.encode(record))
         draft.replace(target)
+
+    def _clear(self) -> None:
+        for name in ("cluster.json", "control.json", "desired.json", "secret"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _read(self, name: str, kind: type[T]) -> T | None:
         with contextlib.suppress(FileNotFoundError):

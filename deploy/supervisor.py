@@ -48,9 +48,10 @@ def up(resolved: Resolved, run_dir: RunDir) -> None:
     """Run a cluster until a signal asks for its end. Raises ServingError when it can't start or breaks."""
     started = time.monotonic()
     config = resolved.config
-    run_dir.acquire()
+    left = run_dir.acquire()
     try:
-        _remove_leftovers(run_dir)
+        if left is not None:
+            _remove_leftovers(left)
         _check_port(config)
         check_checkpoint(config.model.path)
         say = Say(sys.stdout)
@@ -80,8 +81,7 @@ def down(run_dir: RunDir, timeout_s: float) -> bool:
             record = run_dir.cluster() or record
             record.supervisor.send(signal.SIGKILL)
             wait_gone([record.supervisor], _KILL_GRACE_S)
-    kill_all(record.processes, grace_s=1.0)
-    _remove_leftovers(run_dir)
+    _remove_leftovers(record)
     if not run_dir.is_locked():
         run_dir.release()
     return was_alive or bool(record.processes)
@@ -261,12 +261,9 @@ def _make_ray_dir() -> str:
     return tempfile.mkdtemp(prefix="baton-", dir=base if len(base) <= _MAX_RAY_DIR_CHARS else "/tmp")
 
 
-def _remove_leftovers(run_dir: RunDir) -> None:
+def _remove_leftovers(record: ClusterRecord) -> None:
     """What a killed supervisor left: processes still ending, and Ray's directory with its sockets."""
-    record = run_dir.cluster()
-    if record is None or record.supervisor.alive():
-        return
-    kill_all(record.processes, grace_s=0.0)
+    kill_all(record.processes, grace_s=1.0)
     if record.ray_dir:
         shutil.rmtree(record.ray_dir, ignore_errors=True)
 

@@ -33,17 +33,26 @@ class Site:
     def baton(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.host.run(sys.executable, "-m", "deploy.cli", *words, "--run-dir", str(self.run_dir))
 
-    def start(self) -> tuple[subprocess.Popen[bytes], float]:
-        """`baton up` as the leader of a process group, as a shell starts it; ready, and after how long it was."""
+    def begin(self) -> subprocess.Popen[bytes]:
+        """`baton up` as the leader of a process group, as a shell starts it."""
         words = ["up", "--config", str(self.config), "--run-dir", str(self.run_dir)]
         command = self.host.command("setsid", "--wait", sys.executable, "-m", "deploy.cli", *words)
-        started = time.monotonic()
         with self.output.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        while b"Try it" not in self.output.read_bytes():
+            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+    def until_told(self, process: subprocess.Popen[bytes], text: bytes) -> None:
+        """Wait until `baton up` has printed it."""
+        deadline = time.monotonic() + _START_S
+        while text not in self.output.read_bytes():
             assert process.poll() is None, self.told()
-            assert time.monotonic() - started < _START_S, self.told()
+            assert time.monotonic() < deadline, self.told()
             time.sleep(0.05)
+
+    def start(self) -> tuple[subprocess.Popen[bytes], float]:
+        """A running cluster, and after how many seconds it was ready."""
+        started = time.monotonic()
+        process = self.begin()
+        self.until_told(process, b"Try it")
         return process, time.monotonic() - started
 
     def record(self) -> ClusterRecord:

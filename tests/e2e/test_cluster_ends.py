@@ -41,8 +41,20 @@ def test_a_killed_supervisor_takes_everything_with_it(site: Site) -> None:
     assert site.baton("up", "--config", str(site.config), "--detach").returncode == 0, site.told()
     record = site.record()
     site.host.kill(record.supervisor.pid)
+    assert site.baton("status").returncode == 3
     stopped = site.baton("down")
     assert (stopped.returncode, stopped.stdout) == (0, "stopped\n"), stopped.stderr
+    site.assert_nothing_left(shm_before, record.ray_dir)
+
+
+def test_a_start_can_be_interrupted(site: Site) -> None:
+    shm_before = netns.shared_memory()
+    process = site.begin()
+    site.until_told(process, b"prefill-0: starting")
+    record = site.record()
+    site.host.kill(-record.supervisor.pid, "INT")
+    assert process.wait(timeout=60) == 0, site.told()
+    assert site.output.read_text().endswith("stopping\nstopped\n")
     site.assert_nothing_left(shm_before, record.ray_dir)
 
 

@@ -55,6 +55,19 @@ def test_the_kernel_frees_the_lock_of_a_killed_supervisor(tmp_path: Path) -> Non
     assert not RunDir(tmp_path).is_locked()
 
 
+def test_what_a_dead_supervisor_left_is_told_and_forgotten(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert run_dir.acquire() is None
+    left = ClusterRecord(supervisor=ProcessId(pid=1, started=0), ray_dir="/tmp/x")
+    for record in (left, ControlRecord(control_addr="tcp://h:1", feed_addr="tcp://h:2"), {"decode": 7}):
+        run_dir.write(record)
+    os.close(run_dir._lock_fd or -1)
+    heir = RunDir(tmp_path)
+    assert heir.acquire() == left
+    assert (heir.cluster(), heir.control(), heir.desired()) == (None, None, None)
+    heir.release()
+
+
 def test_the_secret_is_fresh_private_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET_ENV, raising=False)
     run_dir = RunDir(tmp_path / "run")
