@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 
 import pytest
@@ -118,20 +119,20 @@ async def test_a_late_write_after_revocation_reaches_no_new_owner(transport: str
 
 async def test_a_shared_memory_writer_that_is_stuck_in_a_copy_holds_its_blocks() -> None:
     """The copy goes on after the revocation, because nothing can stop it; the blocks have no new owner meanwhile."""
-    go_on = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stuck, go_on = threading.Event(), threading.Event()
     turns = itertools.count()
 
     def slow() -> Fault:
         if next(turns) == 3:
-            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
+            stuck.set()
+            assert go_on.wait(10)
         return Fault.NONE
 
     async with Rig("shm", num_blocks=8) as rig:
         client = await rig.add_client("prefill-1", wrap_link=lambda link: FaultyLink(link, slow))
         handoff = rig.offer("r1", 32, client=client)
         rig.compute(handoff)
-        await until(lambda: next(turns) > 3)
+        await until(stuck.is_set)
         rig.server.cancel("r1", 0)
         waiting = rig.offer("r2", 4)
         rig.compute(waiting)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import random
+import re
 import threading
 import time
 from pathlib import Path
@@ -325,11 +326,15 @@ async def test_nothing_is_left_behind(transport: str) -> None:
             await asyncio.gather(*(rig.hand_off(f"r{i}", 8, client=c) for i, c in enumerate([rig.client, other] * 3)))
             await rig.offer("r9", 20).abort()
 
+    def descriptors() -> list[str]:
+        gc.collect()
+        paths = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+        return sorted(re.sub(r"\d+", "", os.readlink(path)) for path in paths if os.path.lexists(path))
+
     await life()
-    gc.collect()
-    before = (set(os.listdir("/proc/self/fd")), threading.active_count())
+    before = descriptors()
     for _ in range(3):
         await life()
-    gc.collect()
-    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert descriptors() == before
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
     assert "memfd:baton-kv" not in await asyncio.to_thread(Path("/proc/self/maps").read_text)

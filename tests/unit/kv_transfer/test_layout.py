@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer import layout as layout_module
@@ -13,6 +13,7 @@ from tests.unit.kv_transfer.rig import make_layout
 blocks = st.lists(st.integers(0, 19), unique=True, max_size=20)
 
 
+@settings(deadline=None)
 @given(blocks, st.randoms(use_true_random=False))
 def test_runs_pair_every_block_once_in_order(sources: list[int], rng: object) -> None:
     targets = list(range(20))
@@ -25,6 +26,7 @@ def test_runs_pair_every_block_once_in_order(sources: list[int], rng: object) ->
         assert (left.source + left.num_blocks, left.target + left.num_blocks) != (right.source, right.target)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_copies_move_exactly_the_blocks(data: st.DataObject) -> None:
     source, target = make_layout(20), make_layout(31)
@@ -60,6 +62,7 @@ def test_layers_count_main_planes_first_and_mtp_after() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(-200, 9000), st.integers(-50, 900))
 def test_locate_knows_exactly_the_whole_cells(offset: int, num_bytes: int) -> None:
     layout = make_layout(16)
