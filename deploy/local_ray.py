@@ -23,6 +23,7 @@ from llm_engine.api.errors import ServingError
 NAMESPACE = "baton"
 CONTROLLER = "controller"
 ROUTER = "router"
+RAY_FILES = "ray"  # Ray opens this directory to everybody; the private one above it keeps them out
 _WORKER_PREFIX = "worker:"
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no object of ours is ever put there
 
@@ -47,7 +48,7 @@ def set_environment(secret: str, ray_dir: Path) -> None:
 
 
 def start(ray_dir: Path) -> None:
-    """Start Ray with its files under `ray_dir`. Its processes die with this thread."""
+    """Start Ray with its files below `ray_dir`. Its processes die with this thread."""
     import ray
 
     try:
@@ -58,7 +59,7 @@ def start(ray_dir: Path) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(ray_dir),
+            _temp_dir=str(ray_dir / RAY_FILES),
         )
     except (RuntimeError, ConnectionError, OSError, ValueError) as exc:
         raise ServingError(f"Ray does not start: {' '.join(str(exc).split())}") from exc

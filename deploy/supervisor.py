@@ -272,7 +272,7 @@ def _keep_logs(ray_dir: Path, logs: Path) -> None:
     """Move Ray's logs beside ours and remove everything else of it."""
     target = logs / "ray"
     shutil.rmtree(target, ignore_errors=True)
-    source = ray_dir / "session_latest" / "logs"
+    source = ray_dir / local_ray.RAY_FILES / "session_latest" / "logs"
     if source.exists():
         with contextlib.suppress(OSError):
             shutil.move(str(source.resolve()), target)

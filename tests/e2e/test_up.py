@@ -83,6 +83,11 @@ def test_everything_listens_on_loopback(cluster: Site) -> None:
     assert [address for address in listeners if not netns.is_loopback(address)] == []
 
 
+def test_other_users_reach_no_file_of_it(cluster: Site) -> None:
+    for directory in (cluster.record().ray_dir, cluster.run_dir):
+        assert Path(directory).stat().st_mode & 0o777 == 0o700
+
+
 def test_no_secret_is_on_a_command_line(cluster: Site) -> None:
     secret = (cluster.run_dir / "secret").read_text(encoding="utf-8")
     commands = cluster.host.processes()
