@@ -40,9 +40,8 @@ async def chat_completions(edge: Edge, exchange: Exchange) -> None:
         default_tokens=None,
         logprobs=_num_logprobs(body),
     )
-    choices: list[_Choice] = []
-    envelope = Envelope(job, "chat.completion.chunk", body.stream_options, choices)
-    choices += [_Choice(edge, body, job, i, envelope, rendered, forced) for i in range(len(job.requests))]
+    envelope = Envelope(job, "chat.completion.chunk", body.stream_options)
+    choices = [_Choice(edge, body, job, i, envelope, rendered, forced) for i in range(len(job.requests))]
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)
         return
@@ -52,7 +51,7 @@ async def chat_completions(edge: Edge, exchange: Exchange) -> None:
         created=job.created,
         model=job.model,
         choices=[choice.answer() for choice in choices],
-        usage=job.usage(choices),
+        usage=job.usage(),
         seed=job.seed,
     )
     if body.return_token_ids:
@@ -68,7 +67,7 @@ class _Choice:
     ) -> None:
         """`forced`: the beginning of the answer that is already part of the prompt."""
         table = edge.tokenizer.token_bytes if body.skip_special_tokens is False else edge.chat_bytes
-        self.stream = generation.text_stream(body, job.requests[index], table)
+        self._stream = generation.open_stream(job, body, index, table)
         self._edge = edge
         self._index = index
         self._num_top = body.top_logprobs or 0
@@ -91,7 +90,7 @@ class _Choice:
         return self.finish is not None
 
     def collect(self, chunk: OutputChunk) -> None:
-        piece = self.stream.feed(chunk)
+        piece = self._stream.feed(chunk)
         self._builder.add(self._parse(piece))
         if self._return_ids or piece.logprobs is not None:
             self._tokens += piece.tokens
@@ -119,7 +118,7 @@ class _Choice:
         return choice
 
     def events(self, chunk: OutputChunk) -> bytes:
-        piece = self.stream.feed(chunk)
+        piece = self._stream.feed(chunk)
         deltas = self._writer.deltas(self._parse(piece))
         extras = self._extras(piece)
         if not self._started:

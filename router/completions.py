@@ -18,7 +18,7 @@ from router.exchange import Exchange
 from router.generation import Envelope, Job, encode_json
 from router.requests import decode_body
 from router.schemas import CompletionBody
-from router.stream import Finish, Piece, TextStream
+from router.stream import Finish, Piece
 from router.tokenizer import Segment
 
 DEFAULT_MAX_TOKENS = 16  # as documented by the OpenAI API
@@ -41,9 +41,8 @@ async def completions(edge: Edge, exchange: Exchange) -> None:
         default_tokens=DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
     )
-    choices: list[_Choice] = []
-    envelope = Envelope(job, "text_completion", body.stream_options, choices)
-    choices += [_Choice(edge, body, job, i, envelope) for i in range(len(job.requests))]
+    envelope = Envelope(job, "text_completion", body.stream_options)
+    choices = [_Choice(edge, body, job, i, envelope) for i in range(len(job.requests))]
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)
         return
@@ -53,7 +52,7 @@ async def completions(edge: Edge, exchange: Exchange) -> None:
         created=job.created,
         model=job.model,
         choices=[choice.answer() for choice in choices],
-        usage=job.usage(choices),
+        usage=job.usage(),
         seed=job.seed,
     )
     await exchange.respond(200, encode_json(answer), headers=job.headers)
@@ -65,7 +64,7 @@ class _Choice:
     def __init__(self, edge: Edge, body: CompletionBody, job: Job, index: int, envelope: Envelope) -> None:
         want_logprobs = body.logprobs is not None
         table = edge.tokenizer.token_bytes if body.skip_special_tokens is False else edge.completion_bytes
-        self.stream: TextStream = generation.text_stream(body, job.requests[index], table, want_offsets=want_logprobs)
+        self._stream = generation.open_stream(job, body, index, table, want_offsets=want_logprobs)
         self._edge = edge
         self._index = index
         self._num_top = body.logprobs or 0
@@ -85,7 +84,7 @@ class _Choice:
         return self.finish is not None
 
     def collect(self, chunk: OutputChunk) -> None:
-        piece = self.stream.feed(chunk)
+        piece = self._stream.feed(chunk)
         self._texts.append(piece.text)
         self.finish = piece.finish
         if self._return_ids or piece.logprobs is not None:
@@ -107,7 +106,7 @@ class _Choice:
         return choice
 
     def events(self, chunk: OutputChunk) -> bytes:
-        piece = self.stream.feed(chunk)
+        piece = self._stream.feed(chunk)
         if piece.logprobs is not None or self._return_ids:
             return self._full_event(piece)
         if piece.finish is not None:

@@ -1,8 +1,7 @@
-"""One HTTP request and its answer over raw ASGI: bounded body, plain and streamed answers, and a watch on the client.
+"""One HTTP request and its answer over raw ASGI: bounded body, plain and streamed answers.
 
-A client that leaves cancels the task that serves it; one that stops reading (or sending) for `stall_s` is disconnected,
-which is the same case from then on. Between the two the amount buffered per client is bounded by the transport's
-high-water mark plus one chunk: the handler does not ask for more output while a write is waiting.
+What is buffered per client is bounded by the transport's high-water mark plus one chunk: a write waits while the client
+does not read, and the handler does not ask for more output meanwhile. `router.watchdog` ends waits that last too long.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 from llm_engine.api.errors import RequestError
 
-WATCH_AFTER_S = 0.02  # short requests end before a watch is worth its task
 ABORT_EXTENSION = "baton.abort"  # scope extension: drops the connection without waiting for unread data
 JSON_TYPE = b"application/json"
 
@@ -124,9 +121,10 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": one_line_events(data), "more_body": not last})
         self._writing_since = None
 
-    def watch(self) -> ClientWatch:
-        """A context manager whose body ends with ClientGone when the client leaves."""
-        return ClientWatch(self, self._receive, self._stall_s)
+    async def disconnected(self) -> None:
+        """Wait for the client to leave. Reads (and drops) what it still sends."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     def check_progress(self) -> None:
         """Disconnect the client if the current write has been waiting for longer than `stall_s`."""
@@ -145,8 +143,7 @@ class Exchange:
         self.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._stall_s):
-                while (await self._receive())["type"] != "http.disconnect":
-                    pass
+                await self.disconnected()
 
     async def _read_rest(self, body: bytes, max_bytes: int) -> bytes:
         parts = [body]
@@ -188,47 +185,3 @@ def one_line_events(data: bytes) -> bytes:
         data = data.replace(b"\xc2\x85", b"\\u0085")
         data = data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
     return data
-
-
-class ClientWatch:
-    """Waits for the client's disconnect beside the serving task, once the request has lived for WATCH_AFTER_S."""
-
-    __slots__ = ("_exchange", "_gone", "_loop", "_period_s", "_receive", "_task", "_timer", "_watcher")
-
-    def __init__(self, exchange: Exchange, receive: Receive, stall_s: float) -> None:
-        self._exchange = exchange
-        self._receive = receive
-        self._period_s = stall_s / 4
-        self._gone = False
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._watcher: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(WATCH_AFTER_S, self._start)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self._gone and kind is asyncio.CancelledError and self._task is not None:
-            self._task.uncancel()
-            raise ClientGone from None
-
-    def _start(self) -> None:
-        self._watcher = self._loop.create_task(self._wait_for_disconnect())
-        self._tick()
-
-    def _tick(self) -> None:
-        self._exchange.check_progress()
-        self._timer = self._loop.call_later(self._period_s, self._tick)
-
-    async def _wait_for_disconnect(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        if not self._exchange.finished and self._task is not None:  # a complete answer ends in a disconnect, too
-            self._gone = True
-            self._task.cancel()

@@ -28,8 +28,6 @@ STREAM_END = b"data: [DONE]\n\n"
 class Choice(Protocol):
     """One of the answers: takes chunks, and gives them back in the shape of its endpoint."""
 
-    stream: TextStream
-
     @property
     def done(self) -> bool:
         """Whether the choice has its finish reason."""
@@ -46,7 +44,10 @@ class Choice(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """One HTTP request under way. Sequence i belongs to prompt i // n and is choice i % n of it."""
+    """One HTTP request under way. Sequence i belongs to prompt i // n and is choice i % n of it.
+
+    Nothing a job holds refers back to it or to the choices: a finished request is freed at once, not by a collection.
+    """
 
     id: str
     model: str
@@ -54,21 +55,22 @@ class Job:
     n: int
     prompts: Sequence[list[int]]
     requests: list[GenerationRequest]
+    streams: list[TextStream] = field(default_factory=list)  # one per sequence, in order
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         return ((b"x-request-id", self.id.encode()), (b"x-baton-seed", b"%d" % self.seed))
 
-    def usage(self, choices: Sequence[Choice]) -> Usage:
+    def usage(self) -> Usage:
         """Token counts so far."""
         num_prompt = sum(map(len, self.prompts))
-        num_output = sum(choice.stream.num_tokens for choice in choices)
+        num_output = sum(stream.num_tokens for stream in self.streams)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
-            prompt_tokens_details=PromptDetails(sum(choice.stream.cached_tokens for choice in choices[:: self.n])),
+            prompt_tokens_details=PromptDetails(sum(stream.cached_tokens for stream in self.streams[:: self.n])),
         )
 
 
@@ -116,31 +118,31 @@ def plan(
     return Job(id=job_id, model=body.model, seed=seed, n=n, prompts=prompts, requests=requests)
 
 
-def text_stream(
-    body: GenerationBody, request: GenerationRequest, table: Sequence[bytes], *, want_offsets: bool = False
+def open_stream(
+    job: Job, body: GenerationBody, index: int, table: Sequence[bytes], *, want_offsets: bool = False
 ) -> TextStream:
-    """The text of one sequence of a request."""
-    return TextStream(
+    """The text of one sequence of a job; call in the order of the sequences."""
+    stream = TextStream(
         table,
         stops=sampling.stop_strings(body),
         include_stop=bool(body.include_stop_str_in_output),
-        min_tokens=request.sampling.min_tokens,
+        min_tokens=job.requests[index].sampling.min_tokens,
         want_offsets=want_offsets,
     )
+    job.streams.append(stream)
+    return stream
 
 
 class Envelope:
     """The part of a server-sent event that is the same for all chunks of a request."""
 
-    def __init__(self, job: Job, object_name: str, options: StreamOptions | None, choices: Sequence[Choice]) -> None:
-        """`choices` may still be filled by the caller."""
+    def __init__(self, job: Job, object_name: str, options: StreamOptions | None) -> None:
         fields = {"id": job.id, "object": object_name, "created": job.created, "model": job.model}
         self.head = b"data: " + encode_json(fields)[:-1] + b',"choices":['
         self._usage_in_every_chunk = options is not None and bool(options.continuous_usage_stats)
         self._usage_at_end = options is not None and bool(options.include_usage)
         self._tail = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
         self._job = job
-        self._choices = choices
 
     def tail(self) -> bytes:
         """What follows the choice."""
@@ -152,12 +154,12 @@ class Envelope:
         return usage + STREAM_END
 
     def _with_usage(self) -> bytes:
-        return b'],"usage":' + encode_json(self._job.usage(self._choices)) + b"}\n\n"
+        return b'],"usage":' + encode_json(self._job.usage()) + b"}\n\n"
 
 
 async def collect(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice]) -> None:
     """Run the job to its end. Raises ServingError, ClientGone."""
-    with exchange.watch():
+    with edge.watchdog.watch(exchange):
         async with open_source(edge.dispatcher, job.requests) as source:
             running = len(choices)
             while running:
@@ -171,7 +173,7 @@ async def collect(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Ch
 
 async def stream(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice], envelope: Envelope) -> None:
     """Run the job and send its events. Until the first chunk a failure is raised, afterwards it is an event."""
-    with exchange.watch():
+    with edge.watchdog.watch(exchange):
         async with open_source(edge.dispatcher, job.requests) as source:
             index, chunk = await source.next()
             await exchange.start_stream(job.headers)

@@ -57,18 +57,6 @@ class AnswerParser:
         self._names: set[str] = set()  # parameters of the current call
         self._value_is_string = True
         self._value: list[str] = []  # pieces of a JSON value or of bare arguments
-        self._steps: dict[_State, Callable[[], bool]] = {
-            _State.REASONING: self._reasoning,
-            _State.CONTENT: self._content,
-            _State.CALLS: self._calls,
-            _State.CALL_HEADER: self._call_header,
-            _State.CALL_START: self._call_start,
-            _State.BODY: self._body,
-            _State.PARAMETER_HEADER: self._parameter_header,
-            _State.VALUE: self._parameter_value,
-            _State.BARE: self._bare_arguments,
-            _State.DONE: self._drop,
-        }
         self.num_complete_calls = 0
 
     @property
@@ -81,7 +69,7 @@ class AnswerParser:
         if not self._buffer and self._state in _PLAIN and "<" not in text and "\n" not in text:
             return [_PLAIN[self._state](text)] if text else []  # nothing in it can begin a marker
         self._buffer += text
-        while self._buffer and self._steps[self._state]():
+        while self._buffer and _STEPS[self._state](self):
             pass
         events, self._events = self._events, []
         return events
@@ -238,6 +226,20 @@ class AnswerParser:
     def _emit(self, kind: type[Reasoning] | type[Content], text: str) -> None:
         if text:
             self._events.append(kind(text))
+
+
+_STEPS: dict[_State, Callable[[AnswerParser], bool]] = {
+    _State.REASONING: AnswerParser._reasoning,
+    _State.CONTENT: AnswerParser._content,
+    _State.CALLS: AnswerParser._calls,
+    _State.CALL_HEADER: AnswerParser._call_header,
+    _State.CALL_START: AnswerParser._call_start,
+    _State.BODY: AnswerParser._body,
+    _State.PARAMETER_HEADER: AnswerParser._parameter_header,
+    _State.VALUE: AnswerParser._parameter_value,
+    _State.BARE: AnswerParser._bare_arguments,
+    _State.DONE: AnswerParser._drop,
+}
 
 
 def _escaped(text: str) -> str:

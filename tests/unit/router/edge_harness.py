@@ -148,12 +148,16 @@ class RunningEdge:
     server: uvicorn.Server
 
 
+def make_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Edge:
+    chat = DeepseekV32Format(PromptTexts())
+    return Edge(RouterConfig(**options), dispatcher, RecordingMetrics(), byte_tokenizer(), chat)
+
+
 @contextlib.contextmanager
 def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[RunningEdge]:
-    tokenizer = byte_tokenizer()
-    metrics = RecordingMetrics()
-    config = RouterConfig(**options)
-    edge = Edge(config, dispatcher, metrics, tokenizer, DeepseekV32Format(PromptTexts()))
+    edge = make_edge(dispatcher, **options)
+    metrics, tokenizer = edge.metrics, edge.tokenizer
+    assert isinstance(metrics, RecordingMetrics)
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     server = make_server(App(edge), drain_s=1.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 import struct
@@ -14,6 +15,7 @@ import pytest
 
 from llm_engine.api.request import FinishReason
 from router import server as server_module
+from router.app import App
 from router.dispatch_api import GenerationRequest
 from tests.unit.router.edge_harness import (
     MODEL,
@@ -22,6 +24,7 @@ from tests.unit.router.edge_harness import (
     ScriptedDispatcher,
     byte_tokenizer,
     ids_of,
+    make_edge,
     running_edge,
 )
 
@@ -313,6 +316,37 @@ def test_connections_are_bounded(edge: RunningEdge, monkeypatch: pytest.MonkeyPa
     with connect(edge) as sock, contextlib.suppress(ConnectionError):
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_all(sock) == b""
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_finished_requests_leave_nothing_to_the_garbage_collector(path: str, stream: bool) -> None:
+    """Reference cycles would keep prompts alive until a collection, and make collections long."""
+    edge = make_edge(ScriptedDispatcher(scripted))
+    app = App(edge)
+    body = request_bytes(stream=stream, path=path).partition(b"\r\n\r\n")[2]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        await app(scope, receive, send)
+        gc.collect()
+        garbage = [item for item in gc.garbage if type(item).__module__.startswith(("router", "llm_engine"))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        edge.tokenizer.close()
+    assert sent[0]["status"] == 200
+    assert garbage == []
 
 
 def test_pipelined_and_kept_alive_requests_are_answered_in_order(edge: RunningEdge) -> None:
