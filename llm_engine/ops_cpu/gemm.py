@@ -19,6 +19,7 @@ from torch import Tensor
 
 TILE_ROWS: Final = 8
 MAX_DEPTH: Final = 512
+PANEL_ELEMENTS: Final = 256 << 10  # fp32 weights of one panel: 1 MiB
 
 
 class PackedProduct(Protocol):
@@ -46,30 +47,38 @@ def whole_tiles(x: Tensor) -> Tensor:
 
 
 class TiledLinear:
-    """x · Wᵀ in fp32 tiles."""
+    """x · Wᵀ in fp32 tiles. A wide weight is cut in panels that stay in a core's cache while all tiles pass by."""
 
     def __init__(self, weight_OI: Tensor, out_dtype: torch.dtype) -> None:
-        weight_1IO = weight_OI.t().float().contiguous().unsqueeze(0)
+        weight_IO = weight_OI.t().float()
+        width = max(1, PANEL_ELEMENTS // min(weight_IO.shape[0], MAX_DEPTH))
         self._out_dtype = out_dtype
-        self._out = weight_1IO.shape[2]
-        self._parts = torch.split(weight_1IO, MAX_DEPTH, dim=1)
+        self._out = weight_IO.shape[1]
+        self._panels = [
+            [part.contiguous() for part in torch.split(panel, MAX_DEPTH)]
+            for panel in torch.split(weight_IO, width, dim=1)
+        ]
 
     def __call__(self, x_RI: Tensor) -> Tensor:
         rows = x_RI.shape[0]
-        padded = whole_tiles(x_RI)
-        tiles = padded.shape[0] // TILE_ROWS
-        x_tMI = padded.view(tiles, TILE_ROWS, -1)
-        if len(self._parts) == 1:
-            y_tMO = torch.bmm(x_tMI, self._parts[0].expand(tiles, -1, -1))
-        else:
-            first, *rest = zip(torch.split(x_tMI, MAX_DEPTH, dim=2), self._parts, strict=True)
-            y_tMO = torch.bmm(first[0], first[1].expand(tiles, -1, -1))
-            for x_part, weight in rest:
-                y_tMO.baddbmm_(x_part, weight.expand(tiles, -1, -1))
-        y_RO = y_tMO.view(-1, self._out)
+        x_tMI = whole_tiles(x_RI).view(-1, TILE_ROWS, x_RI.shape[1])
+        panels = [_tiled_product(x_tMI, parts) for parts in self._panels]
+        y_RO = (panels[0] if len(panels) == 1 else torch.cat(panels, dim=2)).view(-1, self._out)
         if y_RO.shape[0] != rows:
             y_RO = y_RO[:rows]
         return y_RO if self._out_dtype == torch.float32 else y_RO.to(self._out_dtype)
+
+
+def _tiled_product(x_tMI: Tensor, parts: list[Tensor]) -> Tensor:
+    """Sum over the parts of the depth, in order."""
+    tiles = x_tMI.shape[0]
+    if len(parts) == 1:
+        return torch.bmm(x_tMI, parts[0].expand(tiles, -1, -1))
+    first, *rest = torch.split(x_tMI, MAX_DEPTH, dim=2)
+    y_tMO = torch.bmm(first, parts[0].expand(tiles, -1, -1))
+    for x_part, part in zip(rest, parts[1:], strict=True):
+        y_tMO.baddbmm_(x_part, part.expand(tiles, -1, -1))
+    return y_tMO
 
 
 class TiledHeads:
@@ -84,7 +93,7 @@ class TiledHeads:
         x_hRI = whole_tiles(x_RhI).transpose(0, 1)
         padded = x_hRI.shape[1]
         tiles = padded // TILE_ROWS
-        if tiles <= heads:  # the same products either way, in fewer calls
+        if tiles <= 2:  # the same products either way; below, a head's matrix stays cached while all tiles pass by
             parts = [torch.bmm(x_hMI, self._weight_hIO) for x_hMI in torch.split(x_hRI, TILE_ROWS, dim=1)]
             return (parts[0] if tiles == 1 else torch.cat(parts, dim=1))[:, :rows]
         y_hRO = x_hRI.new_empty(heads, padded, out)

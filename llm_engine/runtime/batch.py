@@ -42,6 +42,8 @@ def build_batch(sequences: Sequence[SequenceRows], *, block_tokens: int, row_til
     positions = np.zeros(padded, dtype=np.int64)
     first_position = np.array([rows.start for rows in sequences], dtype=np.int64)
     positions[:num_rows] = np.arange(num_rows) - np.array(starts[:-1])[seq_of_row] + first_position[seq_of_row]
+    if padded > num_rows:  # padding repeats the last row, so that it wakes no further expert
+        token_ids[num_rows:], positions[num_rows:] = token_ids[num_rows - 1], positions[num_rows - 1]
     block, offset = np.divmod(positions[:num_rows], block_tokens)
     slots = tables[seq_of_row, block].astype(np.int64) * block_tokens + offset
     return ForwardBatch(
