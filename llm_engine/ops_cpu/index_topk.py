@@ -47,7 +47,7 @@ def index_topk(
     if plan.max_visible <= k:
         return None
     sel_NK = torch.empty(plan.num_rows, k, dtype=torch.int32)
-    cost = query_RhD[0].numel() * plan.max_visible
+    cost = query_RhD.shape[1] * query_RhD.shape[2] * plan.max_visible
     over_rows(
         _index_topk,
         plan.num_rows,

@@ -58,12 +58,13 @@ def mla_attend(
     """See `llm_engine.ops.spec.MlaAttend`."""
     query = query_RhD.float()
     absorbed_hRL = kv_b.absorb(query[..., : -2 * plan.cos_RJ.shape[1]]).contiguous()
+    heads, _, rank = absorbed_hRL.shape
     latent_hRL = torch.empty(absorbed_hRL.shape)
     keys = plan.max_visible if sel_NK is None else sel_NK.shape[1]
     over_rows(
         _attend,
         plan.num_rows,
-        2 * latent_hRL[:, 0].numel() * keys,
+        2 * heads * rank * keys,
         query.contiguous().numpy(),
         absorbed_hRL.numpy(),
         cache_array(plane_BPC),

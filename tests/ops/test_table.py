@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_engine.api.errors import ConfigError
-from llm_engine.ops import ForwardBatch, load_ops
+from llm_engine.ops import ForwardBatch, GateConfig, Ops, load_ops
 from tests.ops.paged import Paged
 
 
@@ -48,3 +48,27 @@ def test_check_finds_broken_batches() -> None:
     for changes in cases:
         with pytest.raises(ValueError, match=r"row_starts|positions|slots"):
             broken(batch, **changes).check(8)
+
+
+def test_an_empty_batch_passes_through(ops: Ops) -> None:
+    """A rank with nothing to do still takes part in every step."""
+    batch = ForwardBatch(
+        token_ids_R=torch.empty(0, dtype=torch.int64),
+        positions_R=torch.empty(0, dtype=torch.int64),
+        slots_N=torch.empty(0, dtype=torch.int64),
+        block_tables_SB=torch.empty(0, 0, dtype=torch.int32),
+        row_starts=(0,),
+        context_lens=(),
+    )
+    plan = ops.plan(batch, block_tokens=8, cos_TJ=torch.zeros(4, 8), sin_TJ=torch.zeros(4, 8))
+    latent, index = torch.zeros(2, 8, 56, dtype=ops.dtype), torch.zeros(2, 8, 24, dtype=ops.dtype)
+    rows = torch.empty(0, 56, dtype=ops.dtype)
+    ops.write_latent(latent, rows, torch.ones(40), 1e-6, plan)
+    ops.write_index_keys(index, rows[:, :24], torch.ones(24), torch.ones(24), 1e-6, plan)
+    assert ops.index_topk(rows[:, :48].view(0, 2, 24), rows[:, :2], index, plan, 4) is None
+    kv_b = ops.pack_kv_b(torch.zeros(2, 8, 40), torch.zeros(2, 16, 40))
+    assert ops.mla_attend(rows[:, :48].view(0, 2, 24), latent, plan, None, kv_b, 1.0).shape == (0, 2, 16)
+    assert ops.linear(rows, ops.pack_linear(torch.zeros(5, 56))).shape == (0, 5)
+    ids, weights = ops.gate(torch.empty(0, 4), torch.zeros(4), GateConfig(top_k=2))
+    experts = ops.pack_experts(torch.zeros(4, 32, 56), torch.zeros(4, 56, 16))
+    assert ops.moe(rows, ids, weights, experts).shape == (0, 56)
