@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import Ops
+from llm_engine.ops_cpu import mla, mla_expanded
 from llm_engine.ops_cpu.cache import write_index_keys, write_latent
 from llm_engine.ops_cpu.gate import gate
 from llm_engine.ops_cpu.gemm import TILE_ROWS, FreeGemm, Gemm, PackedProduct, TiledGemm
 from llm_engine.ops_cpu.index_topk import index_topk
 from llm_engine.ops_cpu.jit import compile_kernels
-from llm_engine.ops_cpu.mla import PackedKvB, mla_attend
 from llm_engine.ops_cpu.moe import PackedExperts, PackedMlp, mlp, moe
 from llm_engine.ops_cpu.norm import add_rms_norm, rms_norm
 from llm_engine.ops_cpu.plan import plan
@@ -52,8 +52,8 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
         write_latent=write_latent,
         write_index_keys=write_index_keys,
         index_topk=index_topk,
-        pack_kv_b=partial(PackedKvB.pack, gemm),
-        mla_attend=mla_attend,
+        pack_kv_b=partial(mla.PackedKvB.pack if numerics == "exact" else mla_expanded.BothKvB.pack, gemm),
+        mla_attend=mla.mla_attend if numerics == "exact" else mla_expanded.mla_attend,
         self_check=partial(check_products, gemm) if numerics == "exact" else _nothing_to_check,
     )
 

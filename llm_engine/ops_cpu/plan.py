@@ -5,7 +5,7 @@ Shapes: R rows, N real rows, S sequences, B blocks of the longest table, J rope 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -24,10 +24,24 @@ class CpuPlan:
     seqs_N: Longs  # sequence of each real row
     visible_N: Longs  # positions it sees: 0 .. visible - 1
     max_visible: int
+    row_starts: tuple[int, ...]  # rows of sequence s: row_starts[s] .. row_starts[s + 1] - 1
     tables_SB: Ints
     block_tokens: int
     cos_RJ: Floats
     sin_RJ: Floats
+
+    def only(self, rows: Longs) -> CpuPlan:
+        """The plan for reading with some of the real rows; they stand without padding and are not written."""
+        return replace(
+            self,
+            num_rows=len(rows),
+            slots_N=self.slots_N[rows],
+            seqs_N=self.seqs_N[rows],
+            visible_N=self.visible_N[rows],
+            row_starts=(0, len(rows)),
+            cos_RJ=self.cos_RJ[rows],
+            sin_RJ=self.sin_RJ[rows],
+        )
 
 
 def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tensor) -> CpuPlan:
@@ -40,6 +54,7 @@ def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tens
         slots_N=batch.slots_N.numpy(),
         seqs_N=np.repeat(np.arange(batch.num_seqs), counts),
         visible_N=positions[:rows].numpy() + 1,
+        row_starts=batch.row_starts,
         max_visible=max(batch.context_lens, default=0),
         tables_SB=batch.block_tables_SB.contiguous().numpy(),
         block_tokens=block_tokens,
