@@ -107,3 +107,14 @@ def test_mismatch_names_both_sides() -> None:
     text = str(mismatch(("p0", "f", small), ("d0", "f", large)))
     assert "p0 has blocks of 4 tokens, latent[3 layers × 96 B]" in text
     assert "d0 has blocks of 4 tokens, latent[3 layers × 192 B]" in text
+
+
+def test_a_range_never_crosses_into_the_next_layer_or_plane() -> None:
+    layout = make_layout(16)
+    cell_map = CellMap(layout)
+    for plane in layout.planes:
+        for layer in range(plane.num_layers):
+            for block in range(16):
+                for count in range(17 - block, 20):
+                    with pytest.raises(ProtocolError):
+                        cell_map.locate(plane.address(layer, block, 16), count * plane.block_bytes)
