@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -262,3 +263,39 @@ def leftovers(load: Load) -> dict[str, int]:
     names = ("num_waiting", "num_running", "blocks_live", "blocks_leased", "blocks_quarantined", "pending_handoffs")
     fields = msgspec.structs.asdict(load)
     return {name: fields[name] for name in names if fields[name]}
+
+
+def prompts(count: int, *, seed: int = 5, longest: int = 150) -> list[list[int]]:
+    """Byte tokens, several blocks long, a third of them with one shared head."""
+    rng = random.Random(seed)
+    head = rng.choices(range(3, 259), k=longest // 2)
+    made = []
+    for index in range(count):
+        shared = head if index % 3 == 0 else []
+        made.append(shared + rng.choices(range(3, 259), k=rng.randint(1, longest - len(shared))))
+    return made
+
+
+def asks(router: MiniRouter, count: int = 18) -> list[Stream]:
+    """Twelve tokens for every prompt; every other one sampled, every fourth with logprobs."""
+    return [
+        router.stream(
+            prompt, max_tokens=12, seed=index, temperature=0.8 * (index % 2), logprobs=None if index % 4 else 2
+        )
+        for index, prompt in enumerate(prompts(count))
+    ]
+
+
+async def answers(router: MiniRouter, to: str, decode: str | None = None, *, at_once: bool) -> list[Stream]:
+    """Serve every ask, together or one after the other."""
+    streams = asks(router)
+    for stream in streams:
+        await router.submit(stream, to, decode)
+        if not at_once:
+            await router.finished(stream)
+    await router.finished(*streams, timeout_s=60.0)
+    return streams
+
+
+def outcomes(streams: list[Stream]) -> list[Any]:
+    return [(s.tokens, s.finish, [entry.logprob for entry in s.logprobs]) for s in streams]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,129 +16,39 @@ from deploy.processes import ProcessCluster
 from llm_engine.api.config import SECRET_ENV
 from llm_engine.api.messages import Cancel, Drain, KvSnapshot, SnapshotRequest
 from llm_engine.api.request import FinishReason
-from tests.e2e.mini_router import MiniRouter, Stream
+from tests.e2e.mini_router import MiniRouter, answers, prompts
 
-PREFILL, DECODE, AGGREGATED = "prefill-0", "decode-0", "aggregated-0"
-
-Start = Callable[..., AbstractContextManager[ProcessCluster]]
-
-
-def prompts(count: int, *, seed: int = 5, longest: int = 150) -> list[list[int]]:
-    """Byte tokens, several blocks long, a third of them with one shared head."""
-    rng = random.Random(seed)
-    head = rng.choices(range(3, 259), k=longest // 2)
-    made = []
-    for index in range(count):
-        shared = head if index % 3 == 0 else []
-        made.append(shared + rng.choices(range(3, 259), k=rng.randint(1, longest - len(shared))))
-    return made
+PREFILL, DECODE = "prefill-0", "decode-0"
 
 
 @pytest.fixture(scope="module")
-def start(nano_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    def start(prefill: int = 1, decode: int = 1, aggregated: int = 0, **settings: Any) -> ProcessCluster:
-        config: dict[str, Any] = {
-            "model.path": str(nano_dir),
-            "model.name": "baton",
-            "engine.num_drafts": 1,
-            "kv.memory_mb": 32,
-            "scheduler.max_step_tokens": 64,
-            "worker.heartbeat_s": 0.1,
-        }
-        config |= {key.replace("__", "."): value for key, value in settings.items()}
-        run_dir = tmp_path_factory.mktemp("workers")
-        return ProcessCluster(run_dir, config, prefill=prefill, decode=decode, aggregated=aggregated, router=False)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def pair(start: Start) -> Iterator[ProcessCluster]:
-    """One prefill and one decode worker for the tests that leave them as they were."""
-    with start() as cluster:
+def pair(nano_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+    """`PREFILL` and `DECODE` are left as they were by every test; those that end a worker have one of their own."""
+    config: dict[str, Any] = {
+        "model.path": str(nano_dir),
+        "model.name": "baton",
+        "engine.num_drafts": 1,
+        "kv.memory_mb": 32,
+        "scheduler.max_step_tokens": 64,
+        "worker.heartbeat_s": 0.1,
+        "worker.drain_timeout_s": 4.0,
+    }
+    with ProcessCluster(tmp_path_factory.mktemp("workers"), config, prefill=2, decode=4, router=False) as cluster:
         yield cluster
 
 
 @asynccontextmanager
 async def routing(cluster: ProcessCluster, *names: str) -> AsyncIterator[MiniRouter]:
-    """A router that knows these workers; by default all."""
+    """A router that knows these workers; by default all of them."""
     async with MiniRouter(cluster.env[SECRET_ENV].encode()) as router:
         for name in names or cluster.infos:
             await router.connect(name, cluster.infos[name]["request_addr"])
         yield router
 
 
-def asks(router: MiniRouter, count: int = 18) -> list[Stream]:
-    """Twelve tokens for every prompt; every other one sampled, every fourth with logprobs."""
-    return [
-        router.stream(
-            prompt, max_tokens=12, seed=index, temperature=0.8 * (index % 2), logprobs=None if index % 4 else 2
-        )
-        for index, prompt in enumerate(prompts(count))
-    ]
-
-
-async def answers(router: MiniRouter, to: str, decode: str | None = None, *, at_once: bool) -> list[Stream]:
-    """Serve every ask, together or one after the other."""
-    streams = asks(router)
-    for stream in streams:
-        await router.submit(stream, to, decode)
-        if not at_once:
-            await router.finished(stream)
-    await router.finished(*streams, timeout_s=60.0)
-    return streams
-
-
-def outcomes(streams: list[Stream]) -> list[Any]:
-    return [(s.tokens, s.finish, [entry.logprob for entry in s.logprobs]) for s in streams]
-
-
-@pytest.fixture(scope="module")
-def reference(start: Start) -> list[Any]:
-    """Aggregated, no speculation, no prefix cache, one at a time."""
-
-    async def serve(cluster: ProcessCluster) -> list[Any]:
-        async with routing(cluster) as router:
-            return outcomes(await answers(router, AGGREGATED, at_once=False))
-
-    with start(0, 0, 1, engine__num_drafts=0, kv__prefix_cache=False) as cluster:
-        return asyncio.run(serve(cluster))
-
-
-# -- promise 1: the same tokens ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("transport", "drafts"), [("shm", 0), ("shm", 1), ("tcp", 3)], ids=["shm-K0", "shm-K1", "tcp-K3"]
-)
-async def test_handed_over_sequences_have_the_same_tokens_cold_and_warm(
-    transport: str, drafts: int, start: Start, reference: list[Any]
-) -> None:
-    with start(transfer__transport=transport, engine__num_drafts=drafts) as cluster:
-        async with routing(cluster) as router:
-            cold = await answers(router, PREFILL, DECODE, at_once=True)
-            warm = await answers(router, PREFILL, DECODE, at_once=True)
-            await router.clean(PREFILL, DECODE)
-    assert outcomes(cold) == reference
-    assert outcomes(warm) == reference
-    for stream in cold + warm:
-        assert stream.sources == [PREFILL] + [DECODE] * 11  # token 1 comes straight from prefill, and is restated
-        assert len(stream.started) == 1
-        assert stream.started[0].exposed_s > 0
-    assert sum(s.started[0].num_bytes for s in warm) < sum(s.started[0].num_bytes for s in cold) / 3
-    assert all(s.cached_tokens[0] > 0 for s in warm if len(s.prompt) > 32)
-
-
-async def test_an_aggregated_worker_has_the_same_tokens(start: Start, reference: list[Any]) -> None:
-    with start(0, 0, 1, engine__num_drafts=1) as cluster:
-        async with routing(cluster) as router:
-            assert outcomes(await answers(router, AGGREGATED, at_once=True)) == reference
-            await router.clean(AGGREGATED)
-
-
 async def test_a_continuation_has_the_same_tokens(pair: ProcessCluster) -> None:
     """A later attempt starts from prompt and emitted tokens; so does the router after a loss."""
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         whole = router.stream(prompts(1)[0], max_tokens=24, temperature=1.0, seed=3)
         await router.submit(whole, PREFILL, DECODE)
         await router.finished(whole)
@@ -156,7 +64,7 @@ async def test_a_continuation_has_the_same_tokens(pair: ProcessCluster) -> None:
 
 
 async def test_one_token_needs_no_decode_worker(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         stream = router.stream(prompts(1)[0], max_tokens=1)
         await router.submit(stream, PREFILL, DECODE)
         await router.finished(stream)
@@ -165,7 +73,7 @@ async def test_one_token_needs_no_decode_worker(pair: ProcessCluster) -> None:
 
 
 async def test_a_cancelled_request_leaves_nothing_behind_at_any_stage(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         for stage in range(4):
             stream = router.stream(prompts(9)[stage] * 4, max_tokens=2000, seed=stage)
             await router.submit(stream, PREFILL, DECODE)
@@ -178,7 +86,7 @@ async def test_a_cancelled_request_leaves_nothing_behind_at_any_stage(pair: Proc
 
 
 async def test_a_prefill_worker_withdraws_what_is_cancelled_while_it_computes(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         stream = router.stream(prompts(1, longest=400)[0] * 12, max_tokens=5)
         await router.submit(stream, PREFILL, DECODE)
         await router.until(lambda: router.loads[DECODE].blocks_leased > 0)
@@ -188,7 +96,7 @@ async def test_a_prefill_worker_withdraws_what_is_cancelled_while_it_computes(pa
 
 
 async def test_a_request_cancelled_before_its_offer_is_not_taken(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         stream = router.stream(prompts(1)[0], max_tokens=5)
         await router.send(DECODE, Cancel(request_id=stream.request_id, attempt=0))
         await router.submit(stream, PREFILL, DECODE)
@@ -200,7 +108,7 @@ async def test_a_request_cancelled_before_its_offer_is_not_taken(pair: ProcessCl
 
 
 async def test_a_deadline_ends_a_request_on_its_worker(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         stream = router.stream(prompts(1)[0], max_tokens=4000)
         await router.submit(stream, PREFILL, DECODE, deadline_s=0.5)
         await router.finished(stream)
@@ -210,8 +118,8 @@ async def test_a_deadline_ends_a_request_on_its_worker(pair: ProcessCluster) -> 
 
 
 async def test_the_streams_of_a_router_that_vanishes_end(pair: ProcessCluster) -> None:
-    async with routing(pair) as watcher:
-        async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as watcher:
+        async with routing(pair, PREFILL, DECODE) as router:
             stream = router.stream(prompts(1)[0], max_tokens=4000)
             await router.submit(stream, PREFILL, DECODE)
             await router.until(lambda: len(stream.tokens) > 5)
@@ -232,7 +140,7 @@ async def test_the_streams_of_a_router_that_vanishes_end(pair: ProcessCluster) -
 async def test_a_request_that_cannot_be_served_is_refused_for_good(
     tokens: list[int], to: str, decode: str | None, code: str, pair: ProcessCluster
 ) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         stream = router.stream(tokens, max_tokens=5)
         await router.submit(stream, to, decode)
         failure = await router.failed(stream)
@@ -244,7 +152,7 @@ async def test_a_request_that_cannot_be_served_is_refused_for_good(
 
 
 async def test_events_and_snapshot_tell_the_same_prefix_cache(pair: ProcessCluster) -> None:
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         await router.send(PREFILL, SnapshotRequest())
         streams = await answers(router, PREFILL, DECODE, at_once=True)
         assert streams
@@ -265,7 +173,7 @@ async def test_events_and_snapshot_tell_the_same_prefix_cache(pair: ProcessClust
 
 async def test_metrics_and_probes_tell_what_happened(pair: ProcessCluster) -> None:
     before = {name: metrics(pair, name) for name in (PREFILL, DECODE)}
-    async with routing(pair) as router:
+    async with routing(pair, PREFILL, DECODE) as router:
         streams = await answers(router, PREFILL, DECODE, at_once=True)
         await router.clean(PREFILL, DECODE)
     prefill, decode = ({k: v - before[n].get(k, 0.0) for k, v in metrics(pair, n).items()} for n in (PREFILL, DECODE))
@@ -302,51 +210,44 @@ def metrics(cluster: ProcessCluster, name: str) -> dict[str, float]:
 # -- leaving ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def leaving(start: Start) -> Iterator[ProcessCluster]:
-    """Workers for the tests that end one of them, each its own."""
-    with start(2, 4, worker__drain_timeout_s=4.0) as cluster:
-        yield cluster
-
-
-async def test_a_drained_worker_finishes_its_streams_and_exits_with_0(leaving: ProcessCluster) -> None:
-    async with routing(leaving) as router:
+async def test_a_drained_worker_finishes_its_streams_and_exits_with_0(pair: ProcessCluster) -> None:
+    async with routing(pair, "prefill-1", "decode-1") as router:
         running = [router.stream(prompt, max_tokens=60) for prompt in prompts(4)]
         for stream in running:
             await router.submit(stream, "prefill-1", "decode-1")
         await router.until(lambda: all(len(s.tokens) > 2 for s in running))
         for name in ("decode-1", "prefill-1"):
-            leaving.kill(name, signal.SIGTERM)
+            pair.kill(name, signal.SIGTERM)
         await router.until(lambda: router.loads["decode-1"].draining and router.loads["prefill-1"].draining)
         await router.finished(*running)
         assert all(len(s.tokens) == 60 for s in running)
-        assert [leaving.children[name].process.wait(10) for name in ("decode-1", "prefill-1")] == [0, 0]
+        assert [pair.children[name].process.wait(10) for name in ("decode-1", "prefill-1")] == [0, 0]
 
 
-async def test_a_drain_that_takes_too_long_hands_running_streams_back(leaving: ProcessCluster) -> None:
-    async with routing(leaving, PREFILL, "decode-2") as router:
+async def test_a_drain_that_takes_too_long_hands_running_streams_back(pair: ProcessCluster) -> None:
+    async with routing(pair, PREFILL, "decode-2") as router:
         stream = router.stream(prompts(1)[0], max_tokens=4900)
         await router.submit(stream, PREFILL, "decode-2")
         await router.until(lambda: len(stream.tokens) > 5)
-        leaving.kill("decode-2", signal.SIGTERM)
+        pair.kill("decode-2", signal.SIGTERM)
         failure = await router.failed(stream)
         assert (failure.code, failure.retryable) == ("draining", True)
-        assert leaving.children["decode-2"].process.wait(10) == 0
+        assert pair.children["decode-2"].process.wait(10) == 0
         await router.clean(PREFILL)
 
 
-async def test_an_interrupt_leaves_at_once_and_tells_the_router(leaving: ProcessCluster) -> None:
-    async with routing(leaving, PREFILL, "decode-3") as router:
+async def test_an_interrupt_leaves_at_once_and_tells_the_router(pair: ProcessCluster) -> None:
+    async with routing(pair, PREFILL, "decode-3") as router:
         stream = router.stream(prompts(1)[0], max_tokens=4900)
         await router.submit(stream, PREFILL, "decode-3")
         await router.until(lambda: len(stream.tokens) > 5)
-        leaving.kill("decode-3", signal.SIGINT)
+        pair.kill("decode-3", signal.SIGINT)
         assert (await router.failed(stream)).retryable
-        assert leaving.children["decode-3"].process.wait(5) == 130
+        assert pair.children["decode-3"].process.wait(5) == 130
 
 
-async def test_a_draining_worker_hands_new_work_back(leaving: ProcessCluster) -> None:
-    async with routing(leaving, PREFILL, DECODE) as router:
+async def test_a_draining_worker_hands_new_work_back(pair: ProcessCluster) -> None:
+    async with routing(pair, PREFILL, DECODE) as router:
         await router.send(DECODE, Drain())
         await router.until(lambda: router.loads[DECODE].draining)
         refused = router.stream(prompts(1)[0], max_tokens=5)
@@ -358,4 +259,4 @@ async def test_a_draining_worker_hands_new_work_back(leaving: ProcessCluster) ->
         await router.submit(late, PREFILL, DECODE)
         failure = await router.failed(late)
         assert (failure.code, failure.retryable) == ("draining", True)
-        assert get(leaving, PREFILL, "/ready").text == "draining\n"
+        assert get(pair, PREFILL, "/ready").text == "draining\n"

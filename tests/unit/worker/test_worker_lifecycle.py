@@ -9,8 +9,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,9 @@ from decode_worker.worker import DecodeWorker
 from llm_engine.api.config import SECRET_ENV, ClusterConfig, build
 from llm_engine.api.errors import ConfigError
 from llm_engine.api.messages import PROTOCOL_VERSION, Hello
-from llm_engine.serving.worker import Worker
 from prefill_worker.worker import PrefillWorker
 from tests.e2e.mini_router import MiniRouter, Stream
-
-SECRET = "in-process-" + "s" * 24
+from tests.unit.worker.in_process import SECRET, serving
 
 
 @pytest.fixture(autouse=True)
@@ -48,23 +44,6 @@ def config_of(model: Path, **sections: dict[str, Any]) -> ClusterConfig:
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | values
     return build(tree)
-
-
-@asynccontextmanager
-async def serving(*workers: Worker[Any]) -> AsyncIterator[MiniRouter]:
-    """Workers that serve, and a router that knows them; they must end well."""
-    serves = []
-    async with MiniRouter(SECRET.encode()) as router:
-        try:
-            for worker in workers:
-                info = await worker.start()
-                serves.append(asyncio.create_task(worker.serve()))
-                await router.connect(info.name, info.request_addr)
-            yield router
-        finally:
-            for worker in workers:
-                worker.stop()
-            await asyncio.gather(*serves)
 
 
 async def test_a_pair_serves_within_one_process(config: ClusterConfig) -> None:
