@@ -6,6 +6,7 @@ The lease table decides every transition; this file carries it out towards the l
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
@@ -17,6 +18,8 @@ from kv_transfer.pairs import Pair
 from kv_transfer.reserver import BlockReserver, R
 from llm_engine.api.handoff import Fence, Fenced
 from llm_engine.api.messages import Message
+
+log = logging.getLogger(__name__)
 
 _FENCE_AGAIN_S = 1.0
 _STOPPABLE = (LeaseState.REVOKED, LeaseState.QUARANTINED)
@@ -114,6 +117,13 @@ class Custody(Generic[R]):
         if proven:
             self._free(held)
         else:
+            log.warning(
+                "%d blocks of %s in quarantine until %s answers or dies (%s)",
+                len(held.lease.blocks),
+                held.lease.request_id or "a probe",
+                held.pair,
+                cause,
+            )
             self.leases.quarantine(held.lease)
             self._reserver.quarantine(held.reservation)
 

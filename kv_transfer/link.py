@@ -3,6 +3,9 @@
 The writer holds a `Link` per peer; the receiver holds an `Inlet` per transport, which takes the links of all writers.
 Both authenticate with the cluster key before anything else. Offsets are relative to the receiver's region; what a
 writer may touch is decided by leases: (lease id, epoch, list of blocks).
+
+A new transport implements both protocols, says in its docstring what proves that a writer has stopped, and is named in
+`negotiate` (preference), `session` (connect) and `receiver` (open).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from kv_transfer.negotiate import choose
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import PROTOCOL_VERSION, Connect, Connected, KvLayout, Refused
 from llm_engine.api.messages import WorkerInfo
+
+log = logging.getLogger(__name__)
 
 MAX_PAIRS = 1024
 _ORPHAN_S = 10.0
@@ -75,6 +78,7 @@ class Pairs:
             link, why = choose(writer.name, message.links, info.name, offers)
         except TransferError as exc:
             return Refused(code="transport", reason=str(exc), retryable=False)
+        log.info("hand-off from %s/%s: %s", writer.name, writer.incarnation, why)
         pair = self._by_identity.get(identity)
         if pair is None:
             inlet = self._inlets[link.transport]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 
 from kv_transfer.handoff import Handoff
@@ -14,6 +15,8 @@ from kv_transfer.metrics import PeerStats
 from kv_transfer.session import ClientContext, Session
 from llm_engine.api.errors import TransferError
 from llm_engine.api.messages import Peer as Target
+
+log = logging.getLogger(__name__)
 
 _FORGET_AFTER_PERIODS = 12
 
@@ -67,6 +70,7 @@ class Peer:
         try:
             while self.healthy or time.monotonic() - self._last_used < _FORGET_AFTER_PERIODS * period:
                 error = await self._run_session()
+                log.warning("hand-off to %s/%s: %s", self.target.name, self.target.incarnation, error)
                 self.healthy, self.detail = False, str(error)
                 self._fail_waiting(error)
                 with contextlib.suppress(TimeoutError):

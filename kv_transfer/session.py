@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ from llm_engine.api.handoff import (
 )
 from llm_engine.api.messages import Codec, Message, WorkerInfo
 from llm_engine.api.messages import Peer as Target
+
+log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0  # or grant_timeout_s, if that is shorter
 
@@ -106,6 +109,7 @@ class Session:
             raise
         self._link = self.context.wrap_link(link)
         self.sender = Sender(self._link, lambda exc: self.context.post(self._on_sender_error, exc))
+        log.info("hand-off to %s/%s: %s", self.target.name, self.target.incarnation, self.reason)
 
     async def run(self) -> TransferError:
         """Serve the control channel and the canary until the session is lost; returns why."""
