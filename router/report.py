@@ -95,7 +95,7 @@ def worker_status(worker: Worker, now: float) -> dict[str, Any]:
         "prefix_blocks": len(worker.prefix),
         "prefix_gaps": worker.prefix.num_gaps,
         "info": None if info is None else msgspec.to_builtins(info),
-        "load": None if info is None else msgspec.to_builtins(worker.load),
+        "load": None if info is None else msgspec.structs.asdict(worker.load),
     }
 
 

@@ -89,7 +89,7 @@ def wait_until_clean(cluster: ProcessCluster, timeout_s: float = 20.0) -> None:
     while True:
         workers = admin_status(cluster)["workers"]
         keys = ("num_running", "num_waiting", "blocks_live", "blocks_leased", "blocks_quarantined", "pending_handoffs")
-        dirty = {w["name"]: {k: w["load"][k] for k in keys if w["load"].get(k)} for w in workers}
+        dirty = {w["name"]: {k: w["load"][k] for k in keys if w["load"][k]} for w in workers}
         if len(workers) == len(cluster.infos) - 1 and not any(dirty.values()):
             return
         assert time.monotonic() < deadline, f"left behind: {dirty}"
