@@ -174,6 +174,8 @@ class FakeWorker:
                 self._cancel(message.request_id, message.attempt)
             case Drain():
                 self._draining = True
+            case SnapshotRequest() if self.settings.swallow_snapshots > 0:
+                self.settings.swallow_snapshots -= 1
             case SnapshotRequest():
                 for router_id in list(self._routers):
                     self._send(router_id, self._cache.snapshot())

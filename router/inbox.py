@@ -133,8 +133,7 @@ class Inbox:
             kind = _ERRORS.get(code, ServingError)
             self._lifecycle.fail(flight, kind(f"{worker.name}: {message.reason}", request_id=flight.request_id))
             return
-        progressed = not flight.first_of_attempt
-        if not progressed:
+        if flight.first_of_attempt:
             partner = flight.decode if code == "handoff" else worker
             flight.avoid |= {item.name for item in (worker, partner) if item is not None}
-        self._lifecycle.recover(flight, code, strike=not progressed, backoff=not progressed)
+        self._lifecycle.recover(flight, code, backoff=flight.first_of_attempt)

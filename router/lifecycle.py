@@ -111,10 +111,10 @@ class Lifecycle:
         finally:
             self._pumping = False
 
-    def recover(self, flight: Flight, cause: str, *, strike: bool = True, backoff: bool = False) -> None:
+    def recover(self, flight: Flight, cause: str, *, backoff: bool = False) -> None:
         """Give the attempt up and queue the next one, unless the emitted tokens are the end anyway.
 
-        `strike`: count it against `router.max_attempts`; what made progress and was handed back is not held against it.
+        `router.max_attempts` bounds the attempts since the last new token. `backoff`: do not try again at once.
         """
         self._leave_workers(flight, cause)
         flight.phase = Phase.RECOVERING
@@ -124,7 +124,7 @@ class Lifecycle:
         if journal.finish is not None:
             self.finish(flight)
             return
-        flight.strikes += strike
+        flight.strikes += 1
         if flight.strikes >= self._max_attempts:
             text = f"given up after {flight.strikes} attempts without progress; the last one: {cause}"
             self.fail(flight, WorkerLost(text, request_id=flight.request_id))

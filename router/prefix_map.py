@@ -43,24 +43,18 @@ class PrefixMap:
             return 0
         return bisect_left(digests, True, lo=1, key=lambda digest: not (digest in stored or digest in expected))
 
-    def apply(self, events: KvEvents) -> bool:
-        """Take in a change. False: events were missed, ask the worker for a snapshot."""
-        if self._seq is None:
-            return False
-        if events.seq <= self._seq:
-            return True  # already part of the snapshot
-        if events.seq != self._seq + 1:
-            self._seq = None
-            self.num_gaps += 1
-            return False
-        self._seq = events.seq
-        self._stored.difference_update(events.removed)
-        self._stored.update(events.stored)
-        if len(self._stored) > self._capacity:  # more digests than blocks: the mirror has drifted
-            self._seq = None
-            self.num_gaps += 1
-            return False
-        return True
+    def apply(self, events: KvEvents) -> None:
+        """Take in a change; out of step afterwards if events were missed."""
+        if self._seq is None or events.seq <= self._seq:
+            return  # no use, or already part of the snapshot
+        if events.seq == self._seq + 1:
+            self._seq = events.seq
+            self._stored.difference_update(events.removed)
+            self._stored.update(events.stored)
+            if len(self._stored) <= self._capacity:
+                return
+        self._seq = None  # a gap, or more digests than blocks: the mirror has drifted
+        self.num_gaps += 1
 
     def restore(self, snapshot: KvSnapshot) -> None:
         """Replace the mirror by the worker's whole index."""

@@ -179,8 +179,8 @@ class Worker:
             self._report(message)
         elif isinstance(message, KvSnapshot):
             self.prefix.restore(message)
-        elif not self.prefix.apply(message):
-            self._ask_snapshot()
+        else:
+            self.prefix.apply(message)
 
     def _welcome(self, welcome: Welcome) -> None:
         info = welcome.info
@@ -197,7 +197,6 @@ class Worker:
             return
         logger.info("worker %s (%s) joined as %s, incarnation %s", self.name, self.address, info.role, info.incarnation)
         self.state = LinkState.ALIVE
-        self._ask_snapshot()
         self._update_usable()
 
     def _become(self, info: WorkerInfo) -> None:

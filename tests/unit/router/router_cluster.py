@@ -114,7 +114,8 @@ async def dispatching(
     running = asyncio.create_task(dispatcher.run())
     expected = len(addresses) if workers is None else workers
     try:
-        await until(lambda: sum(w.usable and w.load.seq > 0 for w in dispatcher.membership.workers) >= expected)
+        workers_known = dispatcher.membership.workers
+        await until(lambda: sum(w.usable and w.load.seq > 0 and w.prefix.in_step for w in workers_known) >= expected)
         yield dispatcher
         assert not running.done(), running.exception()
     finally:

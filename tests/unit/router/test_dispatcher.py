@@ -108,6 +108,22 @@ async def test_requests_that_share_a_prefix_follow_it() -> None:
             assert output.cached_tokens == 160
 
 
+async def test_a_prediction_ends_with_the_prefill_and_the_last_position_is_always_computed() -> None:
+    with fakes("prefill", "decode") as workers:
+        async with dispatching(addresses(workers)) as dispatcher:
+            workers[0].settings.swallow_kv_events = 1
+            hits = []
+            for _ in range(2):
+                req = request([5] * 32, 2)
+                await check(dispatcher, req)
+                timeline = dispatcher.timeline(req.request_id)
+                assert timeline is not None
+                hits.append(timeline["attempts"][0]["hit_tokens"])
+                await check(dispatcher, request([6] * 48, 2))  # shows the gap that the first request left
+                await until(lambda: next(iter(dispatcher.membership.workers)).prefix.in_step)
+            assert hits == [0, 31]
+
+
 async def test_load_spreads_over_the_pools() -> None:
     with fakes("prefill", "prefill", "decode", "decode", prefill_s=0.01) as workers:
         async with dispatching(addresses(workers)) as dispatcher:

@@ -26,25 +26,26 @@ def test_a_tail_without_its_head_is_no_hit() -> None:
 
 def test_events_before_the_first_snapshot_are_not_trusted() -> None:
     prefix = PrefixMap(100)
-    assert not prefix.apply(KvEvents(seq=1, stored=CHAIN[:2]))
+    prefix.apply(KvEvents(seq=1, stored=CHAIN[:2]))
+    assert not prefix.in_step
     assert prefix.match(CHAIN) == 0
 
 
 def test_events_follow_the_snapshot() -> None:
     prefix = restored(CHAIN[:2], seq=5)
-    assert prefix.apply(KvEvents(seq=5, removed=CHAIN[:2]))  # part of the snapshot already
+    prefix.apply(KvEvents(seq=5, removed=CHAIN[:2]))  # part of the snapshot already
     assert prefix.match(CHAIN) == 2
-    assert prefix.apply(KvEvents(seq=6, stored=CHAIN[2:4]))
+    prefix.apply(KvEvents(seq=6, stored=CHAIN[2:4]))
     assert prefix.match(CHAIN) == 4
-    assert prefix.apply(KvEvents(seq=7, removed=CHAIN[1:4]))
+    prefix.apply(KvEvents(seq=7, removed=CHAIN[1:4]))
     assert prefix.match(CHAIN) == 1
 
 
 def test_a_gap_asks_for_a_snapshot_and_keeps_what_was_known() -> None:
     prefix = restored(CHAIN[:2], seq=5)
-    assert not prefix.apply(KvEvents(seq=7, stored=CHAIN[2:4]))
+    prefix.apply(KvEvents(seq=7, stored=CHAIN[2:4]))
     assert not prefix.in_step
-    assert not prefix.apply(KvEvents(seq=8, stored=CHAIN[4:6]))
+    prefix.apply(KvEvents(seq=8, stored=CHAIN[4:6]))
     assert prefix.match(CHAIN) == 2
     prefix.restore(KvSnapshot(seq=8, digests=CHAIN[:6]))
     assert prefix.in_step
@@ -55,7 +56,7 @@ def test_a_gap_asks_for_a_snapshot_and_keeps_what_was_known() -> None:
 def test_the_mirror_is_bounded_by_the_workers_blocks() -> None:
     prefix = restored(CHAIN, capacity=4)
     assert len(prefix) == 4
-    assert not prefix.apply(KvEvents(seq=1, stored=CHAIN[10:]))
+    prefix.apply(KvEvents(seq=1, stored=CHAIN[10:]))
     assert not prefix.in_step
 
 

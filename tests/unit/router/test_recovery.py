@@ -176,6 +176,36 @@ async def test_the_loss_of_prefill_before_the_hand_over_is_cancelled_on_decode()
             assert not workers[2]._receiving
 
 
+async def test_progress_clears_the_count_of_attempts() -> None:
+    with fakes("prefill", "decode", "decode", step_s=0.01) as workers:
+        async with dispatching(addresses(workers), max_attempts=3) as dispatcher:
+            workers[0].settings.fail_next = 2
+            running = asyncio.create_task(check(dispatcher, request(PROMPT, 60)))
+            await until(lambda: workers[1]._running)
+            workers[0].settings.fail_next = 1
+            workers[1].stop()
+            await running
+            assert sum(isinstance(m, Submit) for m in workers[0].log) == 5
+
+
+async def test_everything_that_was_booked_is_given_back() -> None:
+    with fakes("prefill", "prefill", "decode", "decode", step_s=0.01) as workers:
+        async with dispatching(addresses(workers)) as dispatcher:
+            workers[1].settings.fail_next = 5
+            running = streams(dispatcher, 30, 60)
+            await until(lambda: workers[2]._running)
+            for task in running[20:]:
+                task.cancel()
+            workers[3].stop()
+            await asyncio.gather(*running[:20])
+            await until(lambda: dispatcher.num_open == 0)
+            for worker in dispatcher.membership.workers:
+                ledger = worker.ledger
+                assert (ledger.waiting_tokens, ledger.pending_blocks, ledger.num_seqs) == (0, 0, 0)
+                assert not worker.attempts
+                assert not worker.prefix._expected
+
+
 async def test_lost_deltas_are_recovered_when_the_attempt_stalls() -> None:
     with fakes("prefill", "decode", step_s=0.01) as workers:
         async with dispatching(addresses(workers), worker={"stall_timeout_s": 0.3}) as dispatcher:
