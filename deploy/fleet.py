@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 _STOP_MARGIN_S = 10.0  # beyond the drain itself
+_MAX_FALSE_STARTS = 3
 _STEADY_S = 60.0  # a worker that served this long starts over with the shortest pause
 
 
@@ -93,6 +94,19 @@ class _Watch:
     stopping_pid: int = -1
     heard: float = field(default_factory=time.monotonic)
     first_served: float | None = None
+    pid: int = 0
+    serving_pid: int = 0
+    false_starts: int = 0  # processes in a row that ended before they served
+
+    def hear(self, report: WorkerReport) -> None:
+        """Note the life of the actor's processes."""
+        self.heard = time.monotonic()
+        if report.pid != self.pid:
+            self.false_starts += self.pid != self.serving_pid
+            self.pid = report.pid
+        if report.info is not None:
+            self.serving_pid, self.false_starts = report.pid, 0
+            self.first_served = self.first_served or self.heard
 
     def silent_s(self) -> float:
         return time.monotonic() - self.heard
@@ -159,7 +173,7 @@ class Fleet:
         return self._tend(slot)
 
     async def _tend(self, slot: Slot) -> None:
-        pauses = 0
+        failures = 0
         try:
             while not slot.drain_requested.is_set():
                 handle = self._launch(slot.name)
@@ -167,8 +181,9 @@ class Fleet:
                 handle.kill(restart=False)
                 if slot.drain_requested.is_set():
                     return
-                pauses = 0 if served_s > _STEADY_S else pauses + 1
-                await wait_event(slot.drain_requested, RESTART_PAUSE_S[min(pauses, len(RESTART_PAUSE_S)) - 1])
+                failures = 0 if served_s >= _STEADY_S else failures
+                await wait_event(slot.drain_requested, RESTART_PAUSE_S[min(failures, len(RESTART_PAUSE_S) - 1)])
+                failures += 1
                 slot.restarts += 1
                 slot.enter(State.STARTING)
         finally:
@@ -177,21 +192,19 @@ class Fleet:
 
     async def _one_actor(self, slot: Slot, handle: WorkerHandle) -> float:
         """Until `run` of this actor ends; returns the seconds it was known to serve."""
-        watch = _Watch(run=asyncio.ensure_future(handle.run()))
-        while not watch.run.done():
+        watch, hopeless = _Watch(run=asyncio.ensure_future(handle.run())), ""
+        while not watch.run.done() and not hopeless:
             if slot.drain_requested.is_set() and watch.stopping_pid != slot.pid:  # a restarted process is told again
                 slot.enter(State.DRAINING)
                 watch.stopping_pid = slot.pid
                 watch.pending.append(asyncio.ensure_future(handle.stop(slot.drain_s)))
             await self._listen(slot, handle, watch)
-            if slot.state is State.DRAINING and slot.age() > slot.drain_s + _STOP_MARGIN_S:
-                _log.error("%s: still not drained; ending its process", slot.name)
-                break
             if self._is_stuck(slot, watch.silent_s()):
                 _log.error("%s: no progress for too long; killing its process", slot.name)
                 handle.kill(restart=True)
                 watch.heard = slot.since = time.monotonic()
-        self._note_end(slot, watch)
+            hopeless = _hopeless(slot, watch)
+        self._note_end(slot, watch, hopeless)
         return watch.served_s()
 
     async def _listen(self, slot: Slot, handle: WorkerHandle, watch: _Watch) -> None:
@@ -204,10 +217,8 @@ class Fleet:
         if watch.report.done():
             report, watch.report = watch.report, None
             if report.exception() is None:  # else the actor is gone for good, and `run` tells why
-                watch.heard = time.monotonic()
+                watch.hear(report.result())
                 self._hear(slot, report.result())
-            if slot.info is not None and watch.first_served is None:
-                watch.first_served = time.monotonic()
             await asyncio.wait({watch.run}, timeout=period_s)
         elif watch.silent_s() > self._config.worker.peer_timeout_s and slot.state is State.READY:
             slot.enter(State.SILENT)
@@ -231,15 +242,24 @@ class Fleet:
             return slot.age() > self._config.controller.start_timeout_s
         return silent_s > self._config.worker.stall_timeout_s
 
-    def _note_end(self, slot: Slot, watch: _Watch) -> None:
+    def _note_end(self, slot: Slot, watch: _Watch, hopeless: str) -> None:
         slot.info = None
         self.changed.set()
         error = watch.close()
         if slot.drain_requested.is_set() and error is None:
             return
-        slot.error = "it stopped by itself" if error is None else one_line(error)
+        slot.error = hopeless or ("it stopped by itself" if error is None else one_line(error))
         _log.error("%s failed: %s", slot.name, slot.error)
         slot.enter(State.FAILED)
+
+
+def _hopeless(slot: Slot, watch: _Watch) -> str:
+    """Why the actor should be given up, or ""."""
+    if slot.state is State.DRAINING and slot.age() > slot.drain_s + _STOP_MARGIN_S:
+        return "it did not end when drained"
+    if watch.false_starts >= _MAX_FALSE_STARTS:  # Ray would go on without a pause
+        return f"its process died {watch.false_starts} times before it served: see its log"
+    return ""
 
 
 def one_line(error: BaseException) -> str:

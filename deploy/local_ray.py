@@ -39,6 +39,7 @@ def set_environment(secret: str, ray_dir: Path) -> None:
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_prestart_worker_first_driver": "0",  # no idle process per core
             "AUTOSCALER_METRIC_PORT": "0",  # fixed ports otherwise: two clusters on one machine would collide
             "DASHBOARD_METRIC_PORT": "0",
         }
@@ -49,8 +50,10 @@ def set_environment(secret: str, ray_dir: Path) -> None:
 
 def start(ray_dir: Path) -> None:
     """Start Ray with its files below `ray_dir`. Its processes die with this thread."""
-    import ray
-
+    try:
+        import ray
+    except ModuleNotFoundError as exc:
+        raise ServingError("Ray is not installed: install Baton with its `cluster` extra") from exc
     try:
         ray.init(
             address="local",

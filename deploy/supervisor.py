@@ -23,6 +23,7 @@ from typing import Any
 
 from deploy import local_ray
 from deploy.control import ClusterStatus, ControlClient, ControlRefused, ControlTimeout, GetStatus, StopCluster
+from deploy.fleet import one_line
 from deploy.identity import ProcessId, descendants, identify, kill_all, wait_gone
 from deploy.report import EventPrinter, Say, banner
 from deploy.rundir import ClusterRecord, NotRunning, RunDir
@@ -165,7 +166,7 @@ class _Cluster:
     def _poll(self, timeout_s: float) -> ClusterStatus | None:
         if self._controller.done():
             error = self._controller.exception()
-            raise ServingError(f"the controller ended: {error or 'it was told to stop'}")
+            raise ServingError(f"the controller ended: {'it was told to stop' if error is None else one_line(error)}")
         record = self._run_dir.control()
         if record is None:
             return None

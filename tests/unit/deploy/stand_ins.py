@@ -33,6 +33,7 @@ class StandInWorker:
         self.killed: list[bool] = []
         self.stopped_with: list[float] = []
         self.silent = False
+        self.reports = 0
         self._run: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._starts()
 
@@ -72,6 +73,7 @@ class StandInWorker:
         return self._run
 
     def report(self) -> asyncio.Future[WorkerReport]:
+        self.reports += 1
         answer: asyncio.Future[WorkerReport] = asyncio.get_running_loop().create_future()
         if not self.silent:
             stage = "starting" if self.info is None else "serving"

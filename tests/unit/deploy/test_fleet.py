@@ -113,6 +113,35 @@ async def test_a_failed_worker_says_why_and_is_started_again(yard: Yard) -> None
     assert (yard.fleet.status()[0].error, yard.fleet.status()[0].restarts) == ("", 1)
 
 
+async def test_failures_in_a_row_wait_longer_but_not_after_a_steady_time(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "RESTART_PAUSE_S", (0.01, 30.0))
+    monkeypatch.setattr(fleet_module, "_STEADY_S", 0.0)
+    for lives in (1, 2, 3):
+        worker = await yard.add("prefill-0") if lives == 1 else yard.launched[-1]
+        worker.serves()
+        await yard.until(lambda: yard.fleet.ready("prefill") == 1)
+        worker.fail(RuntimeError("bug"))
+        await yard.until(lambda expected=lives + 1: len(yard.launched) == expected)  # type: ignore[misc]
+    monkeypatch.setattr(fleet_module, "_STEADY_S", 60.0)
+    yard.launched[-1].fail(RuntimeError("bug"))
+    await yard.until(lambda: yard.state("prefill-0") == "failed")
+    assert not await yard.fleet.emptied(0.1)
+    assert len(yard.launched) == 4
+
+
+async def test_a_worker_that_never_gets_to_serve_is_given_up_for_a_while(yard: Yard) -> None:
+    worker = await yard.add("prefill-0")
+    for _ in range(3):
+        heard = worker.reports
+        await yard.until(lambda before=heard: worker.reports > before)  # type: ignore[misc]
+        worker.crash()
+    await yard.until(lambda: len(yard.launched) == 2)
+    assert worker.killed == [False], "Ray must not go on restarting it"
+    assert "died 3 times" in yard.fleet.status()[0].error
+
+
 async def test_a_worker_that_stops_unasked_is_no_member_and_started_again(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
