@@ -20,7 +20,8 @@ from llm_engine.api.messages import Cancel, Role, Started, Submit, WorkerInfo
 from llm_engine.sched import Reservation, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
-from llm_engine.serving.worker import PeerReport, Worker
+from llm_engine.serving.vitals import PeerReport
+from llm_engine.serving.worker import Worker
 
 
 class DecodeWorker(Worker[Reservation]):

@@ -26,7 +26,8 @@ from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Prefilled, Refusal, Sequence
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
-from llm_engine.serving.worker import PeerReport, Worker
+from llm_engine.serving.vitals import PeerReport
+from llm_engine.serving.worker import Worker
 from prefill_worker.handoff import OfferQueue, Outbound, Outbox
 
 _log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class PrefillWorker(Worker[Outbound]):
         live = self._ledger.get(prefilled.seq.request_id, prefilled.seq.attempt)
         if live is None:  # ended meanwhile: `_end` releases the blocks
             return
-        self._errand(self._commit(live, prefilled))
+        self._errands.run(self._commit(live, prefilled))
 
     def _end(self, live: Live[Outbound], reason: str) -> None:
         self._steps.post(lambda engine: engine.abort(live.request_id, live.attempt))
@@ -108,7 +109,7 @@ class PrefillWorker(Worker[Outbound]):
         """Let go of everything but the engine's sequence."""
         self._outbox.close(outbound)
         self._offers.remove(outbound)
-        self._errand(self._release(outbound, reason))
+        self._errands.run(self._release(outbound, reason))
 
     async def _release(self, outbound: Outbound, reason: str) -> None:
         """Stop the hand-off, then unpin: until it has stopped a sender thread may still read the blocks."""

@@ -40,6 +40,8 @@ def checkpoint_bytes(path: Path) -> int:
 
 def check_ports(worker: WorkerConfig, *, uses_control_port: bool) -> None:
     """Every fixed port is free and no two settings name the same one."""
+    if worker.host in ("0.0.0.0", "::", "*"):
+        raise ConfigError(f"worker.host={worker.host}: peers are told this address; set the one that reaches this host")
     names = ["request_port", "metrics_port", *(["control_port"] if uses_control_port else [])]
     taken: dict[int, str] = {}
     for name in names:

@@ -13,22 +13,21 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from typing import Any, Generic, TypeVar
-
-import msgspec
 
 from llm_engine.api.config import ClusterConfig
 from llm_engine.api.messages import Cancel, Drain, Failed, Load, Role, Submit, WorkerInfo
 from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Failure, Prefilled, StepResult
 from llm_engine.serving.assembly import Assembly, thread_setup
+from llm_engine.serving.errands import Errands
 from llm_engine.serving.ledger import Ledger, Live
 from llm_engine.serving.metrics import WorkerMetrics
 from llm_engine.serving.monitor import Monitor
 from llm_engine.serving.request_plane import RequestPlane
 from llm_engine.serving.step_loop import StepLoop, StepReport
+from llm_engine.serving.vitals import PeerReport, Vitals
 
 _log = logging.getLogger(__name__)
 
@@ -36,15 +35,6 @@ _HAND_BACK_S = 2.0  # after a drain ran out of time: for handed-back sequences t
 _JOIN_S = 2.0
 
 D = TypeVar("D")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerReport:
-    """Hand-offs of one worker: open ones (an exact count), peers not to be used, failures so far by cause."""
-
-    pending: int = 0
-    bad: list[str] = field(default_factory=list)
-    failed: Mapping[str, int] = field(default_factory=dict)
 
 
 class Worker(ABC, Generic[D]):
@@ -70,17 +60,16 @@ class Worker(ABC, Generic[D]):
             idle_s=config.worker.heartbeat_s,
             on_thread_start=thread_setup(config),
         )
-        self._monitor = Monitor(self._metrics.registry, health=self.trouble, ready=self._unready)
+        self._vitals = Vitals(self._steps, stall_s=config.worker.stall_timeout_s)
+        self._errands = Errands(self._steps.fail)
+        self._monitor = Monitor(self._metrics.registry, health=self._vitals.trouble, ready=self._unready)
         self._info: WorkerInfo | None = None
-        self._last_load = Load(seq=0)
-        self._step_s = 0.0
         self._draining = False
         self._stop_after: float | None = None  # seconds of drain, once a stop was asked for
         self._stop_asked = asyncio.Event()
         self._empty = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._services: list[asyncio.Task[None]] = []
-        self._errands: set[asyncio.Task[None]] = set()
 
     # -- life cycle ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +86,7 @@ class Worker(ABC, Generic[D]):
             self._info = info = self._bind()
             self._steps.start()
             await self._steps.call(lambda engine: None)  # the thread runs, and the first load is known
-            self._metrics.watch(info, lambda: self._last_load)
+            self._metrics.watch(info, lambda: self._vitals.load)
             services = (self._plane.run(info), *self._peer_services(info))
             self._services = [asyncio.create_task(service) for service in services]
         except BaseException:
@@ -152,24 +141,7 @@ class Worker(ABC, Generic[D]):
             self._empty.set()
         peers = self._peers()
         self._metrics.handoff_failures(peers.failed)
-        self._last_load = msgspec.structs.replace(
-            self._steps.load,
-            seq=self._last_load.seq + 1,
-            pending_handoffs=peers.pending,
-            step_s=self._step_s,
-            step_age_s=self._steps.age_s,
-            draining=self._draining,
-            healthy=self.trouble() is None,
-            bad_peers=peers.bad,
-        )
-        return self._last_load
-
-    def trouble(self) -> str | None:
-        """Why this worker is unhealthy, in one line; None if it is well. Safe from any thread."""
-        age = self._steps.age_s
-        if age > self.config.worker.stall_timeout_s:
-            return f"the step loop made no progress for {age:.1f} s"
-        return None if self._info is None or self._steps.alive else "the step loop has ended"
+        return self._vitals.beat(draining=self._draining, peers=peers)
 
     # -- for roles ----------------------------------------------------------------------------------------------------
 
@@ -233,12 +205,6 @@ class Worker(ABC, Generic[D]):
             self._end(older, "superseded")
         return self._ledger.open(submit, time.monotonic(), data)
 
-    def _errand(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a task of bounded length; an exception it does not expect fails the worker."""
-        task = asyncio.create_task(work)
-        self._errands.add(task)
-        task.add_done_callback(self._errand_done)
-
     # -- request plane ------------------------------------------------------------------------------------------------
 
     def on_cancel(self, cancel: Cancel) -> None:
@@ -264,7 +230,7 @@ class Worker(ABC, Generic[D]):
 
     def _on_step(self, report: StepReport[StepResult]) -> None:
         result = report.result
-        self._step_s += 0.1 * (report.duration_s - self._step_s)
+        self._vitals.stepped(report.duration_s)
         self._metrics.step(report, drawn=self._num_drawn(result))
         for router_id, deltas in result.deltas.items():
             live = [delta for delta in deltas if self._ledger.get(delta.request_id, delta.attempt) is not None]
@@ -320,7 +286,7 @@ class Worker(ABC, Generic[D]):
     def _unready(self) -> str | None:
         if self._info is None:
             return "starting"
-        return "draining" if self._draining else self.trouble()
+        return "draining" if self._draining else self._vitals.trouble()
 
     def _ask_stop(self, drain_s: float) -> None:
         self._stop_after = drain_s if self._stop_after is None else min(drain_s, self._stop_after)
@@ -347,16 +313,12 @@ class Worker(ABC, Generic[D]):
         for live in self._ledger.all():
             self._ledger.close(live.request_id, live.attempt)
             self._send_failed(live.router_id, live.request_id, live.attempt, code, reason, retryable=True)
-        for task in (*self._services, *self._errands):
-            task.cancel()
-        await asyncio.gather(*self._services, *self._errands, return_exceptions=True)
+        for service in self._services:
+            service.cancel()
+        await asyncio.gather(*self._services, return_exceptions=True)
+        await self._errands.cancel()
         await self._close_peers()
         if not await self._steps.stop(_JOIN_S):
             _log.warning("the step thread is still busy; leaving it behind")
         self._monitor.close()
         await asyncio.to_thread(self._plane.close)
-
-    def _errand_done(self, task: asyncio.Task[None]) -> None:
-        self._errands.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._steps.fail(error)

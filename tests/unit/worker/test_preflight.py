@@ -46,6 +46,11 @@ def test_two_settings_must_not_name_one_port() -> None:
         preflight.check_ports(WorkerConfig(request_port=12345, metrics_port=12345), uses_control_port=False)
 
 
+def test_a_host_that_peers_cannot_use_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"worker\.host=0\.0\.0\.0: peers are told this address"):
+        preflight.check_ports(WorkerConfig(host="0.0.0.0"), uses_control_port=False)
+
+
 def test_more_memory_than_there_is_is_refused() -> None:
     available = preflight.available_memory()
     assert available > 0

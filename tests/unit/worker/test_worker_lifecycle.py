@@ -69,7 +69,7 @@ async def test_an_engine_that_fails_takes_the_worker_down_and_the_router_hears_o
         assert (failure.code, failure.retryable) == ("internal", True)
         with pytest.raises(AttributeError):
             await serve
-    assert worker.trouble() == "the step loop has ended"
+    assert worker._vitals.trouble() == "the step loop has ended"
 
 
 async def test_a_step_that_hangs_makes_the_worker_unhealthy_while_heartbeats_go_on(config: ClusterConfig) -> None:
