@@ -63,7 +63,6 @@ class App:
             self._open_generations -= 1
 
     async def _fail(self, exchange: Exchange, exc: ServingError) -> None:
-        if exchange.status:
-            await exchange.cut_off()
-        else:
+        if not exchange.status:
             await exchange.respond(exc.status, error_body(exc), headers=error_headers(exc))
+        # Else the answer has begun: the server closes the connection, so that it can't pass for a complete one.

@@ -137,14 +137,6 @@ class Exchange:
         if drop is not None:
             drop()
 
-    async def cut_off(self) -> None:
-        """End an answer that can't be completed: the client sees a broken connection, never a truncated answer."""
-        self.finished = True
-        self.abort()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._stall_s):
-                await self.disconnected()
-
     async def _read_rest(self, body: bytes, max_bytes: int) -> bytes:
         parts = [body]
         size = len(body)

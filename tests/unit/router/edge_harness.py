@@ -85,29 +85,50 @@ class ScriptedDispatcher:
     def status(self) -> dict[str, Any]:
         return {"workers": []}
 
-    async def submit(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
+    def submit(self, request: GenerationRequest) -> ScriptedStream:
         self.requests.append(request)
-        script = self.script(request)
-        complete = False
-        try:
-            for i, tokens in enumerate(script.chunks):
-                await asyncio.sleep(script.pace_s)
-                last = i == len(script.chunks) - 1 and script.error is None and not script.hang
-                complete = last
-                yield OutputChunk(
-                    tokens=list(tokens),
-                    logprobs=_logprobs(request, tokens),
-                    finish=script.finish if last else None,
-                    cached_tokens=2 if i == 0 else None,
-                )
+        return ScriptedStream(self, request, self.script(request))
+
+
+class ScriptedStream(AsyncGenerator[OutputChunk, None]):
+    """Only an explicit `aclose` counts as closing: neither cancellation nor garbage collection does it."""
+
+    def __init__(self, dispatcher: ScriptedDispatcher, request: GenerationRequest, script: Script) -> None:
+        self._dispatcher = dispatcher
+        self._request = request
+        self._script = script
+        self._position = 0
+        self._ended = False
+
+    async def __anext__(self) -> OutputChunk:
+        script, i = self._script, self._position
+        await asyncio.sleep(script.pace_s)
+        if i == len(script.chunks):
             if script.hang:
                 await asyncio.Event().wait()
-            if script.error is not None:
-                raise script.error
-        finally:
-            if not complete and script.error is None:
-                self.closed_early.append(request.request_id)
-                self.closed.set()
+            self._ended = True
+            raise script.error or StopAsyncIteration
+        self._position += 1
+        tokens = list(script.chunks[i])
+        self._ended = i == len(script.chunks) - 1 and script.error is None and not script.hang
+        return OutputChunk(
+            tokens=tokens,
+            logprobs=_logprobs(self._request, tokens),
+            finish=script.finish if self._ended else None,
+            cached_tokens=2 if i == 0 else None,
+        )
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._dispatcher.closed_early.append(self._request.request_id)
+            self._dispatcher.closed.set()
+
+    async def asend(self, value: None) -> OutputChunk:
+        return await self.__anext__()
+
+    async def athrow(self, *args: Any) -> OutputChunk:  # type: ignore[override]
+        raise NotImplementedError
 
 
 def _logprobs(request: GenerationRequest, tokens: Sequence[int]) -> list[TokenLogprobs] | None:

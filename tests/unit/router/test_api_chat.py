@@ -47,6 +47,7 @@ ANSWERS = {
     "call": f"Let me see.{CALLS}",
     "think-call": f"hm</think>{CALLS}",
     "cut": f"Let me see.{CALLS[:120]}",
+    "second-cut": f"Let me see.{CALLS}"[:-60],
     "named": CALLS.partition('invoke name="weather">\n')[2],
     "required": CALLS.partition('invoke name="')[2],
 }
@@ -239,6 +240,18 @@ def test_a_call_that_is_cut_off_is_not_returned(edge: RunningEdge) -> None:
     streamed = assembled(post(edge, "cut/length", tools=[WEATHER], stream=True))
     assert streamed["finish_reason"] == "length"
     assert streamed["content"] == "Let me see."
+
+
+@pytest.mark.parametrize(
+    ("answer", "num_calls", "finish"),
+    [("second-cut/length", 1, "length"), ("second-cut", 1, "tool_calls"), ("call/length", 2, "tool_calls")],
+)
+def test_complete_calls_are_returned_whatever_follows(
+    edge: RunningEdge, answer: str, num_calls: int, finish: str
+) -> None:
+    choice = post(edge, answer, tools=[WEATHER]).json()["choices"][0]
+    assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (num_calls, finish)
+    assert assembled(post(edge, answer, tools=[WEATHER], stream=True))["finish_reason"] == finish
 
 
 def test_a_history_with_tools_is_rendered(edge: RunningEdge) -> None:

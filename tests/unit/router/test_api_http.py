@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import select
 import socket
 import struct
 import time
@@ -35,14 +36,16 @@ CHAT = "/v1/chat/completions"
 
 
 def scripted(request: GenerationRequest) -> Script:
-    """The salt says how to answer."""
-    match request.salt:
+    """The salt says how to answer, or the prompt if the salt says so."""
+    match TOKENIZER.decode(request.prompt_tokens) if request.salt == "prompt" else request.salt:
         case "hang":
             return Script([], hang=True)
         case "one-then-hang":
             return Script([ids_of(TOKENIZER, "a")], hang=True)
         case "flood":
             return Script([ids_of(TOKENIZER, "x" * 4096)] * ENDLESS)
+        case "endless":
+            return Script([ids_of(TOKENIZER, "ab")] * ENDLESS, pace_s=0.001)
         case "slow":
             return Script([ids_of(TOKENIZER, "a")] * 30, pace_s=0.005, finish=FinishReason.LENGTH)
     return Script([ids_of(TOKENIZER, "ok")], finish=FinishReason.LENGTH)
@@ -189,6 +192,16 @@ def test_a_huge_body_is_refused(edge: RunningEdge, size: int, chunked: bool) -> 
     assert "65536" in response.json()["error"]["message"]
 
 
+def test_a_client_in_the_middle_of_a_huge_body_gets_to_see_the_answer() -> None:
+    with running_edge(ScriptedDispatcher(scripted), max_body_bytes=64 << 10) as edge, connect(edge) as sock:
+        size = 100 << 10
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
+        sock.sendall(head.encode() + b"x" * 1000)
+        assert select.select([sock], [], [], 0.2)[0] == [], "answered, and closed, before the client had a chance"
+        sock.sendall(b"x" * (size - 1000))
+        assert read_all(sock).startswith(b"HTTP/1.1 413")
+
+
 def test_a_body_at_the_limit_is_read_in_pieces(edge: RunningEdge) -> None:
     frame = json.dumps({"model": MODEL, "prompt": "x", "user": ""})
     content = frame.replace('"user": "', '"user": "' + "u" * ((64 << 10) - len(frame))).encode()
@@ -232,6 +245,18 @@ def test_a_client_that_leaves_aborts_all_choices(edge: RunningEdge) -> None:
         wait_until(lambda: len(edge.dispatcher.requests) == num_before + 4)
     ids = {request.request_id for request in edge.dispatcher.requests[num_before:]}
     wait_until(lambda: ids <= set(edge.dispatcher.closed_early))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_that_reached_its_stop_string_is_aborted_while_others_go_on(edge: RunningEdge, stream: bool) -> None:
+    num_before = len(edge.dispatcher.requests)
+    with connect(edge) as sock:
+        sock.sendall(request_bytes("prompt", stream=stream, prompt=["endless", "hang"], stop="bab"))
+        wait_until(lambda: len(edge.dispatcher.requests) == num_before + 2)
+        stopped, running = (request.request_id for request in edge.dispatcher.requests[num_before:])
+        wait_until(lambda: stopped in edge.dispatcher.closed_early)
+        assert running not in edge.dispatcher.closed_early
+    wait_until(lambda: running in edge.dispatcher.closed_early)
 
 
 def test_a_client_that_resets_the_connection_aborts_its_request(edge: RunningEdge) -> None:
