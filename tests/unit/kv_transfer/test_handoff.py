@@ -15,8 +15,8 @@ from kv_transfer.pairs import Pair
 from kv_transfer.writer import Handoff
 from llm_engine.api.errors import LeaseRevoked, Overloaded, PromptTooLong, TransferError, TransferTimeout
 from llm_engine.api.handoff import Grant
-from llm_engine.api.messages import Message
-from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Rig, until
+from llm_engine.api.messages import Message, Submit
+from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Reservation, Rig, until
 
 pytestmark = pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
 
@@ -131,6 +131,43 @@ async def test_cancel_at_the_receiver_revokes_and_tells_the_writer(transport: st
         await until(lambda: len(rig.pool.free_blocks) == 32)
         with pytest.raises(TransferError, match="over or was overtaken"):
             await rig.hand_off("r1", 20)
+
+
+@pytest.mark.parametrize("end", ["abort", "cancel", "overtake", "close"])
+async def test_an_offer_that_ends_while_blocks_are_being_reserved(
+    transport: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig(transport) as rig:
+        asked, go_on = asyncio.Event(), asyncio.Event()
+        reserve = rig.pool.reserve
+
+        async def slow(submit: Submit, num_tokens: int) -> Reservation | None:
+            reservation = await reserve(submit, num_tokens)
+            if submit.attempt == 0:
+                asked.set()
+                await go_on.wait()
+            return reservation
+
+        monkeypatch.setattr(rig.pool, "reserve", slow)
+        handoff = rig.offer("r1", 20)
+        await asked.wait()
+        if end == "abort":
+            await handoff.abort()
+        elif end == "cancel":
+            assert rig.server.cancel("r1", 0)
+        elif end == "overtake":
+            newer = rig.offer("r1", 20, attempt=1)
+        else:
+            await rig.client.close()
+        await until(lambda: handoff.error is not None)
+        await until(lambda: rig.server.stats().waiting_offers == (1 if end == "overtake" else 0))
+        go_on.set()
+        if end == "overtake":
+            rig.compute(newer)
+            await newer.commit(FIRST, compute_end=time.monotonic())
+            rig.pool.finish("r1")
+        await until(lambda: len(rig.pool.free_blocks) == 32)
+        assert rig.server.stats().pending == 0
 
 
 async def test_a_newer_attempt_overtakes_an_older_one(transport: str) -> None:

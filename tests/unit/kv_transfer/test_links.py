@@ -150,6 +150,53 @@ def test_a_writer_without_the_key_is_refused(bench: Bench) -> None:
     bench.connect()
 
 
+@pytest.mark.parametrize("proof", ["wrong", "the receiver's own", "of another handshake"])
+def test_a_writer_that_can_not_prove_the_key_is_refused(bench: Bench, proof: str) -> None:
+    """It does not care who the receiver is, and tries to get by without the key."""
+    first = _greet(bench)
+    old = first.challenge.proof
+    first.sock.close()
+    stranger = _greet(bench)
+    answer = {"wrong": b"w" * 32, "the receiver's own": stranger.challenge.proof, "of another handshake": old}[proof]
+    stranger.send(auth.Answer(proof=answer))
+    assert not stranger.receive(auth.Verdict).ok
+    bench.events.wait(lambda: bench.events.causes.count("auth") >= 1)
+    assert bench.events.connections == []
+    stranger.sock.close()
+
+
+class Stranger(auth.Handshake):
+    """A writer's handshake without a key."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, b"")
+        self.sock = sock
+        self.send = self._send
+        self.receive = self._receive
+        self.challenge: auth.Challenge
+
+
+def _greet(bench: Bench) -> Stranger:
+    offer = bench.inlet.offer()
+    if bench.transport == "shm":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect("\0" + offer.address)
+    else:
+        host, port = offer.address.split(":")
+        sock = socket.create_connection((host, int(port)))
+    stranger = Stranger(sock)
+    greeting = auth.Greeting(
+        version=auth.DATA_VERSION,
+        transport=bench.transport,
+        ticket=TICKET,
+        region=bench.arena.region,
+        nonce=b"n" * 32,
+    )
+    stranger.send(greeting)
+    stranger.challenge = stranger.receive(auth.Challenge)
+    return stranger
+
+
 def test_a_receiver_without_the_key_is_noticed(tcp: Bench) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     impostor = threading.Thread(target=_pretend, args=(listener,))
