@@ -136,6 +136,21 @@ def test_streams_that_outlast_the_drain_are_cut_off_and_cancelled(
             assert "data: [DONE]" not in list(lines)
 
 
+def test_a_pause_of_the_router_is_not_a_silence_of_its_workers(tmp_path: Path, nano_dir: Path) -> None:
+    with (
+        fakes("prefill", "decode", model="fake") as workers,
+        router(tmp_path, nano_dir, workers, heartbeat_timeout_s=0.5) as process,
+    ):
+        for _ in range(3):
+            process.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.8)
+            process.process.send_signal(signal.SIGCONT)
+            assert process.client.post("/v1/completions", json=BODY).status_code == 200
+        log = process.log.read_text()
+        assert "stood still" in log
+        assert "lost worker" not in log
+
+
 def test_unusable_settings_are_one_line_and_status_2(tmp_path: Path) -> None:
     config = tmp_path / "router.toml"
     config.write_text('[model]\npath = "/nowhere"\n')
