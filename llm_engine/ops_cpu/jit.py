@@ -10,10 +10,14 @@ bf16 caches are seen as uint16, fp32 ones as float32: `Cache` arrays below.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import numba
@@ -49,6 +53,25 @@ _THREAD_COST: Final = 1_000_000  # multiplications that are worth waking a threa
 MINUS_INF: Final = np.float32(-np.inf)
 
 
+def _cache_dir(configured: str) -> Path:
+    """Where machine code is kept: a folder of its own for this state of the sources.
+
+    numba notices a change of the file a kernel is in, but not of a file whose pieces were compiled into it.
+    """
+    here = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    name = f"kernels-{hashlib.blake2b(sources, digest_size=8).hexdigest()}"
+    bases = [Path(configured)] if configured else [here / "__pycache__", Path.home() / ".cache" / "baton"]
+    for base in bases:
+        with contextlib.suppress(OSError):
+            (base / name).mkdir(parents=True, exist_ok=True)
+            if os.access(base / name, os.W_OK):
+                return base / name
+    return Path(tempfile.mkdtemp(prefix=name))  # nothing lasting is writable: compile anew in every process
+
+
+_settings: dict[str, Any] = vars(numba.config)
+_settings["CACHE_DIR"] = str(_cache_dir(_settings["CACHE_DIR"]))
 _kernels: list[tuple[Any, str]] = []  # dispatcher and signature of every kernel, filled by `kernel`
 
 

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from llm_engine import ops_cpu
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import ForwardBatch, GateConfig, Ops, load_ops
 from tests.ops.paged import Paged
@@ -72,3 +78,21 @@ def test_an_empty_batch_passes_through(ops: Ops) -> None:
     ids, weights = ops.gate(torch.empty(0, 4), torch.zeros(4), GateConfig(top_k=2))
     experts = ops.pack_experts(torch.zeros(4, 32, 56), torch.zeros(4, 56, 16))
     assert ops.moe(rows, ids, weights, experts).shape == (0, 56)
+
+
+def test_machine_code_is_kept_by_the_state_of_all_kernel_sources(tmp_path: Path) -> None:
+    """A piece compiled into kernels of other files takes them along when it changes."""
+    package = Path(ops_cpu.__file__).parent
+    copy = tmp_path / "llm_engine" / "ops_cpu"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def cache_dir() -> str:
+        load = f"import runpy; print(runpy.run_path({str(copy / 'jit.py')!r})['_settings']['CACHE_DIR'])"
+        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    before = cache_dir()
+    assert cache_dir() == before
+    assert before.startswith(str(copy))
+    (copy / "norm.py").write_text((copy / "norm.py").read_text() + "\n# changed\n")
+    assert cache_dir() != before
