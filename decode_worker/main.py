@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="decode",
         help="aggregated: prefill and decode in one engine, without hand-offs (default: decode)",
     )
-    return process.main(options, _build, argv)
+    return process.main(options, _build, argv, uses_control_port=True)
 
 
 def _build(config: ClusterConfig, name: str, args: argparse.Namespace) -> process.Serving:

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         _build,
         argv,
+        uses_control_port=False,
     )
 
 

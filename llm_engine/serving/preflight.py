@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -18,7 +19,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def check(config: ClusterConfig, *, uses_control_port: bool) -> None:
     """Everything that can be known from the configuration and the host. Raises ConfigError."""
     check_checkpoint(config.model.path)
-    check_ports(config.worker, uses_control_port=uses_control_port)
+    hold_ports(config.worker, uses_control_port=uses_control_port).close()
 
 
 def check_checkpoint(path: Path) -> None:
@@ -38,25 +39,29 @@ def checkpoint_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def check_ports(worker: WorkerConfig, *, uses_control_port: bool) -> None:
-    """Every fixed port is free and no two settings name the same one."""
+def hold_ports(worker: WorkerConfig, *, uses_control_port: bool) -> contextlib.ExitStack:
+    """Bind every fixed port, without listening, until the result is closed. Raises ConfigError when one is taken.
+
+    Nobody else is given the ports while weights are loading, and this process can listen on them at any time.
+    """
     if worker.host in ("0.0.0.0", "::", "*"):
         raise ConfigError(f"worker.host={worker.host}: peers are told this address; set the one that reaches this host")
-    names = ["request_port", "metrics_port", *(["control_port"] if uses_control_port else [])]
-    taken: dict[int, str] = {}
-    for name in names:
-        port = getattr(worker, name)
-        if port == 0:
-            continue
-        if port in taken:
-            raise ConfigError(f"worker.{name}={port}: the same as worker.{taken[port]}")
-        taken[port] = name
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    ports: dict[int, str] = {}
+    with contextlib.ExitStack() as held:
+        for name in ["request_port", "metrics_port", *(["control_port"] if uses_control_port else [])]:
+            port = getattr(worker, name)
+            if port == 0:
+                continue
+            if port in ports:
+                raise ConfigError(f"worker.{name}={port}: the same as worker.{ports[port]}")
+            ports[port] = name
+            holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((worker.host, port))
+                holder.bind((worker.host, port))
             except OSError as exc:
                 raise ConfigError(f"worker.{name}={port}: can't listen on {worker.host}: {exc.strerror}") from exc
+        return held.pop_all()
 
 
 def check_memory(needed: int) -> None:

@@ -55,7 +55,9 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(options: argparse.ArgumentParser, build: Build, argv: Sequence[str] | None = None) -> int:
+def main(
+    options: argparse.ArgumentParser, build: Build, argv: Sequence[str] | None = None, *, uses_control_port: bool
+) -> int:
     """Build and serve until a signal; returns the exit code."""
     args = options.parse_args(argv)
     logging.basicConfig(
@@ -64,10 +66,12 @@ def main(options: argparse.ArgumentParser, build: Build, argv: Sequence[str] | N
     try:
         resolved = load(args.config, args.overrides)
         _log_settings(resolved)
+        config = resolved.config
         cluster_key()
-        preflight.check_checkpoint(resolved.config.model.path)  # all this before the second that torch takes to import
-        worker = build(resolved.config, args.name, args)
-        return asyncio.run(_serve(worker, resolved.config))
+        preflight.check_checkpoint(config.model.path)
+        with preflight.hold_ports(config.worker, uses_control_port=uses_control_port):
+            worker = build(config, args.name, args)  # imports torch, reads weights: everything cheap is checked by now
+            return asyncio.run(_serve(worker, config))
     except ConfigError as exc:
         print(f"{options.prog}: {exc}", file=sys.stderr)
         return EXIT_CONFIG

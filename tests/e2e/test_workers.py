@@ -16,6 +16,7 @@ from deploy.processes import ProcessCluster
 from llm_engine.api.config import SECRET_ENV
 from llm_engine.api.messages import Cancel, Drain, KvSnapshot, SnapshotRequest
 from llm_engine.api.request import FinishReason
+from llm_engine.ops.load import load_ops
 from tests.e2e.mini_router import MiniRouter, answers, prompts
 
 PREFILL, DECODE = "prefill-0", "decode-0"
@@ -33,6 +34,7 @@ def pair(nano_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         "worker.heartbeat_s": 0.1,
         "worker.drain_timeout_s": 4.0,
     }
+    load_ops("cpu")  # compiles what is not compiled yet, once: the processes find it
     with ProcessCluster(tmp_path_factory.mktemp("workers"), config, prefill=2, decode=4, router=False) as cluster:
         yield cluster
 

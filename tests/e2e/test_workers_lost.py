@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.processes import ProcessCluster
+from llm_engine.ops.load import load_ops
 from tests.e2e.mini_router import MiniRouter, Stream, prompts
 from tests.e2e.test_workers import routing
 
@@ -30,6 +31,7 @@ def cluster(request: pytest.FixtureRequest, nano_dir: Path, tmp_path_factory: py
         "transfer.commit_timeout_s": 2.0,
         "worker.heartbeat_s": 0.1,
     }
+    load_ops("cpu")  # compiles what is not compiled yet, once: the processes find it
     with ProcessCluster(tmp_path_factory.mktemp("lost"), settings, prefill=2, decode=2, router=False) as running:
         yield running
 

@@ -10,6 +10,8 @@ import pytest
 from llm_engine.api.config import WorkerConfig, build
 from llm_engine.api.errors import ConfigError
 from llm_engine.serving import preflight
+from llm_engine.serving.request_plane import RequestPlane
+from tests.unit.worker.recorder import Recorder
 
 
 def test_a_checkpoint_passes(nano_dir: Path) -> None:
@@ -37,18 +39,32 @@ def test_a_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         worker = WorkerConfig(control_port=port)
         with pytest.raises(ConfigError, match=rf"worker\.control_port={port}: can't listen"):
-            preflight.check_ports(worker, uses_control_port=True)
-        preflight.check_ports(worker, uses_control_port=False)
+            preflight.hold_ports(worker, uses_control_port=True)
+        preflight.hold_ports(worker, uses_control_port=False).close()
+
+
+def test_a_held_port_is_nobody_elses_but_can_be_listened_on() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with preflight.hold_ports(WorkerConfig(request_port=port), uses_control_port=False), socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        plane = RequestPlane(b"k" * 32, Recorder(), heartbeat_s=1.0, silence_s=1.0)
+        try:
+            assert plane.bind("127.0.0.1", port) == f"tcp://127.0.0.1:{port}"
+        finally:
+            plane.close()
 
 
 def test_two_settings_must_not_name_one_port() -> None:
     with pytest.raises(ConfigError, match=r"worker\.metrics_port=1234\d: the same as worker\.request_port"):
-        preflight.check_ports(WorkerConfig(request_port=12345, metrics_port=12345), uses_control_port=False)
+        preflight.hold_ports(WorkerConfig(request_port=12345, metrics_port=12345), uses_control_port=False)
 
 
 def test_a_host_that_peers_cannot_use_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"worker\.host=0\.0\.0\.0: peers are told this address"):
-        preflight.check_ports(WorkerConfig(host="0.0.0.0"), uses_control_port=False)
+        preflight.hold_ports(WorkerConfig(host="0.0.0.0"), uses_control_port=False)
 
 
 def test_more_memory_than_there_is_is_refused() -> None:

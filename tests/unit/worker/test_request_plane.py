@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 
@@ -23,12 +22,12 @@ from llm_engine.api.messages import (
     Load,
     Role,
     SnapshotRequest,
-    Submit,
     Welcome,
     WorkerInfo,
 )
 from llm_engine.api.request import TokenDelta
 from llm_engine.serving.request_plane import RequestPlane
+from tests.unit.worker.recorder import Recorder
 from tests.unit.worker.router_client import KEY, RouterClient, submit_of
 from tests.unit.worker.waiting import until
 
@@ -48,36 +47,6 @@ INFO = WorkerInfo(
     max_model_len=128,
     max_num_seqs=4,
 )
-
-
-@dataclass
-class Recorder:
-    """A worker that only writes down what it is told."""
-
-    got: list[Any] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    loads: int = 0
-    when_lost: Callable[[str], None] = lambda router_id: None
-
-    def on_submit(self, submit: Submit) -> None:
-        self.got.append(submit)
-
-    def on_cancel(self, cancel: Cancel) -> None:
-        self.got.append(cancel)
-
-    def on_drain(self, drain: Drain) -> None:
-        self.got.append(drain)
-
-    def on_snapshot_request(self, router_id: str) -> None:
-        self.got.append(router_id)
-
-    def on_router_lost(self, router_id: str) -> None:
-        self.lost.append(router_id)
-        self.when_lost(router_id)
-
-    def load(self) -> Load:
-        self.loads += 1
-        return Load(seq=self.loads)
 
 
 @dataclass
