@@ -131,7 +131,10 @@ class WritingSide:
 
 
 class ReceivingSide:
-    """The decode end: grants what `refusal` does not object to, takes over what is committed."""
+    """The decode end: grants what `refusal` does not object to, takes over what is committed.
+
+    `on_taken` says whether the writer is told.
+    """
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ReceivingSide:
         block_tokens: int,
         *,
         refusal: Callable[[FakeSequence], str],
-        on_taken: Callable[[FakeSequence], None],
+        on_taken: Callable[[FakeSequence], bool],
     ) -> None:
         self._codec: Codec[WriterMessage] = Codec(key, WriterMessage)
         self._socket = socket
@@ -172,8 +175,8 @@ class ReceivingSide:
             held = self._leased.get(message.request_id)
             if held is not None and held.submit.attempt == message.attempt:
                 del self._leased[message.request_id]
-                self._on_taken(held)
-                self._answer(route, Accepted(request_id=message.request_id, attempt=message.attempt, lease_id=0))
+                if self._on_taken(held):
+                    self._answer(route, Accepted(request_id=message.request_id, attempt=message.attempt, lease_id=0))
 
     def expire(self, now: float) -> None:
         for request_id, sequence in list(self._leased.items()):

@@ -34,6 +34,7 @@ class FakeSettings:
     muted: bool = False  # says nothing, as if its network were cut
     swallow_kv_events: int = 0  # events lost on the way
     swallow_snapshots: int = 0
+    swallow_accepts: int = 0
     fail_next: int = 0  # submits answered with `fail_code`
     fail_code: str = "full"
     fail_retryable: bool = True

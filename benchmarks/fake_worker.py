@@ -275,7 +275,7 @@ class FakeWorker:
         self._running.pop(submit.request_id, None)  # an older attempt
         return "no slot" if len(self._running) + len(self._receiving) >= self.settings.max_num_seqs else ""
 
-    def _take_over(self, sequence: FakeSequence) -> None:
+    def _take_over(self, sequence: FakeSequence) -> bool:
         submit = sequence.submit
         self._publish(self._cache.store(self._cache.chain(submit)))
         handoff_s = time.monotonic() - sequence.received
@@ -289,6 +289,8 @@ class FakeWorker:
         self._deltas(submit.router_id, [self._delta(sequence, tokens, finish)])
         if finish is None:
             self._admit(sequence)
+        self.settings.swallow_accepts -= 1
+        return self.settings.swallow_accepts < 0
 
     # sending to routers
 

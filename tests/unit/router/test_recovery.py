@@ -163,6 +163,15 @@ async def test_the_loss_of_prefill_after_the_hand_over_is_no_loss() -> None:
             assert recoveries(dispatcher) == {}
 
 
+async def test_a_prefill_worker_that_missed_the_take_over_can_not_undo_it() -> None:
+    with fakes("prefill", "decode", step_s=0.01, grant_timeout_s=0.2) as workers:
+        async with dispatching(addresses(workers)) as dispatcher:
+            workers[1].settings.swallow_accepts = 1
+            await check(dispatcher, request(PROMPT, 100))  # lasts a second
+            assert not workers[0]._writing, "it has given up"
+            assert recoveries(dispatcher) == {}
+
+
 async def test_the_loss_of_prefill_before_the_hand_over_is_cancelled_on_decode() -> None:
     with fakes("prefill", "prefill", "decode", prefill_s=0.3) as workers:
         async with dispatching(addresses(workers)) as dispatcher:
