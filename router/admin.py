@@ -14,14 +14,14 @@ import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import parse_qs, unquote
 
 import msgspec
+from fastapi import Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 from llm_engine.api.config import Resolved
 from llm_engine.api.errors import RequestError, ServingError
 from router.dispatcher import ClusterDispatcher
-from router.exchange import Exchange
 from router.failures import MethodNotAllowed, NotFound, error_body, error_headers
 
 ADMIN_KEY_ENV = "BATON_ADMIN_KEY"
@@ -47,53 +47,74 @@ class AdminApp:
 
     def __init__(self, app: AsgiApp, dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> None:
         self._app = app
-        self._dispatcher = dispatcher
-        self._resolved = resolved
-        self._key = key
+        self._admin = build_admin(dispatcher, resolved, key)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
-            await self._app(scope, receive, send)
-            return
-        exchange = Exchange(scope, receive, send, self._resolved.config.router.client_stall_s)
-        try:
-            self._authorize(scope)
-            answer = self._answer(exchange.method, exchange.path.removeprefix(PREFIX), scope["query_string"])
-        except ServingError as exc:
-            await exchange.respond(exc.status, error_body(exc), headers=error_headers(exc))
-            return
-        await exchange.respond(200, msgspec.json.encode(answer))
+        is_admin = scope["type"] == "http" and scope["path"].startswith(PREFIX)
+        await (self._admin if is_admin else self._app)(scope, receive, send)
 
-    def _authorize(self, scope: Any) -> None:
-        """Raises Forbidden."""
-        if not self._key:
-            client = scope.get("client")
-            if client is None or not ipaddress.ip_address(client[0]).is_loopback:
-                raise Forbidden(f"only loopback clients may use {PREFIX}; set {ADMIN_KEY_ENV} to admit others")
-            return
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
-            raise Forbidden(f"send the key from {ADMIN_KEY_ENV} as Authorization: Bearer KEY")
 
-    def _answer(self, method: str, path: str, query: bytes) -> Any:
-        action, _, name = path.partition("/")
-        name = unquote(name)
-        if (action, bool(name)) not in {("status", False), ("config", False), ("requests", True), ("drain", True)}:
-            raise NotFound(f"there is no {PREFIX}{path}")
-        wanted = "POST" if action == "drain" else "GET"
-        if method != wanted:
-            raise MethodNotAllowed(f"{PREFIX}{action} takes {wanted}", allow=wanted)
-        if action == "status":
-            return self._dispatcher.status()
-        if action == "config":
-            config = self._resolved.config.model_dump(mode="json")
-            return {"config": config, "sources": dict(self._resolved.sources)}
-        if action == "requests":
-            timeline = self._dispatcher.timeline(name)
-            if timeline is None:
-                raise UnknownName(f"request {name!r} is unknown, or too long ago")
-            return timeline
-        hand_back = parse_qs(query.decode("latin-1")).get("hand_back", ["false"])[-1] == "true"
-        if not self._dispatcher.drain(name, hand_back=hand_back):
-            raise UnknownName(f"worker {name!r} is unknown or can't be reached")
-        return {"worker": name, "draining": True, "hand_back": hand_back}
+def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> FastAPI:
+    """The admin API. Failures are answered with the same error object as the API's."""
+
+    def authorize(request: Request) -> None:
+        check_caller(request, key)
+
+    api = FastAPI(title="Baton admin", openapi_url=None, redirect_slashes=False, dependencies=[Depends(authorize)])
+    api.add_exception_handler(ServingError, _serving_error)
+    api.add_exception_handler(HTTPException, _http_error)
+
+    @api.get("/admin/status")
+    async def status() -> Response:
+        return _json(dispatcher.status())
+
+    @api.get("/admin/config")
+    async def config() -> Response:
+        return _json({"config": resolved.config.model_dump(mode="json"), "sources": dict(resolved.sources)})
+
+    @api.get("/admin/requests/{request_id:path}")
+    async def request_timeline(request_id: str) -> Response:
+        timeline = dispatcher.timeline(request_id)
+        if timeline is None:
+            raise UnknownName(f"request {request_id!r} is unknown, or too long ago")
+        return _json(timeline)
+
+    @api.post("/admin/drain/{worker:path}")
+    async def drain(worker: str, hand_back: str = "false") -> Response:
+        moves = hand_back == "true"
+        if not dispatcher.drain(worker, hand_back=moves):
+            raise UnknownName(f"worker {worker!r} is unknown or can't be reached")
+        return _json({"worker": worker, "draining": True, "hand_back": moves})
+
+    return api
+
+
+def check_caller(request: Request, key: str) -> None:
+    """Raises Forbidden."""
+    if not key:
+        if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
+            raise Forbidden(f"only loopback clients may use {PREFIX}; set {ADMIN_KEY_ENV} to admit others")
+        return
+    given = request.headers.get("authorization", "")
+    if not hmac.compare_digest(given.encode("latin-1"), b"Bearer " + key.encode()):
+        raise Forbidden(f"send the key from {ADMIN_KEY_ENV} as Authorization: Bearer KEY")
+
+
+def _json(answer: Any) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def _serving_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, ServingError)
+    headers = {name.decode(): value.decode() for name, value in error_headers(exc)}
+    return Response(error_body(exc), exc.status, headers, media_type="application/json")
+
+
+def _http_error(request: Request, exc: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(exc, HTTPException)
+    path = request.url.path
+    if exc.status_code == 405:
+        allow = (exc.headers or {}).get("Allow", "")
+        return _serving_error(request, MethodNotAllowed(f"{path} takes {allow}", allow=allow))
+    return _serving_error(request, NotFound(f"there is no {path}"))

@@ -81,7 +81,7 @@ async def test_with_a_key_everybody_needs_it() -> None:
 
 async def test_drain_names_the_worker_and_how() -> None:
     app, dispatcher = make()
-    assert await call(app, "/admin/drain/decode%2F1", "POST") == 200
+    assert await call(app, "/admin/drain/decode/1", "POST") == 200
     assert await call(app, "/admin/drain/d", "POST", query=b"hand_back=true") == 200
     assert await call(app, "/admin/drain/nobody", "POST") == 404
     assert dispatcher.drained == [("decode/1", False), ("d", True), ("nobody", False)]
