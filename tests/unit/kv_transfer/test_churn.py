@@ -76,7 +76,7 @@ def test_nothing_leaks_under_churn(transport: str) -> None:
         asyncio.run(life(seed, lose))
 
     async def life(seed: int, lose: bool) -> None:
-        async with Rig(transport, num_blocks=24, commit_timeout_s=2, grant_timeout_s=2, canary_period_s=0.01) as rig:
+        async with Rig(transport, num_blocks=24, commit_timeout_s=20, grant_timeout_s=2, canary_period_s=0.01) as rig:
             second = await rig.add_client("prefill-1")
             churn = Churn(rig, seed, [rig.client, second])
             work = [asyncio.create_task(churn.request(f"r{i}")) for i in range(12)]
