@@ -13,7 +13,7 @@ from kv_transfer.link import Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
 from llm_engine.api.handoff import KvLayout
 
-PIECE_BYTES = 4 << 20  # a copy is at most this long (or one block), so that a writer can stop between copies
+PIECE_BYTES = 1 << 20  # a copy is at most this long, or one block: hashed, it is still in the cache when it is sent
 _MTP = "mtp_"
 
 

@@ -39,7 +39,7 @@ class Link(Protocol):
     transport: str
 
     def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
-        """Copy from `source`, which is not read any more on return. `stopped` is polled at least once per few MiB.
+        """Copy from `source`, which is not read any more on return. `stopped` is polled at least once a copy or frame.
 
         Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
         """

@@ -21,7 +21,7 @@ from kv_transfer.manifest import ManifestBuilder, Policy
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
-_TURN_BYTES = 4 * PIECE_BYTES  # written for one hand-off before the sender looks at the next
+_TURN_BYTES = 16 << 20  # written for one hand-off before the sender looks at the next
 _BATCH_COPIES = 1024
 
 
