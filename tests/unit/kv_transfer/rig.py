@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -282,3 +285,10 @@ class Rig:
             assert block_bytes(self.layout, self.arena.buffer, target) == ours, (
                 f"{submit.request_id}: accepted wrong bytes"
             )
+
+
+def arena_mappings() -> list[str]:
+    """`VmFlags` of every shared arena this process maps, whichever test made it."""
+    gc.collect()
+    text = Path("/proc/self/smaps").read_text(encoding="ascii")
+    return re.findall(r"memfd:baton-kv.*?VmFlags: ([^\n]*)", text, re.DOTALL)
