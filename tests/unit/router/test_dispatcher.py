@@ -7,6 +7,8 @@ import contextlib
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.fake_model import expected_tokens, logprobs_of
 from benchmarks.fake_worker import FakeWorker
@@ -20,8 +22,9 @@ from llm_engine.api.errors import (
     WorkerLost,
 )
 from llm_engine.api.messages import Cancel, Submit
-from llm_engine.api.request import FinishReason
+from llm_engine.api.request import FinishReason, StageTimes
 from router.dispatcher import ClusterDispatcher
+from router.flight import Flight
 from tests.unit.router.router_cluster import check, collect, dispatching, fakes, request, until
 
 PROMPT = list(range(40))
@@ -176,6 +179,16 @@ async def test_a_stream_can_be_closed_while_another_task_reads_it() -> None:
             assert dispatcher.num_open == 0
 
 
+async def test_a_read_that_is_cancelled_aborts_the_request() -> None:
+    with fakes("prefill", "decode", prefill_s=0.5) as workers:
+        async with dispatching(addresses(workers)) as dispatcher:
+            stream = dispatcher.submit(request(PROMPT, 10))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.1)
+            assert dispatcher.num_open == 0
+            await until(lambda: any(isinstance(m, Cancel) for m in workers[0].log))
+
+
 async def test_the_deadline_holds_while_queued_running_and_streaming() -> None:
     with fakes("prefill", "decode", step_s=0.02) as workers:
         async with dispatching(addresses(workers), max_inflight=1) as dispatcher:
@@ -298,6 +311,28 @@ async def test_the_stages_add_up_to_the_time_to_first_token() -> None:
             assert sum(stages.values()) >= timeline["first_token_s"]
             assert metric(dispatcher, "baton_ttft_stage_seconds_sum") == pytest.approx(sum(stages.values()))
             assert [record["outcome"] for record in timeline["attempts"]] == ["full", "finished"]
+
+
+@given(
+    total=st.floats(0, 10),
+    sent=st.floats(0, 12),
+    again=st.floats(0, 12),
+    queue=st.floats(0, 12),
+    compute=st.floats(0, 12),
+)
+def test_stages_add_up_whatever_the_workers_clocks_say(
+    total: float, sent: float, again: float, queue: float, compute: float
+) -> None:
+    async def stages() -> dict[str, float]:
+        flight = Flight(request(PROMPT))
+        flight.journal.begin("p", "d", sent, 0)
+        served = flight.journal.begin("p", "d", sent + again, 0)
+        served.times = StageTimes(queue_s=queue, compute_s=compute)
+        return flight.ttft_stages(flight.arrived + total, served)
+
+    parts = asyncio.run(stages())
+    assert sum(parts.values()) == pytest.approx(total, abs=1e-6)
+    assert min(parts.values()) >= 0.0
 
 
 async def test_metrics_count_requests_and_tokens() -> None:

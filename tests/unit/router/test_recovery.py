@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.fake_worker import FakeWorker
-from llm_engine.api.messages import Cancel, Submit
-from llm_engine.api.request import unpack_tokens
+from llm_engine.api.messages import Cancel, Deltas, Submit
+from llm_engine.api.request import TokenDelta, unpack_tokens
 from router.dispatch_api import GenerationRequest
 from router.dispatcher import ClusterDispatcher
 from tests.unit.router.router_cluster import FakeProcess, check, dispatching, fakes, request, until
@@ -256,6 +256,20 @@ async def test_a_request_that_is_complete_but_for_its_finish_needs_no_other_atte
             workers[1].stop()
             await running
             assert sum(isinstance(m, Submit) for m in workers[0].log) == 1
+
+
+async def test_an_attempt_that_sends_impossible_tokens_is_made_again() -> None:
+    with fakes("prefill", "decode", step_s=0.01) as workers:
+        async with dispatching(addresses(workers)) as dispatcher:
+            req = request(PROMPT, 40)
+            running = asyncio.create_task(check(dispatcher, req))
+            await until(lambda: workers[1]._running)
+            bad = TokenDelta(request_id=req.request_id, attempt=1, index=39, tokens=[1, 2])
+            decode = dispatcher.membership.find("decode-1")
+            assert decode is not None
+            decode.received(Deltas(items=[bad]))
+            await running
+            assert recoveries(dispatcher) == {"broken_stream": 1}
 
 
 async def test_recoveries_go_before_new_requests() -> None:
