@@ -129,7 +129,7 @@ class FakeWorker:
 
     def _serve_once(self) -> None:
         now = time.monotonic()
-        due = min(self._next_beat, *(item[0] for item in self._prefilling[:1]), now + 0.05)
+        due = min(self._next_beat, *(item[0] for item in self._prefilling[:1]), now + 0.01)
         if self._running:
             due = min(due, self._next_step)
         for socket, _ in self._poller.poll(max(0, int((due - now) * 1e3 + 0.999))):
