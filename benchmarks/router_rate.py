@@ -35,7 +35,18 @@ def wrk(url: str, body: dict[str, Any], *, connections: int, seconds: int, scrat
     script.write_text(
         f"wrk.method='POST'\nwrk.headers['Content-Type']='application/json'\nwrk.body='{payload}'\n", encoding="utf-8"
     )
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--timeout",
+        "30s",
+        "--latency",
+        "-s",
+        str(script),
+        url,
+    ]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise RuntimeError(f"{url}: requests failed:\n{text}")
