@@ -168,9 +168,7 @@ def test_unusable_settings_are_one_line_and_status_2(tmp_path: Path) -> None:
 
 
 def test_the_router_needs_neither_torch_nor_ray() -> None:
-    code = (
-        "import router.main, sys; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
-    )
+    code = "import router.main, sys; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
