@@ -215,7 +215,7 @@ async def test_a_worker_that_leaves_the_feed_ends_its_requests_and_gets_no_new_o
             version = dispatcher.membership.feed_version
             feed.publish(infos[0], infos[2])
             await until(lambda: dispatcher.membership.feed_version != version)
-            await until(lambda: seen(dispatcher, "decode-2").usable)
+            await until(lambda: any(w.usable and w.name == "decode-2" for w in dispatcher.membership.workers))
             await check(dispatcher, request([9] * 20, 4))
             assert not workers[2]._running
             assert workers[1]._running, "the running request stays where it is"
