@@ -48,6 +48,8 @@ class PrefixChain:
         if self._key != (format_id, block_tokens):
             self._key, self._digests = (format_id, block_tokens), []
         known = len(self._digests)
+        if known == len(tokens) // block_tokens:
+            return self._digests
         parent = self._digests[-1] if known else root_digest(format_id, self._salt)
         fresh = tokens[known * block_tokens :] if known else tokens
         self._digests.extend(chain_digests(fresh, block_tokens, parent))

@@ -1,12 +1,13 @@
 """Prometheus metrics of a router process.
 
-What happens per token (`inter_token_seconds`, token counters) is collected in plain Python numbers and flushed a few
-times a second; what happens per request is observed directly. With PROMETHEUS_MULTIPROC_DIR set, `render` merges all
+What happens per token and per request is collected in plain Python numbers and flushed a few times a second; what is
+rarer is counted directly. With PROMETHEUS_MULTIPROC_DIR set, `render` merges all
 processes that share the directory.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ _HTTP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0,
 
 
 class BatchHistogram(Histogram):
-    """A histogram without labels that takes in many observations at once."""
+    """A histogram that takes in many observations at once."""
 
     def observe_batch(self, counts: Sequence[int], total: float) -> None:
         """Add `counts[i]` observations to bucket i (the last one is +Inf), `total` to the sum."""
@@ -33,54 +34,59 @@ class BatchHistogram(Histogram):
         self._sum.inc(total)
 
 
+class Tally:
+    """Observations in plain numbers, on their way to a histogram: a tenth of the cost of observing each one."""
+
+    def __init__(self, histogram: BatchHistogram, bounds: Sequence[float]) -> None:
+        self._histogram = histogram
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+
+    def add(self, value: float) -> None:
+        """One observation."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def flush(self) -> None:
+        """Hand over what has been collected."""
+        if any(self._counts):
+            self._histogram.observe_batch(self._counts, self._total)
+            self._counts = [0] * len(self._counts)
+            self._total = 0.0
+
+
 class RouterMetrics:
     """The metrics of one process, in a registry of their own. See docs/operations.md for what each one means."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._ttft = Histogram(
-            "baton_ttft_seconds",
-            "Arrival of the HTTP request to the first chunk written",
-            buckets=_LATENCY_BUCKETS,
-            registry=registry,
-        )
-        stage = Histogram(
+        self._tallies: list[Tally] = []
+        self._ttft = self._tally("baton_ttft_seconds", "Arrival of the HTTP request to the first chunk written")
+        stage = BatchHistogram(
             "baton_ttft_stage_seconds",
             "Parts of the time to first token; they add up to it",
             ["stage"],
             buckets=_LATENCY_BUCKETS,
             registry=registry,
         )
-        self._stages = {name: stage.labels(name) for name in STAGES}
-        self._tpot = Histogram(
-            "baton_tpot_seconds",
-            "Mean time per output token after the first, per request",
-            buckets=_TOKEN_BUCKETS,
-            registry=registry,
+        self._stages = {name: Tally(stage.labels(name), _LATENCY_BUCKETS) for name in STAGES}
+        self._tallies.extend(self._stages.values())
+        self._tpot = self._tally(
+            "baton_tpot_seconds", "Mean time per output token after the first, per request", _TOKEN_BUCKETS
         )
-        self._inter_token = BatchHistogram(
-            "baton_inter_token_seconds",
-            "Time between two deliveries of one sequence",
-            buckets=_TOKEN_BUCKETS,
-            registry=registry,
+        self._inter_token = self._tally(
+            "baton_inter_token_seconds", "Time between two deliveries of one sequence", _TOKEN_BUCKETS
         )
-        self._e2e = Histogram(
-            "baton_e2e_seconds",
-            "Arrival of the request to its last token",
-            buckets=_LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self._handoff = Histogram(
-            "baton_handoff_seconds", "Offer to verified commit", buckets=_LATENCY_BUCKETS, registry=registry
-        )
-        self._exposed = Histogram(
+        self._e2e = self._tally("baton_e2e_seconds", "Arrival of the request to its last token")
+        self._handoff = self._tally("baton_handoff_seconds", "Offer to verified commit")
+        self._exposed = self._tally(
             "baton_handoff_exposed_seconds",
             "End of the last prefill kernel to the sequence being schedulable for decode",
-            buckets=_LATENCY_BUCKETS,
-            registry=registry,
         )
         self._handoff_bytes = Counter("baton_handoff_bytes", "KV bytes handed over", registry=registry)
-        self._tokens = Counter("baton_tokens", "Prompt and output tokens served", ["direction"], registry=registry)
+        tokens = Counter("baton_tokens", "Prompt and output tokens served", ["direction"], registry=registry)
+        self._tokens_in, self._tokens_out = tokens.labels("in"), tokens.labels("out")
         self._hits = Counter(
             "baton_prefix_hit_tokens", "Prompt tokens found in a cache", ["tier"], registry=registry
         ).labels("device")
@@ -88,7 +94,8 @@ class RouterMetrics:
         self._recoveries = Counter("baton_recoveries", "Attempts started again elsewhere", ["cause"], registry=registry)
         self._refusals = Counter("baton_refusals", "Requests refused at the door", ["reason"], registry=registry)
         self._losses = Counter("baton_worker_losses", "Workers lost", ["role", "cause"], registry=registry)
-        self._http = Histogram(
+        self._http_tallies: dict[tuple[str, int], Tally] = {}
+        self._http = BatchHistogram(
             "baton_http_request_seconds",
             "HTTP exchanges by route and status",
             ["route", "status"],
@@ -108,16 +115,14 @@ class RouterMetrics:
             "baton_router_workers", "Workers seen by the router", ["role", "state"], registry=registry,
             multiprocess_mode="max",
         )  # fmt: skip
-        self._gap_counts = [0] * (len(_TOKEN_BUCKETS) + 1)
-        self._gap_sum = 0.0
-        self._num_in = self._num_out = self._num_hits = 0
+        self._outcomes: collections.Counter[str] = collections.Counter()
+        self._num_in = self._num_out = self._num_hits = self._num_bytes = 0
 
     # the hot path: plain numbers
 
     def gap(self, seconds: float) -> None:
         """Time since the previous delivery of a sequence."""
-        self._gap_counts[bisect_left(_TOKEN_BUCKETS, seconds)] += 1
-        self._gap_sum += seconds
+        self._inter_token.add(seconds)
 
     def output_tokens(self, count: int) -> None:
         """New output tokens of one worker step."""
@@ -125,17 +130,19 @@ class RouterMetrics:
 
     def flush(self) -> None:
         """Move the collected numbers into the exported metrics."""
-        if any(self._gap_counts):
-            self._inter_token.observe_batch(self._gap_counts, self._gap_sum)
-            self._gap_counts = [0] * len(self._gap_counts)
-            self._gap_sum = 0.0
+        for tally in self._tallies:
+            tally.flush()
+        for outcome, count in self._outcomes.items():
+            self._requests.labels(outcome).inc(count)
+        self._outcomes.clear()
         for child, count in (
-            (self._tokens.labels("in"), self._num_in),
-            (self._tokens.labels("out"), self._num_out),
+            (self._tokens_in, self._num_in),
+            (self._tokens_out, self._num_out),
             (self._hits, self._num_hits),
+            (self._handoff_bytes, self._num_bytes),
         ):
             child.inc(count)
-        self._num_in = self._num_out = self._num_hits = 0
+        self._num_in = self._num_out = self._num_hits = self._num_bytes = 0
 
     # once per request
 
@@ -146,23 +153,23 @@ class RouterMetrics:
 
     def first_token(self, stages: Mapping[str, float]) -> None:
         """Stages of the time to first token, in seconds; their sum is the time to first token."""
-        self._ttft.observe(sum(stages.values()))
+        self._ttft.add(sum(stages.values()))
         for name, seconds in stages.items():
-            self._stages[name].observe(seconds)
+            self._stages[name].add(seconds)
 
     def finished(self, outcome: str, e2e_s: float, tpot_s: float | None) -> None:
         """A sequence ended; times only if it ran to its end."""
-        self._requests.labels(outcome).inc()
+        self._outcomes[outcome] += 1
         if outcome in ("stop", "length"):
-            self._e2e.observe(e2e_s)
+            self._e2e.add(e2e_s)
             if tpot_s is not None:
-                self._tpot.observe(tpot_s)
+                self._tpot.add(tpot_s)
 
     def handed_off(self, handoff_s: float, exposed_s: float, num_bytes: int) -> None:
         """A decode worker took a sequence over."""
-        self._handoff.observe(handoff_s)
-        self._exposed.observe(exposed_s)
-        self._handoff_bytes.inc(num_bytes)
+        self._handoff.add(handoff_s)
+        self._exposed.add(exposed_s)
+        self._num_bytes += num_bytes
 
     def recovery(self, cause: str) -> None:
         """An attempt was given up and the request goes on elsewhere."""
@@ -178,7 +185,16 @@ class RouterMetrics:
 
     def http_response(self, route: str, status: int, seconds: float) -> None:
         """One finished HTTP exchange; `route` is a path template."""
-        self._http.labels(route, str(status)).observe(seconds)
+        tally = self._http_tallies.get((route, status))
+        if tally is None:
+            tally = self._http_tallies[route, status] = Tally(self._http.labels(route, str(status)), _HTTP_BUCKETS)
+            self._tallies.append(tally)
+        tally.add(seconds)
+
+    def _tally(self, name: str, text: str, buckets: Sequence[float] = _LATENCY_BUCKETS) -> Tally:
+        tally = Tally(BatchHistogram(name, text, buckets=buckets, registry=self.registry), buckets)
+        self._tallies.append(tally)
+        return tally
 
     # a few times a second, and on demand
 
