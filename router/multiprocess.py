@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -28,11 +30,14 @@ READY_TIMEOUT_S = 30.0
 RESTART_PAUSE_S = 1.0
 KILL_AFTER_S = 5.0  # beyond the drain
 EXIT_FAILED = 1
+_METRICS_PREFIX = "baton-metrics-"
 
 
 def supervise(settings: RouterConfig, arguments: Sequence[str]) -> int:
     """Run `settings.processes` children with the given command line until a signal; returns the exit code."""
-    with tempfile.TemporaryDirectory(prefix="baton-metrics-") as metrics_dir, _reserve(settings) as reserved:
+    _remove_leftovers()
+    prefix = f"{_METRICS_PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix) as metrics_dir, _reserve(settings) as reserved:
         host, port = reserved.getsockname()[:2]
         command = [sys.executable, "-m", "router", *arguments, "--override", f"router.port={port}"]
         children = _Children([*command, "--child-of", str(os.getpid())], metrics_dir)
@@ -52,6 +57,14 @@ def supervise(settings: RouterConfig, arguments: Sequence[str]) -> int:
             return 0
         finally:
             children.stop(stop.number or signal.SIGTERM, settings.drain_timeout_s + KILL_AFTER_S)
+
+
+def _remove_leftovers() -> None:
+    """Delete the metrics of parents that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_METRICS_PREFIX}*-*"):
+        owner = path.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _reserve(settings: RouterConfig) -> socket.socket:
