@@ -61,6 +61,9 @@ class RouterProcess:
     def close(self) -> None:
         self.client.close()
         if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5.0)
             self.process.kill()
             self.process.wait()
         assert self.process.stdout is not None
