@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ class RouterProcess:
             [sys.executable, "-m", "router", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=self._sink,
-            env={**os.environ, SECRET_ENV: KEY.decode(), ADMIN_KEY_ENV: ""},
+            env={**os.environ, SECRET_ENV: KEY.decode(), ADMIN_KEY_ENV: "", "TMPDIR": str(directory)},
         )
         assert self.process.stdout is not None
         watchdog = threading.Timer(START_S, self.process.kill)
@@ -208,7 +207,7 @@ def test_the_processes_die_with_their_parent(tmp_path: Path, nano_dir: Path) -> 
         process.stop(signal.SIGKILL)
         _, alive = psutil.wait_procs(children, 5)
         assert not alive
-    left = list(Path(tempfile.gettempdir()).glob(f"baton-metrics-{process.process.pid}-*"))
+    left = list(tmp_path.glob(f"baton-metrics-{process.process.pid}-*"))
     assert len(left) == 1
     with fakes("prefill", "decode", model="fake") as workers, router(tmp_path, nano_dir, workers, processes=2):
         assert not left[0].exists(), "the next parent removes what a killed one left"
