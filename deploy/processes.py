@@ -6,8 +6,10 @@ same address.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -24,6 +26,7 @@ from llm_engine.api.config import SECRET_ENV
 from llm_engine.api.errors import ServingError
 
 READY_PREFIX = "READY "
+_FIXED_PORTS = range(16384, 32768)
 _MODULES = {"prefill": "prefill_worker", "decode": "decode_worker", "aggregated": "decode_worker"}
 
 
@@ -33,11 +36,15 @@ def dump_toml(values: Mapping[str, Any]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that was free on loopback a moment ago, below the range from which the kernel takes ephemeral ones.
+
+    Raises ServingError when there is none.
+    """
+    for port in random.sample(_FIXED_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServingError(f"no free port found between {_FIXED_PORTS.start} and {_FIXED_PORTS.stop - 1}")
 
 
 class Child:

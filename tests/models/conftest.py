@@ -35,5 +35,15 @@ def oracles() -> dict[Path, Oracle]:
 @pytest.fixture(scope="session", params=["nano", "tiny", "nano-v3", "tiny-v3"])
 def oracle(request: pytest.FixtureRequest, oracles: dict[Path, Oracle]) -> Oracle:
     """A checkpoint of random weights as transformers sees it."""
+    return _oracle(request, oracles)
+
+
+@pytest.fixture(scope="session", params=["nano", "tiny"])
+def sparse_oracle(request: pytest.FixtureRequest, oracles: dict[Path, Oracle]) -> Oracle:
+    """`oracle`, of the models with an indexer only."""
+    return _oracle(request, oracles)
+
+
+def _oracle(request: pytest.FixtureRequest, oracles: dict[Path, Oracle]) -> Oracle:
     path = request.getfixturevalue(request.param.replace("-", "_") + "_dir")
     return oracles.setdefault(path, Oracle(path))
