@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from deploy.fate import bound_command
-from llm_engine.api.config import ClusterConfig
+from llm_engine.api.config import ClusterConfig, on_this_host
 from llm_engine.api.errors import ServingError
 from llm_engine.api.messages import Role, WorkerInfo
 
@@ -58,7 +58,7 @@ class WorkerActor:
 
     def __init__(self, config_json: str, role: str, name: str, log_file: str) -> None:
         redirect_output(Path(log_file))
-        self._config = ClusterConfig.model_validate_json(config_json)
+        self._config = on_this_host(ClusterConfig.model_validate_json(config_json))
         self._role, self._name = Role(role), name
         self._worker: Any = None
         self._info: WorkerInfo | None = None

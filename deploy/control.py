@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -74,6 +75,12 @@ class ScalePool(Message, frozen=True, kw_only=True, tag="scale_pool"):
     replicas: int
 
 
+class ConfigurePools(Message, frozen=True, kw_only=True, tag="configure_pools"):
+    """The configured sizes and bounds may have changed. A size that has is obeyed, one that has not changes nothing."""
+
+    pools: dict[str, dict[str, Any]]  # PoolsConfig as plain data
+
+
 class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
     """Take a worker out once its requests are finished or handed over; a fresh one takes its place."""
 
@@ -91,7 +98,7 @@ class Reply(Message, frozen=True, kw_only=True, tag="reply"):
     error: str = ""
 
 
-ControlRequest = GetStatus | ScalePool | DrainWorker | StopCluster
+ControlRequest = GetStatus | ScalePool | ConfigurePools | DrainWorker | StopCluster
 Handler = Callable[[ControlRequest], Awaitable[Reply]]
 
 

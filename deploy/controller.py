@@ -1,9 +1,9 @@
 """The controller: one Ray actor that holds a cluster at its desired size and tells routers who its members are.
 
 Its own loss costs nothing: workers and router are detached actors that a restarted controller finds by name, the
-desired state is in the run directory, and it listens on the same ports again. No token passes through it.
+desired state is in its store, and it listens on the same ports again. No token passes through it.
 
-    control channel ── scale, drain ──▶ desired.json ──▶ plan() ──▶ Fleet: one task per worker
+    control channel ── scale, drain ──▶ DesiredStore ──▶ plan() ──▶ Fleet: one task per worker
                                                                        │ reports
     routers ◀── membership feed, on change and every period ───────────┘
 """
@@ -16,13 +16,16 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
 import tomli_w
 import zmq.asyncio
+from pydantic import ValidationError
 
 from deploy import desired
 from deploy.actors import RouterReport
 from deploy.control import (
     ClusterStatus,
+    ConfigurePools,
     ControlRequest,
     ControlServer,
     DrainWorker,
@@ -33,10 +36,12 @@ from deploy.control import (
     ScalePool,
     StopCluster,
 )
+from deploy.desired import Desired, DesiredStore
 from deploy.feed import MembershipFeed
 from deploy.fleet import RESTART_PAUSE_S, Fleet, Launch, one_line, wait_event
+from deploy.pool_metrics import PoolMetrics
 from deploy.rundir import ControlRecord, RunDir
-from llm_engine.api.config import ClusterConfig, cluster_key
+from llm_engine.api.config import ClusterConfig, PoolsConfig, cluster_key
 from llm_engine.api.errors import ServingError
 
 _log = logging.getLogger(__name__)
@@ -62,13 +67,22 @@ class Controller:
     """Reconciles until `StopCluster`. Built and run on one asyncio loop."""
 
     def __init__(
-        self, config: ClusterConfig, run_dir: RunDir, launch_worker: Launch, launch_router: Callable[[], RouterHandle]
+        self,
+        config: ClusterConfig,
+        run_dir: RunDir,
+        launch_worker: Launch,
+        launch_router: Callable[[], RouterHandle] | None,
+        store: DesiredStore | None = None,
     ) -> None:
+        """`launch_router` None: routers run elsewhere. `store`: of the desired state (default: the run directory)."""
         self._config, self._run_dir = config, run_dir
         self._launch_router = launch_router
+        self._store = store or run_dir
+        self._pools = config.pools
         self._fleet = Fleet(config, launch_worker)
-        self._desired = run_dir.desired() or desired.initial(config.pools)
-        self._router = RouterStatus()
+        self._desired = desired.obeyed(None, config.pools)
+        self._router = RouterStatus(ready=launch_router is None)
+        self._latest = self.status()  # replaced every period: what other threads may read
         self._router_handle: RouterHandle | None = None
         self._tending: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -76,11 +90,14 @@ class Controller:
 
     async def run(self, existing: tuple[str, ...] = ()) -> None:
         """Serve until stopped. `existing`: workers that a controller before this one has started."""
+        await self._obey(self._config.pools)
         context = zmq.asyncio.Context()
         key = cluster_key()
         control, feed = ControlServer(context, key, self._handle), MembershipFeed(context, key)
+        metrics = PoolMetrics(lambda: self._latest)
         try:
             self._listen(control, feed)
+            metrics.start(self._config.controller)
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(coroutine)
@@ -92,6 +109,7 @@ class Controller:
                 for task in (*running, *self._tending):
                     task.cancel()
         finally:
+            metrics.close()
             control.close()
             feed.close()
             context.term()
@@ -112,7 +130,7 @@ class Controller:
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             self._wake.clear()
-            steps = desired.plan(self._desired, self._fleet.present())
+            steps = desired.plan(self._desired.replicas, self._fleet.present())
             for name in steps.drain:
                 self._fleet.drain(name, self._config.worker.drain_timeout_s)
             for _, name in steps.start:
@@ -124,11 +142,14 @@ class Controller:
     async def _publish(self, feed: MembershipFeed) -> None:
         while True:
             self._fleet.changed.clear()
+            self._latest = self.status()
             await feed.publish(self._fleet.members())
             await wait_event(self._fleet.changed, self._config.controller.period_s)
 
     async def _keep_router(self) -> None:
         pauses = 0
+        if self._launch_router is None:
+            return
         while not self._stopping.is_set():
             handle = self._router_handle = self._launch_router()
             run = asyncio.ensure_future(handle.run())
@@ -162,9 +183,10 @@ class Controller:
                 case GetStatus():
                     pass
                 case ScalePool(pool=pool, replicas=replicas):
-                    self._desired = desired.scaled(self._desired, pool, replicas)
-                    self._run_dir.write(self._desired)
-                    self._wake.set()
+                    sizes = desired.scaled(self._desired.replicas, pool, replicas, self._pools)
+                    await self._want(msgspec.structs.replace(self._desired, replicas=sizes))
+                case ConfigurePools(pools=pools):
+                    await self._obey(PoolsConfig.model_validate(pools))
                 case DrainWorker(worker=name):
                     if not self._fleet.has(name):
                         raise ServingError(f"no worker is called {name!r}: `baton status` lists them")
@@ -172,15 +194,29 @@ class Controller:
                     self._wake.set()
                 case StopCluster():
                     self._stopping.set()
-        except ServingError as exc:
-            error = str(exc)
+        except (ServingError, ValidationError) as exc:
+            error = " ".join(str(exc).split())
         return Reply(status=self.status(), error=error)
+
+    async def _obey(self, pools: PoolsConfig) -> None:
+        """Take the configured sizes and bounds into the stored desired state."""
+        wanted = desired.obeyed(await asyncio.to_thread(self._store.desired), pools)
+        self._pools = pools
+        await self._want(wanted)
+
+    async def _want(self, wanted: Desired) -> None:
+        """A new desired state; nothing happens unless it could be stored."""
+        if wanted != self._desired:
+            _log.info("desired: %s", ", ".join(f"{pool} {size}" for pool, size in wanted.replicas.items()))
+        await asyncio.to_thread(self._store.save, wanted)
+        self._desired = wanted
+        self._wake.set()
 
     def status(self) -> ClusterStatus:
         """The cluster now."""
         pools = {
             pool: PoolStatus(desired=wanted, ready=self._fleet.ready(pool))
-            for pool, wanted in self._desired.items()
+            for pool, wanted in self._desired.replicas.items()
             if wanted or self._fleet.ready(pool)
         }
         return ClusterStatus(
@@ -193,7 +229,8 @@ class Controller:
 
     async def _stop(self) -> None:
         """The router first, so that clients see an end instead of retries; then the workers."""
-        self._desired = dict.fromkeys(self._desired, 0)
+        none = dict.fromkeys(self._desired.replicas, 0)
+        self._desired = msgspec.structs.replace(self._desired, replicas=none)
         if self._router_handle is not None:
             grace_s = self._config.router.drain_timeout_s + _ROUTER_MARGIN_S
             await asyncio.wait({self._router_handle.stop(grace_s)}, timeout=grace_s + _ROUTER_MARGIN_S)

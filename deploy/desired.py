@@ -1,4 +1,8 @@
-"""Which workers to start and which to drain: pure functions of the desired and the present state."""
+"""Which workers to start and which to drain: pure functions of the desired and the present state.
+
+The desired state has one home, a `DesiredStore`, and one writer, the controller. `baton scale`, the admin API and an
+autoscaler ask the controller; a configuration file counts as such a request only when what it says has changed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
 
 from llm_engine.api.config import PoolsConfig
 from llm_engine.api.errors import RequestError
@@ -13,6 +20,21 @@ from llm_engine.api.messages import Role
 
 POOLS: Mapping[str, Role] = {role.value: role for role in Role}
 MAX_REPLICAS = 1024
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True):
+    """Replicas per pool. `configured`: what the configuration said when it was last obeyed."""
+
+    replicas: dict[str, int]
+    configured: dict[str, int]
+
+
+class DesiredStore(Protocol):
+    """Keeps the desired state over restarts of the controller. Both methods may block; `save` raises ServingError."""
+
+    def desired(self) -> Desired | None: ...
+
+    def save(self, desired: Desired) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +59,37 @@ def initial(pools: PoolsConfig) -> dict[str, int]:
     return {pool: getattr(pools, pool).replicas for pool in POOLS}
 
 
-def scaled(desired: Mapping[str, int], pool: str, replicas: int) -> dict[str, int]:
-    """The desired state with one pool resized. Raises RequestError."""
+def obeyed(saved: Desired | None, pools: PoolsConfig) -> Desired:
+    """The desired state after a look at the configuration.
+
+    A configured size that differs from the one obeyed before is an order; one that has not changed leaves the pool at
+    the size that it was given since. Sizes outside the configured bounds move to the nearest bound.
+    """
+    configured = initial(pools)
+    if saved is None:
+        return Desired(replicas=configured, configured=configured)
+    replicas = {
+        pool: saved.replicas.get(pool, size) if saved.configured.get(pool) == size else size
+        for pool, size in configured.items()
+    }
+    return Desired(
+        replicas={
+            pool: min(max(size, getattr(pools, pool).min_replicas), getattr(pools, pool).max_replicas)
+            for pool, size in replicas.items()
+        },
+        configured=configured,
+    )
+
+
+def scaled(desired: Mapping[str, int], pool: str, replicas: int, pools: PoolsConfig | None = None) -> dict[str, int]:
+    """The desired state with one pool resized, within the bounds of `pools`. Raises RequestError."""
     if pool not in POOLS:
         raise RequestError(f"pool {pool!r}: expected one of {', '.join(POOLS)}", param="pool")
-    if not 0 <= replicas <= MAX_REPLICAS:
-        raise RequestError(f"replicas={replicas}: expected 0 to {MAX_REPLICAS}", param="replicas")
+    low, high = 0, MAX_REPLICAS
+    if pools is not None:
+        low, high = getattr(pools, pool).min_replicas, getattr(pools, pool).max_replicas
+    if not low <= replicas <= high:
+        raise RequestError(f"replicas={replicas}: expected {low} to {high}", param="replicas")
     return {**desired, pool: replicas}
 
 

@@ -13,12 +13,15 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.actors import RouterActor, WorkerActor, redirect_output
 from deploy.desired import pool_of
 from llm_engine.api.config import SECRET_ENV, ClusterConfig
 from llm_engine.api.errors import ServingError
+
+if TYPE_CHECKING:
+    from deploy.controller import Controller
 
 NAMESPACE = "baton"
 CONTROLLER = "controller"
@@ -75,34 +78,40 @@ def stop() -> None:
     ray.shutdown()
 
 
-def start_controller(config: ClusterConfig, run_dir: Path) -> Any:
+def start_controller(
+    config: ClusterConfig, run_dir: Path, kind: type[ControllerActor] | None = None, **resources: Any
+) -> Any:
     """Create the controller; returns a concurrent future that ends when the controller has stopped, or broken."""
     import ray
 
-    options = _actor_options(CONTROLLER, num_cpus=0)
-    actor: Any = ray.remote(ControllerActor).options(**options).remote(config.model_dump_json(), str(run_dir))
-    return actor.run.remote().future()
+    options = _actor_options(CONTROLLER, num_cpus=0, **resources)
+    remote: Any = ray.remote(kind or ControllerActor).options(**options)
+    return remote.remote(config.model_dump_json(), str(run_dir)).run.remote().future()
 
 
 class ControllerActor:
     """The controller in its Ray process."""
 
     def __init__(self, config_json: str, run_dir: str) -> None:
-        redirect_output(Path(run_dir) / "logs" / "controller.log")
-        self._config = ClusterConfig.model_validate_json(config_json)
         self._run_dir = Path(run_dir)
+        redirect_output(Path(self._log(CONTROLLER)))
+        self._config = ClusterConfig.model_validate_json(config_json)
 
     async def run(self) -> None:
         """Reconcile until stopped."""
+        await self._controller().run(_living_workers())
+
+    def _controller(self) -> Controller:
         from deploy.controller import Controller
         from deploy.rundir import RunDir
 
-        controller = Controller(self._config, RunDir(self._run_dir), self._launch_worker, self._launch_router)
-        await controller.run(_living_workers())
+        return Controller(self._config, RunDir(self._run_dir), self._launch_worker, self._launch_router)
 
     def _launch_worker(self, name: str) -> RayHandle:
         pool = getattr(self._config.pools, pool_of(name))
-        options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, resources=dict(pool.resources))
+        resources = dict(pool.resources)
+        gpus = resources.pop("GPU", 0)  # Ray knows this one by an option of its own
+        options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, num_gpus=gpus, resources=resources)
         return RayHandle(WorkerActor, options, self._config.model_dump_json(), pool_of(name), name, self._log(name))
 
     def _launch_router(self) -> RayHandle:

@@ -4,7 +4,7 @@ lock          held (flock) by the supervisor for its whole life; the kernel free
 secret        the cluster's key, readable by its owner only
 cluster.json  ClusterRecord: the supervisor and every process it started
 control.json  ControlRecord: where the controller listens
-desired.json  replicas per pool, written by every `scale`
+desired.json  Desired: replicas per pool, written by every `scale`
 config.toml   the resolved configuration, the same for every process
 logs/         one file per worker and router, and Ray's own
 """
@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
+from deploy.desired import Desired
 from deploy.identity import ProcessId
 from llm_engine.api.config import MIN_SECRET_CHARS, SECRET_ENV
 from llm_engine.api.errors import ConfigError, ServingError
@@ -131,12 +132,15 @@ class RunDir:
     def control(self) -> ControlRecord | None:
         return self._read("control.json", ControlRecord)
 
-    def desired(self) -> dict[str, int] | None:
-        return self._read("desired.json", dict[str, int])
+    def desired(self) -> Desired | None:
+        return self._read("desired.json", Desired)
 
-    def write(self, record: ClusterRecord | ControlRecord | dict[str, int]) -> None:
+    def save(self, desired: Desired) -> None:
+        self.write(desired)
+
+    def write(self, record: ClusterRecord | ControlRecord | Desired) -> None:
         """Replace the file that holds this kind of record."""
-        names = {ClusterRecord: "cluster.json", ControlRecord: "control.json", dict: "desired.json"}
+        names = {ClusterRecord: "cluster.json", ControlRecord: "control.json", Desired: "desired.json"}
         target = self.path / names[type(record)]
         draft = target.with_suffix(f".{os.getpid()}.tmp")
         draft.write_bytes(msgspec.json.encode(record))

@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm_engine.api.errors import ConfigError
 
 SECRET_ENV = "BATON_SECRET"
+HOST_ENV = "BATON_HOST"
 MIN_SECRET_CHARS = 16
 
 
@@ -42,7 +43,7 @@ class ModelConfig(Section):
 class EngineConfig(Section):
     """How the model is computed."""
 
-    backend: Literal["cpu"] = "cpu"
+    backend: Literal["cpu", "triton", "npu"] = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
     numerics: Literal["exact", "fast"] = "exact"
     threads: int = Field(1, ge=1)
@@ -98,6 +99,8 @@ class RouterConfig(Section):
     processes: int = Field(1, ge=1)
     workers: tuple[str, ...] = ()
     membership: str = ""  # address of the controller's feed
+    controller: str = ""  # its control channel, for /admin/pools; the controller tells its own router
+    tenants_file: Path | None = None  # API keys and limits; None: everybody may use the API
     heartbeat_timeout_s: float = Field(2.0, gt=0)
     max_inflight: int = Field(1024, ge=1)
     max_queued: int = Field(1024, ge=0)
@@ -117,16 +120,29 @@ class ControllerConfig(Section):
     host: str = "127.0.0.1"
     feed_port: int = Field(0, ge=0, le=65535)  # membership feed for routers
     control_port: int = Field(0, ge=0, le=65535)  # status, scale and drain
+    metrics_port: int | None = Field(None, ge=0, le=65535)  # pool sizes for Prometheus; None: not served
     period_s: float = Field(0.5, gt=0)  # how often workers are asked and the complete membership is sent
     start_timeout_s: float = Field(120.0, gt=0)  # a worker that is not ready by then is started again
 
 
 class PoolConfig(Section):
-    """Desired size of one pool."""
+    """Desired size of one pool, and the bounds that every later change of it must keep."""
 
     replicas: int = Field(0, ge=0, le=1024)
+    min_replicas: int = Field(0, ge=0, le=1024)
+    max_replicas: int = Field(1024, ge=0, le=1024)
+    cards: int = Field(1, ge=0)  # per replica, counted against autoscaler.max_cards
     cpus: float = Field(0.0, ge=0)  # Ray resources per replica
     resources: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min_replicas <= self.replicas <= self.max_replicas:
+            raise ValueError(
+                f"expected min_replicas <= replicas <= max_replicas, got {self.min_replicas} <= {self.replicas} "
+                f"<= {self.max_replicas}"
+            )
+        return self
 
 
 class PoolsConfig(Section):
@@ -135,6 +151,26 @@ class PoolsConfig(Section):
     prefill: PoolConfig = PoolConfig(replicas=1)
     decode: PoolConfig = PoolConfig(replicas=1)
     aggregated: PoolConfig = PoolConfig()
+
+
+class AutoscalerConfig(Section):
+    """When the controller changes pool sizes by itself. Latencies are 90th percentiles over `window_s`."""
+
+    mode: Literal["off", "recommend", "act"] = "off"  # recommend: decide and log, change nothing
+    max_cards: int | None = Field(None, ge=1)  # of all pools together; None: only the pools' own bounds count
+    period_s: float = Field(5.0, gt=0)
+    window_s: float = Field(30.0, gt=0)
+    ttft_slo_s: float = Field(2.0, gt=0)
+    tpot_slo_s: float = Field(0.05, gt=0)
+    backlog_s: float = Field(1.0, gt=0)  # seconds of prefill work that may wait
+    prefill_busy: float = Field(0.8, gt=0, le=1)  # share of time that prefill workers may compute
+    decode_kv: float = Field(0.8, gt=0, le=1)  # share of decode blocks that may be in use
+    decode_seqs: float = Field(0.9, gt=0, le=1)  # share of decode places that may be taken
+    up_after_s: float = Field(10.0, ge=0)  # a pool is too small for so long before it grows
+    down_after_s: float = Field(120.0, ge=0)  # too large for so long before it shrinks
+    down_margin: float = Field(0.7, gt=0, lt=1)  # load that one replica less must stay below, relative to its target
+    cooldown_s: float = Field(60.0, ge=0)  # after any change before a pool shrinks
+    growth: float = Field(2.0, gt=1)  # most that a pool grows by at once, relative to its ready replicas
 
 
 class ClusterConfig(Section):
@@ -149,6 +185,7 @@ class ClusterConfig(Section):
     router: RouterConfig = RouterConfig()
     controller: ControllerConfig = ControllerConfig()
     pools: PoolsConfig = PoolsConfig()
+    autoscaler: AutoscalerConfig = AutoscalerConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +232,14 @@ def cluster_key(environ: Mapping[str, str] = os.environ) -> bytes:
             f"{SECRET_ENV}: set it to the same random string of at least {MIN_SECRET_CHARS} characters on every process"
         )
     return secret.encode()[:64]
+
+
+def on_this_host(config: ClusterConfig, environ: Mapping[str, str] = os.environ) -> ClusterConfig:
+    """The configuration with `worker.host` from BATON_HOST, for platforms that give each worker its own address."""
+    host = environ.get(HOST_ENV, "")
+    if not host:
+        return config
+    return config.model_copy(update={"worker": config.worker.model_copy(update={"host": host})})
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

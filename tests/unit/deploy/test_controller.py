@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from deploy.control import (
     ClusterStatus,
+    ConfigurePools,
     ControlClient,
     ControlRefused,
     ControlRequest,
@@ -150,7 +151,22 @@ async def test_pools_scale_up_and_down_and_the_size_is_kept(site: Site) -> None:
     status = await site.until(lambda now: len(now.workers) == 2)
     assert [worker.name for worker in status.workers] == ["decode-0", "prefill-0"]
     assert site.workers["decode-2"].stopped_with == [5.0]
-    assert site.run_dir.desired() == {"prefill": 1, "decode": 1, "aggregated": 0}
+    stored = site.run_dir.desired()
+    assert stored is not None
+    assert stored.replicas == {"prefill": 1, "decode": 1, "aggregated": 0}
+
+
+async def test_a_changed_configuration_is_an_order_and_an_unchanged_one_is_not(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(ScalePool(pool="decode", replicas=2))
+    await site.ask(ConfigurePools(pools={"decode": {"replicas": 1, "max_replicas": 3}}))
+    assert (await site.until(lambda now: now.ready)).pools["decode"].desired == 2
+    await site.ask(ConfigurePools(pools={"decode": {"replicas": 3, "max_replicas": 3}}))
+    assert (await site.until(lambda now: now.ready)).pools["decode"].ready == 3
+    with pytest.raises(ControlRefused, match="expected 0 to 3"):
+        await site.ask(ScalePool(pool="decode", replicas=4))
+    with pytest.raises(ControlRefused, match="min_replicas <= replicas"):
+        await site.ask(ConfigurePools(pools={"decode": {"replicas": 9, "max_replicas": 3}}))
 
 
 async def test_a_drained_worker_is_replaced(site: Site) -> None:

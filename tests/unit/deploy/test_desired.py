@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.desired import POOLS, Plan, Present, initial, plan, scaled
-from llm_engine.api.config import PoolsConfig
+from deploy.desired import POOLS, Desired, Plan, Present, initial, obeyed, plan, scaled
+from llm_engine.api.config import PoolConfig, PoolsConfig
 from llm_engine.api.errors import RequestError
 
 sizes = st.fixed_dictionaries({pool: st.integers(0, 5) for pool in POOLS})
@@ -61,3 +61,29 @@ def test_scaling_changes_one_pool() -> None:
 def test_an_impossible_size_is_refused(pool: str, replicas: int) -> None:
     with pytest.raises(RequestError, match="expected"):
         scaled(initial(PoolsConfig()), pool, replicas)
+
+
+def decode_pool(**pool: int) -> PoolsConfig:
+    return PoolsConfig(decode=PoolConfig(**pool))
+
+
+def test_a_configured_size_is_an_order_only_when_it_has_changed() -> None:
+    state = obeyed(None, decode_pool(replicas=2))
+    assert state.replicas["decode"] == 2
+    state = Desired(replicas=scaled(state.replicas, "decode", 6), configured=state.configured)
+    state = obeyed(state, decode_pool(replicas=2))  # another setting changed, this one did not
+    assert state.replicas["decode"] == 6
+    state = obeyed(state, decode_pool(replicas=4))
+    assert state.replicas["decode"] == 4
+    assert obeyed(state, decode_pool(replicas=4)) == state
+
+
+def test_bounds_hold_for_every_writer() -> None:
+    pools = decode_pool(replicas=2, min_replicas=1, max_replicas=4)
+    state = obeyed(None, pools)
+    for replicas in (0, 5):
+        with pytest.raises(RequestError, match="expected 1 to 4"):
+            scaled(state.replicas, "decode", replicas, pools)
+    state = Desired(replicas=scaled(state.replicas, "decode", 4, pools), configured=state.configured)
+    assert obeyed(state, decode_pool(replicas=2, max_replicas=3)).replicas["decode"] == 3
+    assert obeyed(state, decode_pool(replicas=2, max_replicas=3)).replicas["prefill"] == 1

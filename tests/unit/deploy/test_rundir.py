@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.desired import Desired
 from deploy.identity import ProcessId, descendants, identify, kill_all, wait_gone
 from deploy.rundir import AlreadyRunning, ClusterRecord, ControlRecord, NotRunning, RunDir
 from llm_engine.api.config import SECRET_ENV
@@ -59,7 +60,8 @@ def test_what_a_dead_supervisor_left_is_told_and_forgotten(tmp_path: Path) -> No
     run_dir = RunDir(tmp_path)
     assert run_dir.acquire() is None
     left = ClusterRecord(supervisor=ProcessId(pid=1, started=0), ray_dir="/tmp/x")
-    for record in (left, ControlRecord(control_addr="tcp://h:1", feed_addr="tcp://h:2"), {"decode": 7}):
+    decode_7 = Desired(replicas={"decode": 7}, configured={})
+    for record in (left, ControlRecord(control_addr="tcp://h:1", feed_addr="tcp://h:2"), decode_7):
         run_dir.write(record)
     os.close(run_dir._lock_fd or -1)
     heir = RunDir(tmp_path)
@@ -96,9 +98,10 @@ def test_records_survive_a_round_trip(tmp_path: Path) -> None:
     assert (run_dir.cluster(), run_dir.control(), run_dir.desired()) == (None, None, None)
     cluster = ClusterRecord(supervisor=myself(), processes=[myself()], ray_dir="/tmp/x", url="http://h:1", ready=True)
     control = ControlRecord(control_addr="tcp://127.0.0.1:1", feed_addr="tcp://127.0.0.1:2")
-    for record in (cluster, control, {"decode": 3}):
+    desired = Desired(replicas={"decode": 3}, configured={"decode": 1})
+    for record in (cluster, control, desired):
         run_dir.write(record)
-    assert (run_dir.cluster(), run_dir.control(), run_dir.desired()) == (cluster, control, {"decode": 3})
+    assert (run_dir.cluster(), run_dir.control(), run_dir.desired()) == (cluster, control, desired)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.json", "control.json", "desired.json"]
 
 
