@@ -58,39 +58,36 @@ def wrk(url: str, body: dict[str, Any], *, connections: int, seconds: int, scrat
     return {"requests_per_s": float(rate.group(1)), **latency}
 
 
+STUBS = [["benchmarks.stub_worker"]]  # both workers in one process, at no cost
+
+
+def paced_fakes(step_ms: float) -> list[list[str]]:
+    """Modules and options of fake workers that decode one token a step, through the whole hand-off."""
+    common = ["--model", "fake", "--prefill-ms", "0", "--step-ms", str(step_ms), "--max-num-seqs", "4096"]
+    return [["benchmarks.fake_worker", "--role", role, *common] for role in ("prefill", "decode")]
+
+
 @contextlib.contextmanager
-def baton_router(scratch: Path, processes: int, *, step_ms: float = 0.0) -> Iterator[str]:
-    """Our router over one fake prefill and one fake decode worker; yields its base address."""
+def baton_router(scratch: Path, processes: int = 1, workers: Sequence[Sequence[str]] = STUBS) -> Iterator[str]:
+    """Our router over workers of these modules and options; yields its base address."""
     from llm_engine.models.synthetic import make_checkpoint
 
     model = scratch / "nano"
     if not model.exists():
         make_checkpoint("nano", model)
-    ports = {role: free_port() for role in ("prefill", "decode")}
-    settings = {
-        "model.path": str(model),
-        "model.name": "fake",
-        "router.processes": processes,
-        "router.workers": [f"tcp://127.0.0.1:{port}" for port in ports.values()],
-    }
-    with ProcessCluster(scratch / f"router-{processes}", settings, prefill=0, decode=0) as cluster:
-        fakes = [
-            Child(role, _fake_command(role, port, step_ms), scratch / f"{role}.log", cluster.env)
-            for role, port in ports.items()
-        ]
-        try:
-            for fake in fakes:
-                fake.wait_ready(20)
-            _wait_status(f"{cluster.url}/ready", 20)
-            yield cluster.url
-        finally:
-            for fake in fakes:
-                fake.stop()
-
-
-def _fake_command(role: str, port: int, step_ms: float) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.fake_worker", "--role", role, "--port", str(port), "--model", "fake"]
-    return [*command, "--prefill-ms", "0", "--step-ms", str(step_ms), "--max-num-seqs", "4096"]
+    settings = {"model.path": str(model), "model.name": "fake", "router.processes": processes}
+    cluster = ProcessCluster(scratch / "router", settings, prefill=0, decode=0)
+    with contextlib.ExitStack() as stack:
+        addresses: list[str] = []
+        for index, command in enumerate(workers):
+            child = Child("worker", [sys.executable, "-m", *command], scratch / f"worker-{index}.log", cluster.env)
+            stack.callback(child.stop)
+            info = child.wait_ready(20)
+            addresses += info.get("addresses") or [info["request_addr"]]
+        cluster.settings["router.workers"] = addresses
+        stack.enter_context(cluster)
+        _wait_status(f"{cluster.url}/ready", 20)
+        yield cluster.url
 
 
 @contextlib.contextmanager
@@ -159,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for processes in args.processes:
             with baton_router(scratch, processes) as url:
                 report[f"baton_{processes}"] = measure(url, args.seconds, scratch, streams=(64, 256))
-        with baton_router(scratch, 1, step_ms=5.0) as url:
+        with baton_router(scratch, workers=paced_fakes(5.0)) as url:
             report["baton_stream_at_5_ms"] = stream_gaps(url, "fake", tokens=100, repeats=3)
         if args.sglang_python:
             with sglang_router(scratch, args.sglang_python) as url:

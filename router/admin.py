@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -25,9 +24,6 @@ from router.dispatcher import ClusterDispatcher
 from router.failures import MethodNotAllowed, NotFound, error_body, error_headers
 
 ADMIN_KEY_ENV = "BATON_ADMIN_KEY"
-PREFIX = "/admin/"
-
-AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Forbidden(RequestError):
@@ -40,18 +36,6 @@ class UnknownName(RequestError):
     """There is no such worker or request (any more)."""
 
     status = 404
-
-
-class AdminApp:
-    """Serves PREFIX and passes everything else on to `app`."""
-
-    def __init__(self, app: AsgiApp, dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> None:
-        self._app = app
-        self._admin = build_admin(dispatcher, resolved, key)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        is_admin = scope["type"] == "http" and scope["path"].startswith(PREFIX)
-        await (self._admin if is_admin else self._app)(scope, receive, send)
 
 
 def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> FastAPI:
@@ -93,7 +77,7 @@ def check_caller(request: Request, key: str) -> None:
     """Raises Forbidden."""
     if not key:
         if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
-            raise Forbidden(f"only loopback clients may use {PREFIX}; set {ADMIN_KEY_ENV} to admit others")
+            raise Forbidden(f"only loopback clients may use /admin/; set {ADMIN_KEY_ENV} to admit others")
         return
     given = request.headers.get("authorization", "")
     if not hmac.compare_digest(given.encode("latin-1"), b"Bearer " + key.encode()):

@@ -45,7 +45,7 @@ async def chat_completions(edge: Edge, exchange: Exchange) -> None:
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)
         return
-    await generation.collect(edge, exchange, job, choices)
+    await generation.collect(edge, job, choices)
     answer = ChatCompletion(
         id=job.id,
         created=job.created,
@@ -56,7 +56,7 @@ async def chat_completions(edge: Edge, exchange: Exchange) -> None:
     )
     if body.return_token_ids:
         answer.prompt_token_ids = job.prompts[0]
-    await exchange.respond(200, encode_json(answer), headers=job.headers)
+    exchange.respond(200, encode_json(answer), headers=job.headers)
 
 
 class _Choice:

@@ -46,7 +46,7 @@ async def completions(edge: Edge, exchange: Exchange) -> None:
     if body.stream:
         await generation.stream(edge, exchange, job, choices, envelope)
         return
-    await generation.collect(edge, exchange, job, choices)
+    await generation.collect(edge, job, choices)
     answer = Completion(
         id=job.id,
         created=job.created,
@@ -55,7 +55,7 @@ async def completions(edge: Edge, exchange: Exchange) -> None:
         usage=job.usage(),
         seed=job.seed,
     )
-    await exchange.respond(200, encode_json(answer), headers=job.headers)
+    exchange.respond(200, encode_json(answer), headers=job.headers)
 
 
 class _Choice:

@@ -13,7 +13,6 @@ from router.dispatch_api import Dispatcher, EdgeMetrics
 from router.logprobs import LogprobFormatter
 from router.sampling import Limits
 from router.tokenizer import Segment, Tokenizer
-from router.watchdog import Watchdog
 
 MAX_SEQUENCES = 128  # prompts times choices of one HTTP request
 
@@ -37,7 +36,6 @@ class Edge:
         self.logprobs = LogprobFormatter(tokenizer.token_bytes)
         self.completion_bytes = tokenizer.visible_bytes()
         self.chat_bytes = tokenizer.visible_bytes(keep=chat.markers)
-        self.watchdog = Watchdog()
         self.started = int(time.time())
         self._limits = Limits(
             max_model_len=dispatcher.max_model_len,

@@ -1,30 +1,31 @@
-"""One HTTP request and its answer over raw ASGI: bounded body, plain and streamed answers.
+"""One HTTP request and its answer: bounded body, plain and streamed answers.
 
 What is buffered per client is bounded by the transport's high-water mark plus one chunk: a write waits while the client
-does not read, and the handler does not ask for more output meanwhile. `router.watchdog` ends waits that last too long.
+does not read, and the handler does not ask for more output meanwhile. A client that leaves, or does not read for too
+long, cancels the task that serves it (`router.connection`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from llm_engine.api.errors import RequestError
 
-ABORT_EXTENSION = "baton.abort"  # scope extension: drops the connection without waiting for unread data
+if TYPE_CHECKING:
+    from router.connection import Connection
+
 JSON_TYPE = b"application/json"
+READ_AHEAD_BYTES = 64 << 10  # of a body nobody has asked for yet
+DISCARD_S = 5.0
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
+_STREAM_TYPE = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
 
 Headers = Iterable[tuple[bytes, bytes]]
-Scope = Any
-Receive = Any
-Send = Any
-
-
-class ClientGone(Exception):
-    """The client closed the connection before the answer was complete."""
 
 
 class BodyTooLarge(RequestError):
@@ -49,126 +50,180 @@ class Exchange:
     """Reads the request and writes the answer. Used by one task."""
 
     __slots__ = (
-        "_receive",
-        "_scope",
-        "_send",
-        "_stall_s",
-        "_writing_since",
+        "_chunks",
+        "_complete",
+        "_connection",
+        "_head",
+        "_parts",
+        "_reader",
+        "_size",
         "arrived",
+        "client_gone",
         "finished",
+        "headers",
+        "keeps_alive",
         "method",
         "path",
+        "query",
         "status",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, stall_s: float) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._stall_s = stall_s
-        self._writing_since: float | None = None
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
+    def __init__(
+        self,
+        connection: Connection,
+        method: str,
+        path: str,
+        query: bytes = b"",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        *,
+        keeps_alive: bool,
+        chunks: bool,
+    ) -> None:
+        """`headers`: names in lower case. `chunks`: the client understands chunked answers (HTTP/1.1)."""
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.keeps_alive = keeps_alive  # the connection serves another request after this one
         self.arrived = time.monotonic()
         self.status = 0  # of the answer, once it has begun
-        self.finished = False
+        self.finished = False  # the whole answer was written
+        self.client_gone = False
+        self._connection = connection
+        self._chunks = chunks
+        self._head = b""  # of a streamed answer: leaves together with the first event, in one segment
+        self._parts: list[bytes] = []  # of the body
+        self._size = 0  # of the body so far
+        self._complete = False  # the body
+        self._reader: asyncio.Future[None] | None = None  # waits for more of the body
+
+    # from the connection
+
+    def feed(self, data: bytes) -> None:
+        """A piece of the body. Nobody reads it after the answer."""
+        if self.finished:
+            return
+        self._parts.append(data)
+        self._size += len(data)
+        if self._reader is not None:
+            self._wake()
+        elif self._size > READ_AHEAD_BYTES:
+            self._connection.transport.pause_reading()
+
+    def feed_end(self) -> None:
+        """The body is complete."""
+        self._complete = True
+        self._wake()
+
+    # the request
 
     async def json_body(self, max_bytes: int) -> bytes:
-        """The whole body. Raises BodyTooLarge, BodyStalled, WrongMediaType, ClientGone."""
+        """The whole body. Raises BodyTooLarge, BodyStalled, WrongMediaType."""
         declared = 0
-        media_type = b""
-        for name, value in self._scope["headers"]:
+        media_type = expect = b""
+        for name, value in self.headers:
             if name == b"content-length":
-                declared = int(value) if value.isdigit() else 0
+                declared = int(value)
             elif name == b"content-type":
-                media_type = value.partition(b";")[0].strip().lower()
-        if declared > max_bytes:
+                media_type = value
+            elif name == b"expect":
+                expect = value
+        if not self._complete and declared <= max_bytes:
+            if expect.lower() == b"100-continue" and not self._parts:
+                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self._read(max_bytes, self._connection.server.stall_s)
+        if self._size > max_bytes or declared > max_bytes:
             await self._discard(max_bytes)
-            raise BodyTooLarge(f"the body has {declared} bytes, at most {max_bytes} are accepted")
-        message = await self._next_message()
-        body: bytes = message["body"]
-        if message.get("more_body"):
-            body = await self._read_rest(body, max_bytes)
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
-        if media_type != JSON_TYPE:
+            raise BodyTooLarge(f"the body has {declared or 'too many'} bytes, at most {max_bytes} are accepted")
+        if media_type != JSON_TYPE and media_type.partition(b";")[0].strip().lower() != JSON_TYPE:
             raise WrongMediaType("send the body as Content-Type: application/json")
-        return body
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
-    async def respond(self, status: int, body: bytes, media_type: bytes = JSON_TYPE, headers: Headers = ()) -> None:
-        """A complete answer."""
-        self.status = status
-        length = (b"content-length", b"%d" % len(body))
-        start = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(b"content-type", media_type), length, *headers],
-        }
-        self.finished = True
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def start_stream(self, headers: Headers = ()) -> None:
-        """Begin a 200 answer of server-sent events."""
-        self.status = 200
-        fixed = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*fixed, *headers]})
-
-    async def write(self, data: bytes, *, last: bool = False) -> None:
-        """Send a piece of the stream; waits while the client does not read."""
-        self.finished = last
-        self._writing_since = time.monotonic()
-        await self._send({"type": "http.response.body", "body": one_line_events(data), "more_body": not last})
-        self._writing_since = None
-
-    async def disconnected(self) -> None:
-        """Wait for the client to leave. Reads (and drops) what it still sends."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    def check_progress(self) -> None:
-        """Disconnect the client if the current write has been waiting for longer than `stall_s`."""
-        if self._writing_since is not None and time.monotonic() - self._writing_since >= self._stall_s:
-            self.abort()
-
-    def abort(self) -> None:
-        """Drop the connection at once, unread data included."""
-        drop = self._scope.get("extensions", {}).get(ABORT_EXTENSION)
-        if drop is not None:
-            drop()
-
-    async def _read_rest(self, body: bytes, max_bytes: int) -> bytes:
-        parts = [body]
-        size = len(body)
+    async def _read(self, max_bytes: int, stall_s: float) -> None:
+        """Read until the body is complete or has more than `max_bytes`."""
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._stall_s) as deadline:
-                while size <= max_bytes:
-                    message = await self._next_message()
-                    parts.append(message["body"])
-                    size += len(parts[-1])
-                    if not message.get("more_body"):
-                        return b"".join(parts)
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+            async with asyncio.timeout(stall_s) as deadline:
+                while not self._complete and self._size <= max_bytes:
+                    self._reader = loop.create_future()
+                    self._connection.transport.resume_reading()
+                    await self._reader
+                    deadline.reschedule(loop.time() + stall_s)
         except TimeoutError:
-            raise BodyStalled(f"no more of the body arrived for {self._stall_s:g} s") from None
-        await self._discard(max_bytes)
-        return b"".join(parts)
+            self.keeps_alive = False
+            raise BodyStalled(f"no more of the body arrived for {stall_s:g} s") from None
+        finally:
+            self._reader = None
 
     async def _discard(self, max_bytes: int) -> None:
         """Read on for a bounded while, so that a client in the middle of sending gets to see the answer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(self._stall_s, 5.0)):
-                while max_bytes > 0:
-                    message = await self._next_message()
-                    max_bytes -= len(message["body"])
-                    if not message.get("more_body"):
-                        return
+        self.keeps_alive = False
+        self._parts.clear()
+        with contextlib.suppress(BodyStalled):
+            await self._read(self._size + max_bytes, min(self._connection.server.stall_s, DISCARD_S))
+        self._parts.clear()
 
-    async def _next_message(self) -> Any:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        return message
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    # the answer
+
+    def respond(self, status: int, body: bytes, media_type: bytes = JSON_TYPE, headers: Headers = ()) -> None:
+        """A complete answer."""
+        head = self._head_of(status, b"content-type: %b\r\ncontent-length: %d\r\n" % (media_type, len(body)), headers)
+        self._finish(head if self.method == "HEAD" else head + body)
+
+    def start_stream(self, headers: Headers = ()) -> None:
+        """Begin a 200 answer of server-sent events."""
+        if self._chunks:
+            self._head = self._head_of(200, _STREAM_TYPE + b"transfer-encoding: chunked\r\n", headers)
+        else:
+            self.keeps_alive = False  # the end of the connection is the end of the answer
+            self._head = self._head_of(200, _STREAM_TYPE, headers)
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send a piece of the stream; waits while the client does not read."""
+        data = one_line_events(data)
+        if self._chunks:
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
+        if self._head:
+            data, self._head = self._head + data, b""
+        if last:
+            self._finish(data)
+            return
+        transport = self._connection.transport
+        if transport.is_closing():
+            await asyncio.sleep(0)  # cancelled here
+            return
+        transport.write(data)
+        await self._connection.drained()
+
+    def abort(self) -> None:
+        """Drop the connection: an answer that can't be completed must not pass for a complete one."""
+        self._connection.transport.abort()
+
+    def client(self) -> tuple[str, int] | None:
+        """Address of the client."""
+        peer = self._connection.transport.get_extra_info("peername")
+        return peer[:2] if isinstance(peer, tuple) else None
+
+    def _head_of(self, status: int, fields: bytes, headers: Headers) -> bytes:
+        self.status = status
+        for name, value in headers:
+            fields += b"%b: %b\r\n" % (name, value)
+        if not self.keeps_alive:
+            fields += b"connection: close\r\n"
+        elif not self._chunks:
+            fields += b"connection: keep-alive\r\n"  # not the default of HTTP/1.0
+        return b"%b%b%b\r\n" % (_STATUS_LINES[status], self._connection.server.date, fields)
+
+    def _finish(self, data: bytes) -> None:
+        self.finished = True
+        self._parts.clear()
+        if not self._connection.transport.is_closing():
+            self._connection.transport.write(data)
+        self._connection.answered(self)
 
 
 def one_line_events(data: bytes) -> bytes:

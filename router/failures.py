@@ -6,14 +6,22 @@ import math
 
 import msgspec
 
-from llm_engine.api.errors import DeadlineExceeded, Overloaded, PromptTooLong, RequestError, ServingError, UnknownModel
+from llm_engine.api.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    ServingError,
+    TooManyRequests,
+    UnknownModel,
+)
 from router.answers import ErrorBody, ErrorDetail
-from router.exchange import BodyStalled, BodyTooLarge
 
 _CODES: dict[type[ServingError], str] = {
     PromptTooLong: "context_length_exceeded",
     UnknownModel: "model_not_found",
     Overloaded: "overloaded",
+    TooManyRequests: "too_many_requests",
     DeadlineExceeded: "deadline_exceeded",
 }
 
@@ -46,13 +54,11 @@ def error_body(exc: ServingError) -> bytes:
 
 
 def error_headers(exc: ServingError) -> list[tuple[bytes, bytes]]:
-    """Retry-After where waiting helps, Allow where another method would; a half-read body ends the connection."""
+    """Retry-After where waiting helps, Allow where another method would."""
     if isinstance(exc, Overloaded):
         return [(b"retry-after", b"%d" % max(1, math.ceil(exc.retry_after_s)))]
     if exc.retryable:
         return [(b"retry-after", b"1")]
-    if isinstance(exc, BodyTooLarge | BodyStalled):
-        return [(b"connection", b"close")]
     if isinstance(exc, MethodNotAllowed):
         return [(b"allow", exc.allow.encode())]
     return []

@@ -157,30 +157,28 @@ class Envelope:
         return b'],"usage":' + encode_json(self._job.usage()) + b"}\n\n"
 
 
-async def collect(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice]) -> None:
-    """Run the job to its end. Raises ServingError, ClientGone."""
-    with edge.watchdog.watch(exchange):
-        async with open_source(edge.dispatcher, job.requests) as source:
-            running = len(choices)
-            while running:
-                index, chunk = await source.next()
-                choice = choices[index]
-                choice.collect(chunk)
-                if choice.done:
-                    running -= 1
-                    await source.drop(index)
+async def collect(edge: Edge, job: Job, choices: Sequence[Choice]) -> None:
+    """Run the job to its end. Raises ServingError."""
+    async with open_source(edge.dispatcher, job.requests) as source:
+        running = len(choices)
+        while running:
+            index, chunk = await source.next()
+            choice = choices[index]
+            choice.collect(chunk)
+            if choice.done:
+                running -= 1
+                await source.drop(index)
 
 
 async def stream(edge: Edge, exchange: Exchange, job: Job, choices: Sequence[Choice], envelope: Envelope) -> None:
     """Run the job and send its events. Until the first chunk a failure is raised, afterwards it is an event."""
-    with edge.watchdog.watch(exchange):
-        async with open_source(edge.dispatcher, job.requests) as source:
-            index, chunk = await source.next()
-            await exchange.start_stream(job.headers)
-            try:
-                await _relay(exchange, source, choices, envelope, index, chunk)
-            except ServingError as exc:
-                await exchange.write(b"data: " + error_body(exc) + b"\n\n" + STREAM_END, last=True)
+    async with open_source(edge.dispatcher, job.requests) as source:
+        index, chunk = await source.next()
+        exchange.start_stream(job.headers)
+        try:
+            await _relay(exchange, source, choices, envelope, index, chunk)
+        except ServingError as exc:
+            await exchange.write(b"data: " + error_body(exc) + b"\n\n" + STREAM_END, last=True)
 
 
 async def _relay(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import gc
 import json
@@ -21,17 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import prometheus_client
-import uvicorn
 import uvloop
 
 from llm_engine.api.config import Resolved, cluster_key, load
 from llm_engine.api.errors import ConfigError, ServingError
-from router.admin import ADMIN_KEY_ENV, AdminApp
+from router.admin import ADMIN_KEY_ENV, build_admin
 from router.app import App
 from router.dispatcher import ClusterDispatcher
 from router.edge import Edge
 from router.multiprocess import supervise
-from router.server import listen, make_server
+from router.server import HttpServer, listen
 from router.tokenizer import read_json
 
 logger = logging.getLogger(__name__)
@@ -87,15 +85,16 @@ async def serve(resolved: Resolved) -> int:
     dispatcher = _dispatcher(resolved)
     try:
         edge = Edge.load(resolved.config, dispatcher, dispatcher.metrics)
-        app = AdminApp(App(edge), dispatcher, resolved, os.environ.get(ADMIN_KEY_ENV, ""))
-        server = make_server(app, drain_s=settings.drain_timeout_s)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # ours do more
+        admin = build_admin(dispatcher, resolved, os.environ.get(ADMIN_KEY_ENV, ""))
+        server = HttpServer(App(edge, admin), stall_s=settings.client_stall_s)
         sock = listen(settings.host, settings.port, reuse_port=settings.processes > 1)
-        _handle_signals(server)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, server.stop, settings.drain_timeout_s)
+        loop.add_signal_handler(signal.SIGINT, server.stop, 0.0)
         gc.collect()
         gc.freeze()  # what start-up made stays: no collection needs to look at it
         ticking = asyncio.create_task(dispatcher.run(), name="dispatcher")
-        serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
+        serving = asyncio.create_task(server.serve(sock), name="http")
         _say_ready(sock)
         await asyncio.wait((ticking, serving), return_when=asyncio.FIRST_COMPLETED)
         if not ticking.done():
@@ -103,7 +102,7 @@ async def serve(resolved: Resolved) -> int:
             await serving
             return 0
         logger.critical("the dispatcher died", exc_info=ticking.exception())
-        _stop(server, drain=False)
+        server.stop(0.0)
         await serving
         return EXIT_FAILED
     finally:
@@ -129,19 +128,6 @@ def _say_ready(sock: socket.socket) -> None:
     name = f"[{host}]" if ":" in host else host
     ready = {"url": f"http://{name}:{port}", "host": host, "port": port, "pid": os.getpid()}
     print("READY " + json.dumps(ready), flush=True)
-
-
-def _handle_signals(server: uvicorn.Server) -> None:
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, _stop, server, True)
-    loop.add_signal_handler(signal.SIGINT, _stop, server, False)
-
-
-def _stop(server: uvicorn.Server, drain: bool) -> None:
-    """Stop accepting. Open requests are waited for, or not."""
-    if not drain:
-        server.config.timeout_graceful_shutdown = 0
-    server.should_exit = True
 
 
 def _die_with(parent: int) -> None:

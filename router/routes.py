@@ -40,36 +40,36 @@ class Route:
 async def list_models(edge: Edge, exchange: Exchange) -> None:
     """Every served name."""
     names = edge.dispatcher.model_names
-    await exchange.respond(200, encode_json(ModelList(data=[_card(edge, name) for name in names])))
+    exchange.respond(200, encode_json(ModelList(data=[_card(edge, name) for name in names])))
 
 
 async def get_model(edge: Edge, exchange: Exchange) -> None:
     """One served name."""
     name = exchange.path.removeprefix(f"{MODELS}/")
     edge.check_model(name)
-    await exchange.respond(200, encode_json(_card(edge, name)))
+    exchange.respond(200, encode_json(_card(edge, name)))
 
 
 async def health(edge: Edge, exchange: Exchange) -> None:
     """The event loop answers."""
-    await exchange.respond(200, encode_json(Health()))
+    exchange.respond(200, encode_json(Health()))
 
 
 async def ready(edge: Edge, exchange: Exchange) -> None:
     """200 if requests have workers to run on, else 503; the report either way."""
     is_ready = edge.dispatcher.ready()
     report = Readiness(ready=is_ready, detail=dict(edge.dispatcher.status()))
-    await exchange.respond(200 if is_ready else 503, encode_json(report))
+    exchange.respond(200 if is_ready else 503, encode_json(report))
 
 
 async def metrics(edge: Edge, exchange: Exchange) -> None:
     """Prometheus exposition."""
-    await exchange.respond(200, edge.metrics.render(), METRICS_TYPE)
+    exchange.respond(200, edge.metrics.render(), METRICS_TYPE)
 
 
 async def openapi(edge: Edge, exchange: Exchange) -> None:
     """This API, with the limits of this server."""
-    await exchange.respond(200, encode_json(document(edge.limits, edge.dispatcher.model_names)))
+    exchange.respond(200, encode_json(document(edge.limits, edge.dispatcher.model_names)))
 
 
 async def tokenize(edge: Edge, exchange: Exchange) -> None:
@@ -79,7 +79,7 @@ async def tokenize(edge: Edge, exchange: Exchange) -> None:
         edge.check_model(body.model)
     ids = await encode_text(edge, body.prompt, add_bos=body.add_special_tokens)
     answer = Tokens(tokens=ids, count=len(ids), max_model_len=edge.dispatcher.max_model_len)
-    await exchange.respond(200, encode_json(answer))
+    exchange.respond(200, encode_json(answer))
 
 
 async def detokenize(edge: Edge, exchange: Exchange) -> None:
@@ -89,7 +89,7 @@ async def detokenize(edge: Edge, exchange: Exchange) -> None:
         edge.check_model(body.model)
     if body.tokens and max(body.tokens) >= edge.tokenizer.vocab_size:
         raise RequestError(f"token ids are integers from 0 to {edge.tokenizer.vocab_size - 1}", param="tokens")
-    await exchange.respond(200, encode_json(Detokenized(prompt=edge.tokenizer.decode(body.tokens))))
+    exchange.respond(200, encode_json(Detokenized(prompt=edge.tokenizer.decode(body.tokens))))
 
 
 _ROUTES: Mapping[str, Mapping[str, Route]] = {

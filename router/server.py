@@ -1,118 +1,86 @@
-"""The HTTP server under the edge: uvicorn on httptools, with bounded request heads and abortable connections."""
+"""The HTTP/1.1 server under the edge: listens, bounds connections and their idle times, drains when it stops.
+
+kernel ──▶ Connection (router.connection: bytes ↔ requests) ──▶ Exchange ──▶ the application, one task a request
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Callable, Coroutine
+from email.utils import formatdate
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from llm_engine.api.errors import ConfigError
-from router.exchange import ABORT_EXTENSION
+from router.connection import Connection
+from router.exchange import Exchange
 
-MAX_HEAD_BYTES = 64 << 10  # request line and headers
-HEAD_TIMEOUT_S = 30.0
-KEEP_ALIVE_S = 75.0
 BACKLOG = 2048
 MAX_CONNECTIONS = 16384
 DEAD_PEER_MS = 60_000  # unacknowledged or unread data for so long: the kernel drops the connection
+SWEEP_S = 0.5  # how often deadlines are looked at
+DRAIN_POLL_S = 0.02
+CANCEL_S = 5.0  # for requests that are cut off to clean up
+
+Application = Callable[[Exchange], Coroutine[Any, Any, None]]
 
 
-class HeadJoiner:
-    """The transport of one response: its head leaves together with the first bytes of the body, in one segment."""
+class HttpServer:
+    """`await serve(listen(…))` returns after `stop`. Runs on the event loop (uvloop); the caller handles signals."""
 
-    __slots__ = ("_held", "_transport", "_wrote_head")
+    def __init__(self, application: Application, *, stall_s: float) -> None:
+        """`stall_s`: a client that does not read for so long is disconnected."""
+        self.application = application
+        self.stall_s = stall_s
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self.now = 0.0  # the loop's time, at most SWEEP_S old
+        self.date = b""  # the header line of this second
+        self._drain_s = 0.0
+        self._stop = asyncio.Event()
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._wrote_head = False
-        self._held = b""
+    def stop(self, drain_s: float) -> None:
+        """Accept nothing more; open requests get `drain_s` seconds. May be called again with less time."""
+        self._drain_s = drain_s
+        self._stop.set()
 
-    def write(self, data: bytes) -> None:
-        if self._wrote_head:
-            self._transport.write(self._held + data if self._held else data)
-            self._held = b""
-        elif data.startswith(b"HTTP/1.1 100"):
-            self._transport.write(data)
-        else:
-            self._wrote_head = True
-            self._held = data
+    async def serve(self, sock: socket.socket) -> None:
+        """Serve connections to a listening socket until stopped."""
+        loop = asyncio.get_running_loop()
+        self._refresh(loop)
+        server = await loop.create_server(lambda: Connection(self, loop), sock=sock, backlog=BACKLOG)
+        try:
+            while not self._stop.is_set():
+                self._refresh(loop)
+                for connection in [c for c in self.connections if self.now > c.deadline]:
+                    connection.abort()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), SWEEP_S)
+        finally:
+            server.close()
+            await self._drain(loop)
 
-    def flush(self) -> None:
-        """For answers without a body."""
-        if self._held:
-            self.write(b"")
+    def accept(self, connection: Connection) -> bool:
+        """Whether one more connection is served."""
+        self.connections.add(connection)
+        return len(self.connections) <= MAX_CONNECTIONS
 
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
+    def _refresh(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.now = loop.time()
+        self.date = b"date: %b\r\n" % formatdate(usegmt=True).encode()
 
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-
-class EdgeProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, which leaves the size and the arrival time of a request's head unbounded."""
-
-    _in_head = False  # a head has begun and is not complete
-    _completed = False  # a request ended in the data being handled
-    _head_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        self._arm()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._completed = False
-        super().data_received(data)
-        if not self._in_head or self.transport.is_closing():
-            return
-        if not self._completed:  # else an unknown part of `data` belonged to the previous request
-            self._head_bytes += len(data)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self.send_400_response(f"The request line and headers exceed {MAX_HEAD_BYTES} bytes.")
-        elif self._head_timer is None:
-            self._arm()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-        self._head_bytes = 0
-        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[dict-item]
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._disarm()
-        super().on_headers_complete()
-        joiner = HeadJoiner(self.transport)
-        self.cycle.transport = joiner  # type: ignore[assignment]  # the cycle's task has not begun yet
-
-        def complete() -> None:
-            joiner.flush()
-            self.on_response_complete()
-
-        self.cycle.on_response = complete
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._completed = True
-
-    def _arm(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-
-    def _disarm(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    async def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let open requests finish, then cut off what is left."""
+        self.draining = True
+        begun = loop.time()
+        for connection in list(self.connections):
+            connection.finish()
+        while self.connections and loop.time() - begun < self._drain_s:  # noqa: ASYNC110  `stop` may shorten it
+            await asyncio.sleep(DRAIN_POLL_S)
+        tasks = [task for connection in self.connections if (task := connection.abort()) is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_S)
 
 
 def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
@@ -136,25 +104,3 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
         raise ConfigError(f"router.host={host!r} router.port={port}: {exc.strerror}") from exc
     sock.setblocking(False)
     return sock
-
-
-def make_server(app: Any, *, drain_s: float) -> uvicorn.Server:
-    """A server for `await server.serve(sockets=[listen(…)])`; set `should_exit` to stop it.
-
-    Open requests then get `drain_s` seconds to finish. The caller runs the event loop (uvloop) and handles signals.
-    """
-    config = uvicorn.Config(
-        app,
-        http=EdgeProtocol,
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=int(KEEP_ALIVE_S),
-        timeout_graceful_shutdown=int(drain_s),
-        backlog=BACKLOG,
-    )
-    return uvicorn.Server(config)

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import msgspec
-import uvicorn
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,7 +25,7 @@ from router.chat.format import DeepseekV32Format
 from router.chat.template import PromptTexts
 from router.dispatch_api import GenerationRequest, OutputChunk
 from router.edge import Edge
-from router.server import listen, make_server
+from router.server import HttpServer, listen
 
 PAD = "<｜▁pad▁｜>"
 SPECIALS = (dsml.BOS, dsml.EOS, PAD, dsml.DSML)
@@ -166,7 +165,7 @@ class RunningEdge:
     metrics: RecordingMetrics
     tokenizer: router_tokenizer.Tokenizer
     http: httpx.Client
-    server: uvicorn.Server
+    server: HttpServer
 
 
 def make_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Edge:
@@ -181,15 +180,21 @@ def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[Run
     assert isinstance(metrics, RecordingMetrics)
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
-    server = make_server(App(edge), drain_s=1.0)
-    thread = threading.Thread(target=lambda: uvloop.run(server.serve(sockets=[sock])), name="edge")
+    server = HttpServer(App(edge), stall_s=edge.config.client_stall_s)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve(sock)
+
+    thread = threading.Thread(target=lambda: uvloop.run(serve()), name="edge")
     thread.start()
     try:
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url, timeout=30, verify=False) as client:
             yield RunningEdge(url, port, dispatcher, metrics, tokenizer, client, server)
     finally:
-        server.should_exit = True
+        loops[0].call_soon_threadsafe(server.stop, 1.0)
         thread.join(timeout=20)
         sock.close()
         tokenizer.close()

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from llm_engine.api.request import FinishReason
+from router import connection as connection_module
 from router import server as server_module
-from router.app import App
 from router.dispatch_api import GenerationRequest
 from tests.unit.router.edge_harness import (
     MODEL,
@@ -25,7 +25,6 @@ from tests.unit.router.edge_harness import (
     ScriptedDispatcher,
     byte_tokenizer,
     ids_of,
-    make_edge,
     running_edge,
 )
 
@@ -328,7 +327,7 @@ def test_events_arrive_as_they_are_made(edge: RunningEdge) -> None:
 
 def test_connections_have_their_socket_options(edge: RunningEdge) -> None:
     edge.http.get("/health")
-    transports = [connection.transport for connection in edge.server.server_state.connections]
+    transports = [connection.transport for connection in edge.server.connections]
     assert transports
     for transport in transports:
         connection = transport.get_extra_info("socket")
@@ -345,32 +344,27 @@ def test_connections_are_bounded(edge: RunningEdge, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_finished_requests_leave_nothing_to_the_garbage_collector(path: str, stream: bool) -> None:
+def test_finished_requests_leave_nothing_to_the_garbage_collector(edge: RunningEdge, path: str, stream: bool) -> None:
     """Reference cycles would keep prompts alive until a collection, and make collections long."""
-    edge = make_edge(ScriptedDispatcher(scripted))
-    app = App(edge)
-    body = request_bytes(stream=stream, path=path).partition(b"\r\n\r\n")[2]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
-    sent: list[Any] = []
+    request = request_bytes(stream=stream, path=path).replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n")
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+    def serve_one() -> None:
+        with connect(edge) as sock:
+            sock.sendall(request)
+            assert read_all(sock).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: len(edge.server.connections) <= num_before)
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await app(scope, receive, send)
+    num_before = len(edge.server.connections)
+    serve_one()
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        await app(scope, receive, send)
+        serve_one()
         gc.collect()
         garbage = [item for item in gc.garbage if type(item).__module__.startswith(("router", "llm_engine"))]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        edge.tokenizer.close()
-    assert sent[0]["status"] == 200
     assert garbage == []
 
 
@@ -396,7 +390,7 @@ def test_oversized_headers_are_refused(edge: RunningEdge) -> None:
 
 
 def test_a_request_head_that_stops_coming_is_cut_off(edge: RunningEdge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.2)
     for start in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
         with connect(edge) as sock:
             sock.sendall(start)
@@ -405,7 +399,7 @@ def test_a_request_head_that_stops_coming_is_cut_off(edge: RunningEdge, monkeypa
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_stream_survives_the_head_timeout(edge: RunningEdge, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
-    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.05)
     data = request_bytes("slow", stream=True).replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n")
     with connect(edge) as sock:
         half = data.index(b"\r\n\r\n") + 4 if pieces == 2 else len(data)
