@@ -43,6 +43,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     stage: str  # starting | serving | stopped
     info: WorkerInfo | None = None
+    sequences: int = 0  # live requests
+    pending_handoffs: int = 0
 
 
 class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +88,10 @@ class WorkerActor:
             self._stage, self._info = "stopped", None
 
     async def report(self) -> WorkerReport:
-        return WorkerReport(pid=os.getpid(), stage=self._stage, info=self._info)
+        sequences, handoffs = self._worker.held if self._stage == "serving" else (0, 0)
+        return WorkerReport(
+            pid=os.getpid(), stage=self._stage, info=self._info, sequences=sequences, pending_handoffs=handoffs
+        )
 
     async def stop(self, drain_s: float) -> None:
         """Take no new work, wait `drain_s` for what runs, hand the rest back, and let `run` return."""

@@ -9,105 +9,53 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from llm_engine.api.errors import ProtocolError, ServingError
-from llm_engine.api.messages import Codec, Message, Role
+from llm_engine.api.control import (
+    Change,
+    ClusterStatus,
+    ConfigurePools,
+    ControlRefused,
+    ControlRequest,
+    ControlTimeout,
+    DrainWorker,
+    GetStatus,
+    PoolStatus,
+    Reply,
+    RouterStatus,
+    ScalePool,
+    StopCluster,
+    WorkerStatus,
+)
+from llm_engine.api.errors import ProtocolError
+from llm_engine.api.messages import Codec
+
+__all__ = [
+    "Change",
+    "ClusterStatus",
+    "ConfigurePools",
+    "ControlClient",
+    "ControlRefused",
+    "ControlRequest",
+    "ControlServer",
+    "ControlTimeout",
+    "DrainWorker",
+    "GetStatus",
+    "Handler",
+    "PoolStatus",
+    "Reply",
+    "RouterStatus",
+    "ScalePool",
+    "StopCluster",
+    "WorkerStatus",
+]
 
 _log = logging.getLogger(__name__)
 _MAX_REQUEST_BYTES = 1 << 16
 
-
-class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker as the controller sees it."""
-
-    name: str
-    role: Role
-    state: str  # starting | ready | draining | silent | failed
-    restarts: int = 0
-    pid: int = 0
-    incarnation: str = ""
-    request_addr: str = ""
-    control_addr: str = ""
-    metrics_addr: str = ""
-    error: str = ""  # why the last start failed
-
-
-class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Replicas wanted, and those that serve."""
-
-    desired: int
-    ready: int
-
-
-class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The HTTP edge. `ready`: it answers and knows enough workers to serve a request."""
-
-    url: str = ""
-    pid: int = 0
-    restarts: int = 0
-    ready: bool = False
-    error: str = ""  # why the last start failed
-
-
-class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What `baton status --json` prints. `ready`: the router serves and every pool has its desired size."""
-
-    ready: bool
-    model: str
-    router: RouterStatus
-    pools: dict[str, PoolStatus]
-    workers: list[WorkerStatus]
-
-
-class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):
-    """Only the status."""
-
-
-class ScalePool(Message, frozen=True, kw_only=True, tag="scale_pool"):
-    """Change the desired size of a pool; surplus workers drain first."""
-
-    pool: str
-    replicas: int
-
-
-class ConfigurePools(Message, frozen=True, kw_only=True, tag="configure_pools"):
-    """The configured sizes and bounds may have changed. A size that has is obeyed, one that has not changes nothing."""
-
-    pools: dict[str, dict[str, Any]]  # PoolsConfig as plain data
-
-
-class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
-    """Take a worker out once its requests are finished or handed over; a fresh one takes its place."""
-
-    worker: str
-
-
-class StopCluster(Message, frozen=True, kw_only=True, tag="stop_cluster"):
-    """Stop the router, then the workers."""
-
-
-class Reply(Message, frozen=True, kw_only=True, tag="reply"):
-    """`error` is empty when the request was carried out."""
-
-    status: ClusterStatus
-    error: str = ""
-
-
-ControlRequest = GetStatus | ScalePool | ConfigurePools | DrainWorker | StopCluster
 Handler = Callable[[ControlRequest], Awaitable[Reply]]
-
-
-class ControlRefused(ServingError):
-    """The controller understood the request and refused it."""
-
-
-class ControlTimeout(ServingError):
-    """The controller did not answer in time."""
 
 
 class ControlServer:

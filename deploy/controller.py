@@ -3,9 +3,9 @@
 Its own loss costs nothing: workers and router are detached actors that a restarted controller finds by name, the
 desired state is in its store, and it listens on the same ports again. No token passes through it.
 
-    control channel ── scale, drain ──▶ DesiredStore ──▶ plan() ──▶ Fleet: one task per worker
-                                                                       │ reports
-    routers ◀── membership feed, on change and every period ───────────┘
+    control channel ── scale, drain ──▶ Pools ──▶ plan() ──▶ Fleet: one task per worker
+    autoscaler ───────────────────────────┘                     │ reports
+    routers ◀── membership feed, on change and every period ────┘
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import msgspec
 import tomli_w
 import zmq.asyncio
 from pydantic import ValidationError
 
 from deploy import desired
 from deploy.actors import RouterReport
+from deploy.autoscaler import Autoscaler
 from deploy.control import (
     ClusterStatus,
     ConfigurePools,
@@ -30,16 +30,16 @@ from deploy.control import (
     ControlServer,
     DrainWorker,
     GetStatus,
-    PoolStatus,
     Reply,
     RouterStatus,
     ScalePool,
     StopCluster,
 )
-from deploy.desired import Desired, DesiredStore
+from deploy.desired import DesiredStore
 from deploy.feed import MembershipFeed
 from deploy.fleet import RESTART_PAUSE_S, Fleet, Launch, one_line, wait_event
 from deploy.pool_metrics import PoolMetrics
+from deploy.pools import Pools
 from deploy.rundir import ControlRecord, RunDir
 from llm_engine.api.config import ClusterConfig, PoolsConfig, cluster_key
 from llm_engine.api.errors import ServingError
@@ -77,20 +77,18 @@ class Controller:
         """`launch_router` None: routers run elsewhere. `store`: of the desired state (default: the run directory)."""
         self._config, self._run_dir = config, run_dir
         self._launch_router = launch_router
-        self._store = store or run_dir
-        self._pools = config.pools
+        self._pools = Pools(config.pools, store or run_dir)
         self._fleet = Fleet(config, launch_worker)
-        self._desired = desired.obeyed(None, config.pools)
         self._router = RouterStatus(ready=launch_router is None)
+        self._autoscaler = Autoscaler(config.autoscaler, self._pools, self._fleet, lambda: self._router.url)
         self._latest = self.status()  # replaced every period: what other threads may read
         self._router_handle: RouterHandle | None = None
         self._tending: set[asyncio.Task[None]] = set()
-        self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
 
     async def run(self, existing: tuple[str, ...] = ()) -> None:
         """Serve until stopped. `existing`: workers that a controller before this one has started."""
-        await self._obey(self._config.pools)
+        await self._pools.obey(self._config.pools)
         context = zmq.asyncio.Context()
         key = cluster_key()
         control, feed = ControlServer(context, key, self._handle), MembershipFeed(context, key)
@@ -101,7 +99,13 @@ class Controller:
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(coroutine)
-                    for coroutine in (control.run(), self._publish(feed), self._keep_router(), self._reconcile(tasks))
+                    for coroutine in (
+                        control.run(),
+                        self._publish(feed),
+                        self._keep_router(),
+                        self._reconcile(tasks),
+                        self._autoscaler.run(),
+                    )
                 ]
                 running.extend(tasks.create_task(self._fleet.add(name)) for name in existing)
                 await self._stopping.wait()
@@ -121,7 +125,8 @@ class Controller:
             control_addr=control.bind(known.control_addr if known else f"tcp://{host}:{ports[0]}"),
             feed_addr=feed.bind(known.feed_addr if known else f"tcp://{host}:{ports[1]}"),
         )
-        router = self._config.router.model_copy(update={"membership": record.feed_addr, "workers": ()})
+        addresses = {"membership": record.feed_addr, "controller": record.control_addr, "workers": ()}
+        router = self._config.router.model_copy(update=addresses)
         self._config = self._config.model_copy(update={"router": router})
         tree = self._config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         self._run_dir.config.write_text(tomli_w.dumps(tree), encoding="utf-8")
@@ -129,15 +134,15 @@ class Controller:
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         while True:
-            self._wake.clear()
-            steps = desired.plan(self._desired.replicas, self._fleet.present())
+            self._pools.changed.clear()
+            steps = desired.plan(self._pools.sizes, self._fleet.present())
             for name in steps.drain:
                 self._fleet.drain(name, self._config.worker.drain_timeout_s)
             for _, name in steps.start:
                 task = tasks.create_task(self._fleet.add(name))
                 self._tending.add(task)
                 task.add_done_callback(self._tending.discard)
-            await wait_event(self._wake, self._config.controller.period_s)
+            await wait_event(self._pools.changed, self._config.controller.period_s)
 
     async def _publish(self, feed: MembershipFeed) -> None:
         while True:
@@ -182,55 +187,37 @@ class Controller:
             match request:
                 case GetStatus():
                     pass
-                case ScalePool(pool=pool, replicas=replicas):
-                    sizes = desired.scaled(self._desired.replicas, pool, replicas, self._pools)
-                    await self._want(msgspec.structs.replace(self._desired, replicas=sizes))
+                case ScalePool():
+                    await self._pools.scale(request.pool, request.replicas, by=request.by, reason=request.reason)
                 case ConfigurePools(pools=pools):
-                    await self._obey(PoolsConfig.model_validate(pools))
+                    await self._pools.obey(PoolsConfig.model_validate(pools))
                 case DrainWorker(worker=name):
                     if not self._fleet.has(name):
                         raise ServingError(f"no worker is called {name!r}: `baton status` lists them")
                     self._fleet.drain(name, self._config.worker.drain_timeout_s)
-                    self._wake.set()
+                    self._pools.changed.set()
                 case StopCluster():
                     self._stopping.set()
         except (ServingError, ValidationError) as exc:
             error = " ".join(str(exc).split())
         return Reply(status=self.status(), error=error)
 
-    async def _obey(self, pools: PoolsConfig) -> None:
-        """Take the configured sizes and bounds into the stored desired state."""
-        wanted = desired.obeyed(await asyncio.to_thread(self._store.desired), pools)
-        self._pools = pools
-        await self._want(wanted)
-
-    async def _want(self, wanted: Desired) -> None:
-        """A new desired state; nothing happens unless it could be stored."""
-        if wanted != self._desired:
-            _log.info("desired: %s", ", ".join(f"{pool} {size}" for pool, size in wanted.replicas.items()))
-        await asyncio.to_thread(self._store.save, wanted)
-        self._desired = wanted
-        self._wake.set()
-
     def status(self) -> ClusterStatus:
         """The cluster now."""
-        pools = {
-            pool: PoolStatus(desired=wanted, ready=self._fleet.ready(pool))
-            for pool, wanted in self._desired.replicas.items()
-            if wanted or self._fleet.ready(pool)
-        }
+        pools = self._autoscaler.advise(self._pools.status(self._fleet.ready))
         return ClusterStatus(
             ready=self._router.ready and all(pool.ready >= pool.desired for pool in pools.values()),
             model=self._config.model.served_name,
             router=self._router,
             pools=pools,
             workers=self._fleet.status(),
+            changes=self._pools.changes,
+            autoscaler=self._config.autoscaler.mode,
         )
 
     async def _stop(self) -> None:
         """The router first, so that clients see an end instead of retries; then the workers."""
-        none = dict.fromkeys(self._desired.replicas, 0)
-        self._desired = msgspec.structs.replace(self._desired, replicas=none)
+        self._pools.clear()
         if self._router_handle is not None:
             grace_s = self._config.router.drain_timeout_s + _ROUTER_MARGIN_S
             await asyncio.wait({self._router_handle.stop(grace_s)}, timeout=grace_s + _ROUTER_MARGIN_S)

@@ -15,18 +15,21 @@ from typing import Protocol
 import msgspec
 
 from llm_engine.api.config import PoolsConfig
+from llm_engine.api.control import Change
 from llm_engine.api.errors import RequestError
 from llm_engine.api.messages import Role
 
 POOLS: Mapping[str, Role] = {role.value: role for role in Role}
 MAX_REPLICAS = 1024
+MAX_CHANGES = 64
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """Replicas per pool. `configured`: what the configuration said when it was last obeyed."""
+    """Replicas per pool, and who changed them. `configured`: what the configuration said when it was last obeyed."""
 
     replicas: dict[str, int]
     configured: dict[str, int]
+    changes: list[Change] = []  # the last MAX_CHANGES, oldest first
 
 
 class DesiredStore(Protocol):
@@ -59,7 +62,7 @@ def initial(pools: PoolsConfig) -> dict[str, int]:
     return {pool: getattr(pools, pool).replicas for pool in POOLS}
 
 
-def obeyed(saved: Desired | None, pools: PoolsConfig) -> Desired:
+def obeyed(saved: Desired | None, pools: PoolsConfig, *, at: float = 0.0) -> Desired:
     """The desired state after a look at the configuration.
 
     A configured size that differs from the one obeyed before is an order; one that has not changed leaves the pool at
@@ -72,12 +75,23 @@ def obeyed(saved: Desired | None, pools: PoolsConfig) -> Desired:
         pool: saved.replicas.get(pool, size) if saved.configured.get(pool) == size else size
         for pool, size in configured.items()
     }
-    return Desired(
-        replicas={
-            pool: min(max(size, getattr(pools, pool).min_replicas), getattr(pools, pool).max_replicas)
-            for pool, size in replicas.items()
-        },
-        configured=configured,
+    bounded = {
+        pool: min(max(size, getattr(pools, pool).min_replicas), getattr(pools, pool).max_replicas)
+        for pool, size in replicas.items()
+    }
+    state = msgspec.structs.replace(saved, configured=configured)
+    return resized(state, bounded, at=at, by="configuration", reasons={})
+
+
+def resized(desired: Desired, sizes: Mapping[str, int], *, at: float, by: str, reasons: Mapping[str, str]) -> Desired:
+    """The desired state with some pools resized, and a note of who did it and why."""
+    notes = [
+        Change(at=at, pool=pool, before=desired.replicas.get(pool, 0), after=size, by=by, reason=reasons.get(pool, ""))
+        for pool, size in sizes.items()
+        if size != desired.replicas.get(pool, 0)
+    ]
+    return msgspec.structs.replace(
+        desired, replicas={**desired.replicas, **sizes}, changes=[*desired.changes, *notes][-MAX_CHANGES:]
     )
 
 

@@ -69,6 +69,8 @@ class Slot:
     info: WorkerInfo | None = None
     pid: int = 0
     restarts: int = 0
+    sequences: int = 0
+    pending_handoffs: int = 0
     error: str = ""
     since: float = field(default_factory=time.monotonic)
     drain_requested: asyncio.Event = field(default_factory=asyncio.Event)
@@ -226,6 +228,7 @@ class Fleet:
     def _hear(self, slot: Slot, report: WorkerReport) -> None:
         before = slot.info
         slot.pid, slot.info = report.pid, report.info
+        slot.sequences, slot.pending_handoffs = report.sequences, report.pending_handoffs
         if report.info is not None:
             slot.error = ""
             if before is not None and before.incarnation != report.info.incarnation:
@@ -281,6 +284,8 @@ def _status(slot: Slot) -> WorkerStatus:
         request_addr=info.request_addr if info else "",
         control_addr=info.control_addr if info else "",
         metrics_addr=info.metrics_addr if info else "",
+        sequences=slot.sequences,
+        pending_handoffs=slot.pending_handoffs,
         error=slot.error,
     )
 

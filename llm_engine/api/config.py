@@ -157,6 +157,7 @@ class AutoscalerConfig(Section):
     """When the controller changes pool sizes by itself. Latencies are 90th percentiles over `window_s`."""
 
     mode: Literal["off", "recommend", "act"] = "off"  # recommend: decide and log, change nothing
+    router_metrics: tuple[str, ...] = ()  # http://host:port/metrics of routers; (): the controller's own
     max_cards: int | None = Field(None, ge=1)  # of all pools together; None: only the pools' own bounds count
     period_s: float = Field(5.0, gt=0)
     window_s: float = Field(30.0, gt=0)

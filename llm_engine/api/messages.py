@@ -143,6 +143,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     blocks_live: int = 0
     blocks_leased: int = 0
     blocks_quarantined: int = 0
+    num_live: int = 0  # requests this worker answers for; with no hand-off pending, 0 means that it may stop
     pending_handoffs: int = 0
     prefill_tokens_per_s: float = 0.0
     step_s: float = 0.0

@@ -113,6 +113,7 @@ class _LoadCollector(Collector):
         yield queue
         yield _gauge("baton_waiting_tokens", "Tokens still to be prefilled", load.waiting_tokens)
         yield _gauge("baton_running_sequences", "Sequences being computed", load.num_running)
+        yield _gauge("baton_live_requests", "Requests this worker answers for", load.num_live)
         yield _gauge("baton_pending_handoffs", "Hand-offs that are open on this worker", load.pending_handoffs)
         yield _gauge("baton_step_age_seconds", "Time since the step loop last made progress", load.step_age_s)
         yield _gauge("baton_draining", "1 while no new work is taken", float(load.draining))

@@ -38,12 +38,13 @@ class Vitals:
         """A step took this long."""
         self._step_s += _STEP_WEIGHT * (duration_s - self._step_s)
 
-    def beat(self, *, draining: bool, peers: PeerReport) -> Load:
+    def beat(self, *, draining: bool, peers: PeerReport, num_live: int) -> Load:
         """Report anew; called every heartbeat."""
         self._beat_at = time.monotonic()
         self.load = msgspec.structs.replace(
             self._steps.load,
             seq=self.load.seq + 1,
+            num_live=num_live,
             pending_handoffs=peers.pending,
             step_s=self._step_s,
             step_age_s=self._steps.age_s,

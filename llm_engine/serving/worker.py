@@ -126,9 +126,14 @@ class Worker(ABC, Generic[D]):
         self._plane.beat()
 
     @property
+    def held(self) -> tuple[int, int]:
+        """Live requests and open hand-offs: exact counts."""
+        return len(self._ledger), self._peers().pending
+
+    @property
     def drained(self) -> bool:
         """Draining, and nothing is left: no live request, no open hand-off."""
-        return self._draining and len(self._ledger) == 0 and self._peers().pending == 0
+        return self._draining and self.held == (0, 0)
 
     def stop(self, *, drain_s: float = 0.0) -> None:
         """Make `serve` return: at once, or after a drain of at most `drain_s`. Callable from any thread, repeatedly."""
@@ -141,7 +146,7 @@ class Worker(ABC, Generic[D]):
             self._empty.set()
         peers = self._peers()
         self._metrics.handoff_failures(peers.failed)
-        return self._vitals.beat(draining=self._draining, peers=peers)
+        return self._vitals.beat(draining=self._draining, peers=peers, num_live=len(self._ledger))
 
     # -- for roles ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,97 @@
+"""The desired state in the hands of its one writer: every change goes through here, whoever asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from deploy import desired
+from deploy.desired import Desired, DesiredStore
+from llm_engine.api.config import PoolConfig, PoolsConfig
+from llm_engine.api.control import Change, PoolStatus
+
+_log = logging.getLogger(__name__)
+
+
+class Pools:
+    """Sizes of the pools, their bounds, and the store that keeps them. Belongs to one asyncio loop."""
+
+    def __init__(self, configured: PoolsConfig, store: DesiredStore, clock: Callable[[], float] = time.time) -> None:
+        self._configured = configured
+        self._store = store
+        self._clock = clock
+        self._desired = desired.obeyed(None, configured)
+        self._writing = asyncio.Lock()
+        self.changed = asyncio.Event()  # set by every change of a size
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Replicas wanted, by pool."""
+        return self._desired.replicas
+
+    @property
+    def changes(self) -> list[Change]:
+        """The last changes, oldest first."""
+        return self._desired.changes
+
+    def settings(self, pool: str) -> PoolConfig:
+        """Bounds and resources of a pool, as configured."""
+        found: PoolConfig = getattr(self._configured, pool)
+        return found
+
+    async def obey(self, configured: PoolsConfig) -> None:
+        """Take configured sizes and bounds into the stored state: what is stored counts, not what is remembered."""
+        async with self._writing:
+            saved = await asyncio.to_thread(self._store.desired)
+            wanted = desired.obeyed(saved, configured, at=self._clock())
+            self._configured = configured
+            await self._save(wanted)
+
+    async def scale(self, pool: str, replicas: int, *, by: str, reason: str = "") -> None:
+        """Resize one pool within its bounds. Raises RequestError."""
+        async with self._writing:
+            sizes = desired.scaled(self._desired.replicas, pool, replicas, self._configured)
+            await self._save(desired.resized(self._desired, sizes, at=self._clock(), by=by, reasons={pool: reason}))
+
+    async def move(
+        self, before: Mapping[str, int], after: Mapping[str, int], *, by: str, reasons: Mapping[str, str]
+    ) -> bool:
+        """Several sizes at once, if they still are what the decision was based on."""
+        async with self._writing:
+            if any(self._desired.replicas.get(pool) != size for pool, size in before.items()):
+                return False
+            sizes: Mapping[str, int] = self._desired.replicas
+            for pool, size in after.items():
+                sizes = desired.scaled(sizes, pool, size, self._configured)
+            await self._save(desired.resized(self._desired, sizes, at=self._clock(), by=by, reasons=reasons))
+        return True
+
+    def clear(self) -> None:
+        """Nobody is wanted any more: the cluster stops. Not stored."""
+        self._desired = Desired(replicas=dict.fromkeys(self.sizes, 0), configured=self._desired.configured)
+
+    def status(self, ready: Callable[[str], int]) -> dict[str, PoolStatus]:
+        """Every pool that has workers or should have some."""
+        return {
+            pool: PoolStatus(
+                desired=wanted,
+                ready=ready(pool),
+                low=self.settings(pool).min_replicas,
+                high=self.settings(pool).max_replicas,
+                cards=self.settings(pool).cards,
+            )
+            for pool, wanted in self.sizes.items()
+            if wanted or ready(pool)
+        }
+
+    async def _save(self, wanted: Desired) -> None:
+        """A new desired state; nothing happens unless it could be stored."""
+        await asyncio.to_thread(self._store.save, wanted)
+        for change in wanted.changes:
+            if change not in self._desired.changes:
+                why = f": {change.reason}" if change.reason else ""
+                _log.info("%s: %d → %d, by %s%s", change.pool, change.before, change.after, change.by, why)
+        self._desired = wanted
+        self.changed.set()

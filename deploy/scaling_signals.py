@@ -1,0 +1,190 @@
+"""From /metrics of routers and workers to the signals of the scaling policy.
+
+Counters and histograms are compared with the oldest scrape inside the window, process by process, so that a restarted
+process, whose counters begin again, is no worse than a new one. A process that does not answer is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import urllib.parse
+import urllib.request
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.scaling_policy import Signals
+from llm_engine.api.messages import Role, WorkerInfo
+
+_TIMEOUT_S = 2.0
+_PERCENTILE = 0.9
+_WANTED = (
+    "baton_ttft_seconds_bucket",
+    "baton_tpot_seconds_bucket",
+    "baton_ttft_stage_seconds_sum",
+    "baton_queued_requests",
+    "baton_step_seconds_sum",
+    "baton_prefill_computed_tokens_total",
+    "baton_waiting_tokens",
+    "baton_running_sequences",
+    "baton_pending_handoffs",
+    "baton_blocks",
+)
+_IN_USE = ("live", "leased", "quarantined")
+
+Sample = Mapping[tuple[str, str], float]  # (metric, value of its label or "") → value
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """What one process said. `role` None: a router."""
+
+    sample: Sample
+    role: Role | None = None
+    max_seqs: int = 0
+
+
+@dataclass(slots=True)
+class Window:
+    """Scrapes of the last `length_s` seconds, by address."""
+
+    length_s: float
+    _scrapes: deque[tuple[float, Mapping[str, Scrape]]] = field(default_factory=deque)
+
+    def add(self, now: float, scrapes: Mapping[str, Scrape]) -> None:
+        """The newest scrape of everybody. One that is older than the window stays, as its far end."""
+        self._scrapes.append((now, scrapes))
+        while len(self._scrapes) > 2 and now - self._scrapes[1][0] >= self.length_s:
+            self._scrapes.popleft()
+
+    def signals(self) -> Signals:
+        """What the window shows; with fewer than two scrapes, nothing."""
+        if len(self._scrapes) < 2:
+            return Signals()
+        (since, old), (now, new) = self._scrapes[0], self._scrapes[-1]
+        grown = {name: _grown(scrape, old.get(name)) for name, scrape in new.items()}
+        routers = [grown[name] for name, scrape in new.items() if scrape.role is None]
+        prefill = {name: scrape for name, scrape in new.items() if scrape.role is Role.PREFILL}
+        decode = [scrape for scrape in new.values() if scrape.role is Role.DECODE]
+        stages = _labelled(routers, "baton_ttft_stage_seconds_sum")
+        queued = sum(s.sample.get(("baton_queued_requests", ""), 0.0) for s in new.values() if s.role is None)
+        busy_s = sum(sum(_labelled([grown[name]], "baton_step_seconds_sum").values()) for name in prefill)
+        computed = sum(grown[name].get(("baton_prefill_computed_tokens_total", ""), 0.0) for name in prefill)
+        waiting = sum(scrape.sample.get(("baton_waiting_tokens", ""), 0.0) for scrape in prefill.values())
+        running = sum(scrape.sample.get(("baton_running_sequences", ""), 0.0) for scrape in decode)
+        pending = sum(scrape.sample.get(("baton_pending_handoffs", ""), 0.0) for scrape in decode)
+        places = sum(scrape.max_seqs for scrape in decode)
+        return Signals(
+            ttft_s=percentile(_labelled(routers, "baton_ttft_seconds_bucket"), _PERCENTILE),
+            queue_share=stages.get("prefill_queue", 0.0) / sum(stages.values()) if sum(stages.values()) else 0.0,
+            backlog_s=_backlog_s(waiting, computed, busy_s, len(prefill)),
+            prefill_busy=min(1.0, busy_s / ((now - since) * len(prefill))) if prefill else None,
+            tpot_s=percentile(_labelled(routers, "baton_tpot_seconds_bucket"), _PERCENTILE),
+            decode_kv=_blocks_in_use(decode),
+            decode_seqs=(running + pending + queued) / places if places else None,
+            seqs_per_decode=running / len(decode) if decode else 0.0,
+        )
+
+
+def percentile(buckets: Mapping[str, float], share: float) -> float | None:
+    """Of a histogram's cumulative buckets (upper bound → count), as PromQL's histogram_quantile; None if empty."""
+    bounds = sorted((float(bound), count) for bound, count in buckets.items())
+    if not bounds or bounds[-1][1] <= 0:
+        return None
+    rank = share * bounds[-1][1]
+    low, below = 0.0, 0.0
+    for bound, count in bounds:
+        if count >= rank:
+            if bound == float("inf"):
+                return low
+            return low + (bound - low) * ((rank - below) / (count - below) if count > below else 1.0)
+        low, below = bound, count
+    return low
+
+
+def parse(text: str) -> Sample:
+    """The metrics that matter here. Each has at most one label of interest."""
+    sample: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(text):
+        for entry in family.samples:
+            if entry.name in _WANTED:
+                labels = entry.labels
+                label = labels.get("le") or labels.get("stage") or labels.get("state") or labels.get("kind") or ""
+                sample[entry.name, label] = sample.get((entry.name, label), 0.0) + entry.value
+    return sample
+
+
+class Scraper:
+    """Asks every process once a round, side by side."""
+
+    def __init__(self) -> None:
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    async def scrape(self, routers: Sequence[str], workers: Iterable[WorkerInfo]) -> dict[str, Scrape]:
+        """`routers`: URLs of /metrics; a name with several addresses stands for a router behind each."""
+        known = {info.metrics_addr: info for info in workers}
+        addresses = [found for url in routers for found in await asyncio.to_thread(resolve, url)]
+        urls = [*addresses, *known]
+        texts = await asyncio.gather(*(asyncio.to_thread(self._get, url) for url in urls))
+        scrapes: dict[str, Scrape] = {}
+        for url, text in zip(urls, texts, strict=True):
+            if text is not None:
+                info = known.get(url)
+                scrapes[url] = Scrape(parse(text), info.role if info else None, info.max_num_seqs if info else 0)
+        return scrapes
+
+    def _get(self, url: str) -> str | None:
+        try:
+            with self._opener.open(url, timeout=_TIMEOUT_S) as response:
+                return str(response.read().decode())
+        except (OSError, ValueError):
+            return None
+
+
+def resolve(url: str) -> list[str]:
+    """The URL once per address of its host: a headless service names many."""
+    parts = urllib.parse.urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    hosts = sorted({str(entry[4][0]) for entry in found})
+    return [f"http://{f'[{h}]' if ':' in h else h}:{parts.port or 80}{parts.path}" for h in hosts]
+
+
+def _grown(scrape: Scrape, before: Scrape | None) -> dict[tuple[str, str], float]:
+    """By how much each number grew; a smaller one belongs to a new process and counts as a whole."""
+    if before is None:
+        return dict(scrape.sample)
+    old = before.sample
+    return {
+        key: value - old.get(key, 0.0) if value >= old.get(key, 0.0) else value for key, value in scrape.sample.items()
+    }
+
+
+def _labelled(samples: Iterable[Mapping[tuple[str, str], float]], metric: str) -> dict[str, float]:
+    """Sums over processes, by label."""
+    sums: dict[str, float] = {}
+    for sample in samples:
+        for (name, label), value in sample.items():
+            if name == metric:
+                sums[label] = sums.get(label, 0.0) + value
+    return sums
+
+
+def _backlog_s(waiting: float, computed: float, busy_s: float, workers: int) -> float | None:
+    """Seconds of work that wait; None while the speed of the pool is unknown."""
+    if not workers:
+        return None
+    if waiting == 0:
+        return 0.0
+    return waiting * busy_s / (computed * workers) if computed > 0 and busy_s > 0 else None
+
+
+def _blocks_in_use(decode: Sequence[Scrape]) -> float | None:
+    blocks = _labelled((scrape.sample for scrape in decode), "baton_blocks")
+    total = sum(blocks.values())
+    return sum(blocks.get(state, 0.0) for state in _IN_USE) / total if total else None
