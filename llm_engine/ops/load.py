@@ -12,7 +12,7 @@ from llm_engine.ops.table import Ops
 
 Numerics = Literal["exact", "fast"]
 
-_BACKENDS: Final = {"cpu": "llm_engine.ops_cpu"}
+_BACKENDS: Final = {"cpu": "llm_engine.ops_cpu", "triton": "llm_engine.ops_triton"}
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

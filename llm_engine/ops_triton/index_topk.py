@@ -1,0 +1,189 @@
+"""The lightning indexer's choice: score all visible positions of a row, keep the k best.
+
+Scores go through memory, so rows are taken in portions that keep them within a bound. Over planes of bytes queries are
+quantised like keys, one scale a head, which then is part of the head's weight.
+
+Shapes: R rows, N real rows, h index heads, D index key width, J rope pairs, T positions, K chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from llm_engine.ops_triton.cache import is_fp8
+from llm_engine.ops_triton.lang import (
+    Ptr,
+    ceil_div,
+    dot,
+    dot_e4m3,
+    e4m3_ptr,
+    kernel,
+    load_angles,
+    pair_columns,
+    row_slots,
+    tile_size,
+    to_e4m3,
+    ue8m0,
+)
+from llm_engine.ops_triton.plan import GROUP_ROWS, TritonPlan
+from llm_engine.ops_triton.topk import choose
+
+_KEYS: Final = 128  # positions a program scores
+_SCORE_BYTES: Final = 256 << 20
+
+
+def index_topk(
+    query_RhD: Tensor, g_Rh: Tensor, plane_BPD: Tensor, plan: TritonPlan, k: int, *, interleaved: bool = False
+) -> Tensor | None:
+    """See `llm_engine.ops.spec.IndexTopk`."""
+    if plan.max_visible <= k:
+        return None
+    turned_NhD, g_Nh = _turned(query_RhD, g_Rh, plan, interleaved, fp8=is_fp8(plane_BPD))
+    sel_NK = query_RhD.new_empty(plan.num_rows, k, dtype=torch.int32)
+    width = ceil_div(plan.max_visible, _KEYS) * _KEYS
+    most = max(_SCORE_BYTES // (4 * width), GROUP_ROWS)
+    scores_MT = turned_NhD.new_empty(min(most, plan.num_rows), width, dtype=torch.float32)
+    group, groups = 0, len(plan.group_starts) - 1
+    while group < groups:
+        first = int(plan.group_starts[group])
+        end = int(plan.group_starts.searchsorted(first + most, "right")) - 1
+        rows = int(plan.group_starts[end]) - first
+        _launch_scores(turned_NhD, g_Nh, plane_BPD, plan, scores_MT, slice(group, end), first)
+        choose(scores_MT[:rows], plan.visible_N[first : first + rows], sel_NK[first : first + rows])
+        group = end
+    return sel_NK
+
+
+def _turned(
+    query_RhD: Tensor, g_Rh: Tensor, plan: TritonPlan, interleaved: bool, *, fp8: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries of real rows with their first 2J columns rotated, in the cache's format, and their heads' weights."""
+    _, heads, width = query_RhD.shape
+    pairs = plan.cos_RJ.shape[1]
+    dtype = torch.uint8 if fp8 else query_RhD.dtype
+    turned_NhD = query_RhD.new_empty(plan.num_rows, heads, width, dtype=dtype)
+    g_Nh = query_RhD.new_empty(plan.num_rows, heads, dtype=torch.float32)
+    _turn[(plan.num_rows, heads)](
+        query_RhD, g_Rh, plan.cos_RJ, plan.sin_RJ, turned_NhD, g_Nh, *query_RhD.stride()[:2], g_Rh.stride(0),
+        heads, width, tile_size(width), pairs, tile_size(pairs), interleaved, fp8, num_warps=1,
+    )  # fmt: skip
+    return turned_NhD, g_Nh
+
+
+def _launch_scores(
+    turned_NhD: Tensor, g_Nh: Tensor, plane: Tensor, plan: TritonPlan, scores_MT: Tensor, groups: slice, first: int
+) -> None:
+    _, heads, width = turned_NhD.shape
+    columns = scores_MT.shape[1]
+    _scores[(ceil_div(columns, _KEYS), groups.stop - groups.start)](
+        turned_NhD, g_Nh, plane, plan.group_starts_G[groups], plan.group_sizes_G[groups], plan.seqs_N, plan.visible_N,
+        plan.tables_SB, scores_MT, first, plan.tables_SB.stride(0), columns,
+        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, _KEYS, is_fp8(plane),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+@kernel
+def _turn(
+    query: Ptr,
+    g: Ptr,
+    cos: Ptr,
+    sin: Ptr,
+    out: Ptr,
+    g_out: Ptr,
+    row_stride: int,
+    head_stride: int,
+    g_stride: int,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    J: tl.constexpr,
+    J_TILE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FP8: tl.constexpr,
+) -> None:
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    source, target = query + row * row_stride + head * head_stride, out + (row * HEADS + head) * D
+    column = tl.arange(0, D_TILE)
+    rest = (column >= 2 * J) & (column < D)
+    plain = tl.load(source + column, mask=rest, other=0.0).to(tl.float32)
+    c, s = load_angles(cos, sin, row, J, J_TILE)
+    first, second = pair_columns(J, J_TILE, INTERLEAVED)
+    paired = tl.arange(0, J_TILE) < J
+    a = tl.load(source + first, mask=paired, other=0.0).to(tl.float32)
+    b = tl.load(source + second, mask=paired, other=0.0).to(tl.float32)
+    a, b = a * c - b * s, b * c + a * s
+    weight = tl.load(g + row * g_stride + head).to(tl.float32)
+    if FP8:
+        amax = tl.maximum(tl.max(tl.abs(plain), 0), tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0))
+        scale = ue8m0(amax)
+        weight = weight * scale
+        target = e4m3_ptr(target)
+        tl.store(target + column, to_e4m3(plain / scale), mask=rest)
+        tl.store(target + first, to_e4m3(a / scale), mask=paired)
+        tl.store(target + second, to_e4m3(b / scale), mask=paired)
+    else:
+        tl.store(target + column, plain.to(out.dtype.element_ty), mask=rest)
+        tl.store(target + first, a.to(out.dtype.element_ty), mask=paired)
+        tl.store(target + second, b.to(out.dtype.element_ty), mask=paired)
+    tl.store(g_out + row * HEADS + head, weight)
+
+
+@kernel
+def _scores(
+    query: Ptr,
+    g: Ptr,
+    plane: Ptr,
+    group_starts: Ptr,
+    group_sizes: Ptr,
+    seqs: Ptr,
+    visible: Ptr,
+    tables: Ptr,
+    scores: Ptr,
+    num_skipped: int,
+    num_blocks: int,
+    num_columns: int,
+    HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    P: tl.constexpr,
+    KEYS: tl.constexpr,
+    FP8: tl.constexpr,
+) -> None:
+    """Scores of KEYS positions for the rows of one group. Positions beyond a row's own are not written."""
+    start = tl.program_id(0) * KEYS
+    first = tl.load(group_starts + tl.program_id(1))
+    end = first + tl.load(group_sizes + tl.program_id(1))
+    last_visible = tl.load(visible + end - 1)  # of the group's last row, which sees most
+    if start >= last_visible:
+        return
+    position = start + tl.arange(0, KEYS)
+    seen = position < last_visible
+    table = tables + tl.load(seqs + first).to(tl.int64) * num_blocks
+    slot = row_slots(table, position, seen, P)
+    column, head = tl.arange(0, D_TILE), tl.arange(0, HEAD_TILE)
+    key_mask = seen[:, None] & (column[None, :] < D)
+    if FP8:
+        page = plane + (slot // P) * (P * (D + 4))
+        key = tl.load(e4m3_ptr(page + (slot % P) * D)[:, None] + column[None, :], mask=key_mask, other=0.0)
+        scale = tl.load((page + P * D).to(tl.pointer_type(tl.float32)) + slot % P, mask=seen, other=0.0)
+        query = e4m3_ptr(query)
+    else:
+        key = tl.load(plane + slot[:, None] * D + column[None, :], mask=key_mask, other=0.0)
+        scale = 1.0
+    for member in range(end - first):
+        row = first.to(tl.int64) + member
+        own = tl.load(visible + row)
+        query_at = query + row * (HEADS * D) + head[None, :] * D + column[:, None]
+        q = tl.load(query_at, mask=(head[None, :] < HEADS) & (column[:, None] < D), other=0.0)
+        zero = tl.zeros((KEYS, HEAD_TILE), tl.float32)
+        products = dot_e4m3(key, q) if FP8 else dot(key, q, zero)
+        weight = tl.load(g + row * HEADS + head, mask=head < HEADS, other=0.0)
+        score = tl.sum(tl.where(products > 0, products, 0.0) * weight[None, :], 1) * scale
+        at = scores + (row - num_skipped) * num_columns + position
+        tl.store(at, score, mask=position < own)

@@ -1,0 +1,143 @@
+"""The dialect of the kernels: decorators, products, rotations and cache addresses that all of them share.
+
+Kernels are plain Triton: pointers and masks, no descriptors, no inline assembly, so that other compilers of the
+language take them. Arguments named `num_*` vary from step to step and never cause a recompilation; names in capitals
+are constants.
+
+Under TRITON_INTERPRET=1 kernels run on CPU tensors. The interpreter multiplies bf16 by its bits and rounds fp8 in a way
+of its own, so operands are widened, and fp8 is coded by hand, where `INTERPRETED` says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
+
+import triton
+import triton.language as tl
+
+F = TypeVar("F", bound=Callable[..., Any])
+Ptr: TypeAlias = tl.tensor  # where a tensor starts in device memory
+Val: TypeAlias = tl.tensor  # a tile, or a number known on the device only
+
+INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+class Kernel(Protocol):
+    """`kernel[grid](*args, num_warps=…, num_stages=…)` launches it on the current stream."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """A kernel that can be launched."""
+    varying = [name for name in inspect.signature(function).parameters if name.startswith("num_")]
+    return cast(Kernel, triton.jit(function, do_not_specialize=varying))
+
+
+def inline(function: F) -> F:
+    """A piece of a kernel."""
+    return cast(F, triton.jit(function))
+
+
+def ceil_div(size: int, part: int) -> int:
+    """How many parts cover a size."""
+    return -(-size // part)
+
+
+def tile_size(size: int, least: int = 1) -> int:
+    """The power of two that covers a size. Products want at least 16."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+@inline
+def dot(a: Val, b: Val, acc: Val) -> Val:
+    """a · b + acc, accumulated in fp32."""
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@inline
+def dot_e4m3(a: Val, b: Val) -> Val:
+    """a · b of e4m3 tiles, accumulated in fp32."""
+    zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    if _WIDEN:
+        return tl.dot(from_e4m3(a), from_e4m3(b), zero, input_precision="ieee")
+    return tl.dot(a, b, zero)
+
+
+@inline
+def sigmoid(x: Val) -> Val:
+    """1 / (1 + e⁻ˣ)."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@inline
+def row_slots(table: Ptr, positions: Val, mask: Val, P: tl.constexpr) -> Val:
+    """Cache rows (int64) of positions, through the block table of their sequence."""
+    block = tl.load(table + positions // P, mask=mask, other=0).to(tl.int64)
+    return block * P + positions % P
+
+
+@inline
+def load_angles(cos: Ptr, sin: Ptr, row: Val, J: tl.constexpr, J_TILE: tl.constexpr) -> tuple[Val, Val]:
+    """Cosines and sines of the J pairs of one row."""
+    pair = tl.arange(0, J_TILE)
+    at = row.to(tl.int64) * J + pair
+    return tl.load(cos + at, mask=pair < J, other=1.0), tl.load(sin + at, mask=pair < J, other=0.0)
+
+
+@inline
+def pair_columns(J: tl.constexpr, J_TILE: tl.constexpr, INTERLEAVED: tl.constexpr) -> tuple[Val, Val]:
+    """Columns of the two members of every pair: (2j, 2j + 1), or (j, j + J)."""
+    pair = tl.arange(0, J_TILE)
+    if INTERLEAVED:
+        return 2 * pair, 2 * pair + 1
+    return pair, pair + J
+
+
+@inline
+def ue8m0(amax: Val) -> Val:
+    """The power of two that brings values up to `amax` within e4m3's 448; amax below 1e-4 counts as 1e-4."""
+    bits = (tl.maximum(amax, 1e-4) / 448.0).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@inline
+def to_e4m3(x: Val) -> Val:
+    """fp32 → e4m3, rounded to nearest even and clamped to ±448; bits (uint8) when interpreted."""
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    if _WIDEN:
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+        magnitude = size.to(tl.float32, bitcast=True)
+        tiny = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+        code = tl.where(magnitude < 0.015625, tiny, normal)
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return x.to(tl.float8e4nv)
+
+
+@inline
+def from_e4m3(x: Val) -> Val:
+    """e4m3 (bits when interpreted) → fp32."""
+    if _WIDEN:
+        code = x.to(tl.int32)
+        size = code & 0x7F
+        normal = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
+        value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+        return tl.where(code >= 0x80, -value, value)
+    return x.to(tl.float32)
+
+
+@inline
+def e4m3_ptr(at: Ptr) -> Ptr:
+    """A byte pointer as one to e4m3 values (or their bits, when interpreted)."""
+    if _WIDEN:
+        return at.to(tl.pointer_type(tl.uint8))
+    return at.to(tl.pointer_type(tl.float8e4nv))

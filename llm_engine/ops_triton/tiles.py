@@ -1,0 +1,77 @@
+"""How products are cut: tile shapes and splits of the depth, by numerics.
+
+With `exact` a row's sum is one fixed expression: tile shape and number of splits follow from the weight alone, whatever
+the batch. Whether the splits of a product run side by side or one after the other changes nothing: both add the same
+partial sums in the same order. With `fast` the cut also follows the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from llm_engine.ops_triton.lang import ceil_div, tile_size
+
+Numerics = Literal["exact", "fast"]
+
+_PROCESSORS: Final = 132  # of the cards this was laid out for (H100, H200); others are served, perhaps less well
+_MAX_SPLITS: Final = 8
+_SPLIT_DEPTH: Final = 512  # shallower splits cost more to add than they gain
+_EXACT_ROWS: Final = 64  # the smallest tile of Hopper's wide products: one instruction for few rows and for many
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One program's share of a product, rows × columns, in steps of `depth`; and how the compiler should run it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A tile, the number of splits of the depth, and whether they run side by side."""
+
+    tile: Tile
+    splits: int
+    parallel: bool
+
+
+def cut_product(numerics: Numerics, rows: int, depth: int, columns: int, batches: int = 1) -> Cut:
+    """The cut of [rows, depth] · [depth, columns], `batches` times."""
+    tile = _tile(numerics, rows, depth, columns)
+    column_tiles = ceil_div(columns, tile.columns) * batches
+    if numerics == "exact":
+        splits = _splits(column_tiles, depth)
+        busy = ceil_div(rows, tile.rows) * column_tiles >= _PROCESSORS
+        return Cut(tile, splits, splits > 1 and not busy)
+    splits = _splits(ceil_div(rows, tile.rows) * column_tiles, depth)
+    return Cut(tile, splits, splits > 1)
+
+
+def expert_tile(numerics: Numerics, rows_an_expert: float, depth: int) -> Tile:
+    """The tile of products with routed experts, whose weights are read once for about `rows_an_expert` rows."""
+    step = min(128, tile_size(depth, 16))
+    if numerics == "exact":
+        return Tile(_EXACT_ROWS, 64, step, 4, 3)
+    if rows_an_expert <= 16:
+        return Tile(16, 64, step, 4, 4)
+    return Tile(64, 64, step, 4, 3) if rows_an_expert <= 96 else Tile(128, 64, step, 8, 3)
+
+
+def _tile(numerics: Numerics, rows: int, depth: int, columns: int) -> Tile:
+    width, step = min(128, tile_size(columns, 16)), min(128, tile_size(depth, 16))
+    if numerics == "exact":
+        return Tile(_EXACT_ROWS, width, step, 4, 3)
+    if rows <= 16:
+        return Tile(16, min(width, 64), step, 4, 4)
+    return Tile(64, width, step, 4, 3) if rows <= 256 else Tile(128, width, min(step, 64), 8, 3)
+
+
+def _splits(tiles: int, depth: int) -> int:
+    """Enough splits to occupy the card, none shallower than _SPLIT_DEPTH; a power of two."""
+    wanted = min(_PROCESSORS // max(tiles, 1), depth // _SPLIT_DEPTH, _MAX_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
