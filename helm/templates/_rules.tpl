@@ -1,0 +1,3 @@
+{{- define "baton.rules" -}}
+groups: []
+{{- end -}}
