@@ -31,6 +31,10 @@ class PackedProduct(Protocol):
 class Gemm(Protocol):
     """One kind of product: how weights are packed."""
 
+    @property
+    def inner_dtype(self) -> torch.dtype:
+        """Of values between two products."""
+
     def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct: ...
 
     def heads(self, weight_hIO: Tensor) -> PackedProduct:
@@ -107,6 +111,8 @@ class TiledHeads:
 class TiledGemm:
     """Products for `exact`."""
 
+    inner_dtype: Final = torch.float32
+
     def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct:
         return TiledLinear(weight_OI, out_dtype)
 
@@ -149,8 +155,12 @@ class FreeHeads:
 class FreeGemm:
     """Products for `fast`."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.has_bf16 = dtype == torch.bfloat16 and _onednn_has_bf16()
+        self.inner_dtype = torch.bfloat16 if self.has_bf16 else torch.float32
+
     def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct:
-        if out_dtype == torch.bfloat16 and _onednn_has_bf16():
+        if out_dtype == torch.bfloat16 and self.has_bf16:
             return OneDnnLinear(weight_OI)
         return FreeLinear(weight_OI, out_dtype)
 

@@ -41,6 +41,8 @@ I1: Final = "int64[::1]"
 I2: Final = "int64[:, ::1]"
 N2: Final = "int32[:, ::1]"
 CACHE: Final = "{cache}[:, ::1]"  # float32 or uint16, by the dtype of the caches
+CACHE_S: Final = "{cache}[:, :]"  # rows may be strided
+B2: Final = "uint16[:, ::1]"  # bf16
 
 # No flag that lets the compiler assume the absence of NaN or infinity.
 _FASTMATH: Final = {"contract", "reassoc", "nsz", "arcp"}
@@ -135,8 +137,12 @@ def _pool() -> ThreadPoolExecutor:
 
 def cache_array(plane_BPC: Tensor) -> Cache:
     """Cache rows [slots, C] of a plane, as kernels see them."""
-    rows = plane_BPC.view(-1, plane_BPC.shape[-1])
-    array: Cache = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+    return row_array(plane_BPC.view(-1, plane_BPC.shape[-1]))
+
+
+def row_array(rows_RC: Tensor) -> Cache:
+    """fp32 or bf16 rows as kernels see them."""
+    array: Cache = (rows_RC.view(torch.uint16) if rows_RC.dtype == torch.bfloat16 else rows_RC).numpy()
     return array
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU MLPs: dense, and routed experts in row tiles.
+"""Routed experts in row tiles.
 
 Rows are dealt into tiles of TILE_ROWS rows of one expert, so that every product has one fixed shape. When many experts
 are active, the first tiles of all experts run as one batched product; further tiles run expert by expert. A shared
@@ -15,35 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_engine.ops_cpu.gemm import TILE_ROWS, Gemm, PackedProduct
-from llm_engine.ops_cpu.jit import F2, F2S, I1, I2, ONE, ZERO, Floats, Longs, exp, kernel
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMlp:
-    """Gate and up projection over each other, then down. The weights are kept for merging with routed experts."""
-
-    gate_up: PackedProduct
-    down: PackedProduct
-    gate_up_2FH: Tensor
-    down_HF: Tensor
-
-    @classmethod
-    def pack(cls, gemm: Gemm, gate_up_2FH: Tensor, down_HF: Tensor, dtype: torch.dtype) -> PackedMlp:
-        return cls(gemm.linear(gate_up_2FH, torch.float32), gemm.linear(down_HF, dtype), gate_up_2FH, down_HF)
-
-
-def mlp(x_RH: Tensor, packed: PackedMlp) -> Tensor:
-    """See `llm_engine.ops.spec.Mlp`."""
-    return packed.down(silu_mul(packed.gate_up(x_RH)))
-
-
-def silu_mul(gate_up_R2F: Tensor) -> Tensor:
-    """silu(g) · u of contiguous fp32 rows [g ‖ u]."""
-    rows, width = gate_up_R2F.shape
-    out_RF = torch.empty(rows, width // 2)
-    _silu_mul(gate_up_R2F.numpy(), out_RF.numpy())
-    return out_RF
+from llm_engine.ops_cpu.gemm import TILE_ROWS
+from llm_engine.ops_cpu.jit import F2, F2S, I1, I2, ZERO, Floats, Longs, kernel
+from llm_engine.ops_cpu.mlp import PackedMlp, mlp, silu_mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +29,19 @@ class PackedExperts:
     merged: bool
     shared: PackedMlp | None
 
-    @classmethod
-    def pack(cls, gate_up_E2FH: Tensor, down_EHF: Tensor, shared: PackedMlp | None) -> PackedExperts:
-        merged = shared is not None and shared.gate_up_2FH.shape == gate_up_E2FH.shape[1:]
-        if merged and shared is not None:
-            gate_up_E2FH = torch.cat([gate_up_E2FH, shared.gate_up_2FH[None]])
-            down_EHF = torch.cat([down_EHF, shared.down_HF[None]])
-        return cls(_in_out(gate_up_E2FH), _in_out(down_EHF), merged, None if merged else shared)
+
+def pack_experts(gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> PackedExperts:
+    """See `llm_engine.ops.spec.PackExperts`."""
+    gate_up_E2FH, down_EHF, merged = with_shared(gate_up_E2FH, down_EHF, shared)
+    return PackedExperts(_in_out(gate_up_E2FH), _in_out(down_EHF), merged, None if merged else shared)
+
+
+def with_shared(gate_up_E2FH: Tensor, down_EHF: Tensor, shared: PackedMlp | None) -> tuple[Tensor, Tensor, bool]:
+    """The stacks with the shared expert behind the routed ones, and whether its width allowed that."""
+    if shared is None or shared.gate_up_2FH.shape != gate_up_E2FH.shape[1:]:
+        return gate_up_E2FH, down_EHF, False
+    stacked = torch.cat([gate_up_E2FH, shared.gate_up_2FH[None]]), torch.cat([down_EHF, shared.down_HF[None]])
+    return *stacked, True
 
 
 def _in_out(weight_EOI: Tensor) -> Tensor:
@@ -162,15 +142,6 @@ def _deal_rows(
             for c in range(width):
                 out[slot, c] = ZERO
     return batched
-
-
-@kernel(f"void({F2}, {F2})")
-def _silu_mul(gate_up: Floats, out: Floats) -> None:
-    width = out.shape[1]
-    for r in range(out.shape[0]):
-        for c in range(width):
-            gate = gate_up[r, c]
-            out[r, c] = gate / (ONE + exp(-gate)) * gate_up[r, width + c]
 
 
 @kernel(f"void({F2}, {I2}, {F2}, boolean, {F2})")

@@ -1,29 +1,49 @@
-"""RMS norms, with and without the addition to the residual stream."""
+"""RMS norms, with and without the addition to the residual stream. Rows come and go in the compute dtype."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm_engine.ops_cpu.jit import F1, F2, F2S, ONE, ZERO, Floats, inline, kernel
+from llm_engine.ops_cpu.jit import (
+    CACHE,
+    CACHE_S,
+    F1,
+    ONE,
+    ZERO,
+    Cache,
+    Floats,
+    inline,
+    kernel,
+    over_rows,
+    row_array,
+    row_at,
+    store_row,
+)
+
+_COST: Final = 4  # of an element, for sharing rows out to threads
 
 
 def rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See `llm_engine.ops.spec.RmsNorm`."""
-    out_RH = torch.empty(x_RH.shape)
-    _rms_norm(x_RH.float().numpy(), weight_H.float().numpy(), eps, out_RH.numpy())
-    return out_RH.to(dtype)
+    out_RH = torch.empty(x_RH.shape, dtype=dtype)
+    x, weight = row_array(x_RH.to(dtype)), weight_H.float().numpy()
+    over_rows(_rms_norm, len(x), _COST * x.shape[1], x, weight, eps, row_array(out_RH))
+    return out_RH
 
 
 def add_rms_norm(
     x_RH: Tensor, residual_RH: Tensor, weight_H: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `llm_engine.ops.spec.AddRmsNorm`."""
-    out_RH, total_RH = torch.empty(x_RH.shape), torch.empty(x_RH.shape)
-    x, residual, weight = x_RH.float().numpy(), residual_RH.float().numpy(), weight_H.float().numpy()
-    _add_rms_norm(x, residual, weight, eps, out_RH.numpy(), total_RH.numpy())
-    return out_RH.to(dtype), total_RH.to(dtype)
+    out_RH, total_RH = torch.empty(x_RH.shape, dtype=dtype), torch.empty(x_RH.shape, dtype=dtype)
+    x, residual, weight = row_array(x_RH.to(dtype)), row_array(residual_RH.to(dtype)), weight_H.float().numpy()
+    cost = _COST * x.shape[1]
+    over_rows(_add_rms_norm, len(x), cost, x, residual, weight, eps, row_array(out_RH), row_array(total_RH))
+    return out_RH, total_RH
 
 
 @inline
@@ -38,19 +58,26 @@ def scale_row(row: Floats, weight: Floats, eps: float) -> None:
         row[c] = row[c] * factor * weight[c]
 
 
-@kernel(f"void({F2S}, {F1}, float64, {F2})")
-def _rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            out[r, c] = x[r, c]
-        scale_row(out[r], weight, eps)
+@kernel(f"void(int64, int64, {CACHE_S}, {F1}, float64, {CACHE})")
+def _rms_norm(first: int, end: int, x: Cache, weight: Floats, eps: float, out: Cache) -> None:
+    row, scratch = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    for r in range(first, end):
+        row[:] = row_at(x, r, scratch)
+        scale_row(row, weight, eps)
+        store_row(out, r, row)
 
 
-@kernel(f"void({F2S}, {F2S}, {F1}, float64, {F2}, {F2})")
-def _add_rms_norm(x: Floats, residual: Floats, weight: Floats, eps: float, out: Floats, total: Floats) -> None:
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            value = x[r, c] + residual[r, c]
-            total[r, c] = value
-            out[r, c] = value
-        scale_row(out[r], weight, eps)
+@kernel(f"void(int64, int64, {CACHE_S}, {CACHE_S}, {F1}, float64, {CACHE}, {CACHE})")
+def _add_rms_norm(
+    first: int, end: int, x: Cache, residual: Cache, weight: Floats, eps: float, out: Cache, total: Cache
+) -> None:
+    width = x.shape[1]
+    row = np.empty(width, np.float32)
+    scratch = np.empty((2, width), np.float32)
+    for r in range(first, end):
+        a, b = row_at(x, r, scratch[0]), row_at(residual, r, scratch[1])
+        for c in range(width):
+            row[c] = a[c] + b[c]
+        store_row(total, r, row)
+        scale_row(row, weight, eps)
+        store_row(out, r, row)

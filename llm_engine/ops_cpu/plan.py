@@ -5,7 +5,7 @@ Shapes: R rows, N real rows, S sequences, B blocks of the longest table, J rope 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -29,19 +29,6 @@ class CpuPlan:
     block_tokens: int
     cos_RJ: Floats
     sin_RJ: Floats
-
-    def only(self, rows: Longs) -> CpuPlan:
-        """The plan for reading with some of the real rows; they stand without padding and are not written."""
-        return replace(
-            self,
-            num_rows=len(rows),
-            slots_N=self.slots_N[rows],
-            seqs_N=self.seqs_N[rows],
-            visible_N=self.visible_N[rows],
-            row_starts=(0, len(rows)),
-            cos_RJ=self.cos_RJ[rows],
-            sin_RJ=self.sin_RJ[rows],
-        )
 
 
 def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tensor) -> CpuPlan:
