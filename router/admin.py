@@ -1,27 +1,37 @@
-"""The operators' side of a router, beside the API: state, timelines, configuration, drain.
+"""The operators' side of a router, beside the API: state, timelines, configuration, pools, drain.
 
     GET  /admin/status              workers, pools, queues, recent requests
+    GET  /admin/metrics             the same text as /metrics
     GET  /admin/requests/{id}       stages and attempts of a running or recent request
     GET  /admin/config              the resolved configuration and where each value came from
+    GET  /admin/pools               pools as the controller sees them: sizes, bounds, workers, who changed what and why
+    PUT  /admin/pools/{pool}        {"replicas": N, "reason": "…"}: the same order to the controller as `baton scale`
     POST /admin/drain/{worker}      no new work for the worker; ?hand_back=true moves its running sequences elsewhere
 
-With BATON_ADMIN_KEY set, every call needs `Authorization: Bearer KEY`. Without it, only loopback clients are served.
+With BATON_ADMIN_KEY set (or keys under `[admin]` in router.tenants_file), every call needs `Authorization: Bearer KEY`.
+Without a key only loopback clients are served, and of browsers only pages that this router served itself.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
-from typing import Any
+import os
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from llm_engine.api.config import Resolved
+from llm_engine.api.control import GetStatus, ScalePool
 from llm_engine.api.errors import RequestError, ServingError
+from router.control import ControllerPort
 from router.dispatcher import ClusterDispatcher
 from router.failures import MethodNotAllowed, NotFound, error_body, error_headers
+from router.requests import decode_body
 
 ADMIN_KEY_ENV = "BATON_ADMIN_KEY"
 
@@ -38,11 +48,23 @@ class UnknownName(RequestError):
     status = 404
 
 
-def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> FastAPI:
+class PoolBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of PUT /admin/pools/{pool}."""
+
+    replicas: Annotated[int, msgspec.Meta(ge=0)]
+    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
+
+
+Keys = Callable[[], Collection[str]]  # the admin keys that are valid now
+
+_pool_decoder = msgspec.json.Decoder(PoolBody)
+
+
+def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, keys: Keys, controller: ControllerPort) -> FastAPI:
     """The admin API. Failures are answered with the same error object as the API's."""
 
     def authorize(request: Request) -> None:
-        check_caller(request, key)
+        check_caller(request, keys())
 
     api = FastAPI(title="Baton admin", openapi_url=None, redirect_slashes=False, dependencies=[Depends(authorize)])
     api.add_exception_handler(ServingError, _serving_error)
@@ -51,6 +73,20 @@ def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> 
     @api.get("/admin/status")
     async def status() -> Response:
         return _json(dispatcher.status())
+
+    @api.get("/admin/metrics")
+    async def metrics() -> Response:
+        return Response(dispatcher.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @api.get("/admin/pools")
+    async def pools() -> Response:
+        return _json(await controller.ask(GetStatus()))
+
+    @api.put("/admin/pools/{pool}")
+    async def scale(pool: str, request: Request) -> Response:
+        body = decode_body(_pool_decoder, await request.body())
+        order = ScalePool(pool=pool, replicas=body.replicas, by="admin", reason=body.reason)
+        return _json((await controller.ask(order)).pools)
 
     @api.get("/admin/config")
     async def config() -> Response:
@@ -73,15 +109,39 @@ def build_admin(dispatcher: ClusterDispatcher, resolved: Resolved, key: str) -> 
     return api
 
 
-def check_caller(request: Request, key: str) -> None:
+def own_keys() -> tuple[str, ...]:
+    """The admin key of the environment, if there is one."""
+    key = os.environ.get(ADMIN_KEY_ENV, "")
+    return (key,) if key else ()
+
+
+def check_caller(request: Request, keys: Collection[str]) -> None:
     """Raises Forbidden."""
-    if not key:
-        if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
+    if not keys:
+        if request.client is None or not _is_loopback(request.client.host):
             raise Forbidden(f"only loopback clients may use /admin/; set {ADMIN_KEY_ENV} to admit others")
+        _check_page(request)
         return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode("latin-1"), b"Bearer " + key.encode()):
+    given = request.headers.get("authorization", "").encode("latin-1")
+    if not any(hmac.compare_digest(given, b"Bearer " + key.encode()) for key in keys):
         raise Forbidden(f"send the key from {ADMIN_KEY_ENV} as Authorization: Bearer KEY")
+
+
+def _check_page(request: Request) -> None:
+    """A browser on this machine may show pages of strangers, and any name may resolve to loopback. Raises Forbidden."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    name = urlsplit(f"//{host}").hostname or "localhost"
+    if name != "localhost" and not _is_loopback(name):
+        raise Forbidden(f"without {ADMIN_KEY_ENV}, /admin/ is served under a loopback address only, not as {name!r}")
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise Forbidden(f"without {ADMIN_KEY_ENV}, pages from {origin} may not use /admin/")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _json(answer: Any) -> Response:

@@ -17,6 +17,7 @@ from router.edge import Edge
 from router.exchange import Exchange
 from router.failures import error_body, error_headers
 from router.routes import Handler, find_route
+from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,10 @@ ADMIN_PREFIX = "/admin/"
 class App:
     """Serves exchanges; see `router.server`."""
 
-    def __init__(self, edge: Edge, admin: AsgiApp | None = None) -> None:
-        """`admin` serves what is below ADMIN_PREFIX."""
+    def __init__(self, edge: Edge, admin: AsgiApp | None = None, tenants: Tenants | None = None) -> None:
+        """`admin` serves what is below ADMIN_PREFIX. `tenants`: whose requests are served (default: as configured)."""
         self._edge = edge
+        self._tenants = tenants or Tenants(edge.config.tenants_file, time.monotonic)
         self._admin = admin
         self._open_generations = 0
         self._max_generations = edge.config.max_inflight + edge.config.max_queued
@@ -48,6 +50,8 @@ class App:
                 if route.generates:
                     await self._generate(route.handler, exchange)
                 else:
+                    if route.needs_key:
+                        self._tenants.check(exchange.headers)
                     await route.handler(self._edge, exchange)
         except asyncio.CancelledError:
             if not exchange.client_gone:
@@ -65,7 +69,8 @@ class App:
             raise Overloaded(f"{self._open_generations} requests are open")
         self._open_generations += 1
         try:
-            await handler(self._edge, exchange)
+            with self._tenants.admit(exchange.headers) as exchange.salt:
+                await handler(self._edge, exchange)
         finally:
             self._open_generations -= 1
 

@@ -65,6 +65,7 @@ class Exchange:
         "method",
         "path",
         "query",
+        "salt",
         "status",
     )
 
@@ -89,6 +90,7 @@ class Exchange:
         self.status = 0  # of the answer, once it has begun
         self.finished = False  # the whole answer was written
         self.client_gone = False
+        self.salt = ""  # of the tenant's prefix cache
         self._connection = connection
         self._chunks = chunks
         self._head = b""  # of a streamed answer: leaves together with the first event, in one segment

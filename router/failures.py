@@ -16,6 +16,7 @@ from llm_engine.api.errors import (
     UnknownModel,
 )
 from router.answers import ErrorBody, ErrorDetail
+from router.tenants import Unauthorized
 
 _CODES: dict[type[ServingError], str] = {
     PromptTooLong: "context_length_exceeded",
@@ -23,6 +24,7 @@ _CODES: dict[type[ServingError], str] = {
     Overloaded: "overloaded",
     TooManyRequests: "too_many_requests",
     DeadlineExceeded: "deadline_exceeded",
+    Unauthorized: "invalid_api_key",
 }
 
 
@@ -59,6 +61,8 @@ def error_headers(exc: ServingError) -> list[tuple[bytes, bytes]]:
         return [(b"retry-after", b"%d" % max(1, math.ceil(exc.retry_after_s)))]
     if exc.retryable:
         return [(b"retry-after", b"1")]
+    if isinstance(exc, Unauthorized):
+        return [(b"www-authenticate", b"Bearer")]
     if isinstance(exc, MethodNotAllowed):
         return [(b"allow", exc.allow.encode())]
     return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
@@ -42,8 +42,7 @@ class Choice(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class Job:
+class Job(msgspec.Struct, kw_only=True):
     """One HTTP request under way. Sequence i belongs to prompt i // n and is choice i % n of it.
 
     Nothing a job holds refers back to it or to the choices: a finished request is freed at once, not by a collection.
@@ -55,8 +54,8 @@ class Job:
     n: int
     prompts: Sequence[list[int]]
     requests: list[GenerationRequest]
-    streams: list[TextStream] = field(default_factory=list)  # one per sequence, in order
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int
+    streams: list[TextStream] = []  # one per sequence, in order
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
@@ -112,10 +111,13 @@ def plan(
                     ),
                     deadline_s=edge.config.request_timeout_s,
                     arrived=exchange.arrived,
-                    salt=body.cache_salt or "",
+                    salt=exchange.salt + (body.cache_salt or ""),
+                    whole=not (body.stream or body.stop),
                 )
             )
-    return Job(id=job_id, model=body.model, seed=seed, n=n, prompts=prompts, requests=requests)
+    return Job(
+        id=job_id, model=body.model, seed=seed, n=n, prompts=prompts, requests=requests, created=int(time.time())
+    )
 
 
 def open_stream(
@@ -137,12 +139,18 @@ class Envelope:
     """The part of a server-sent event that is the same for all chunks of a request."""
 
     def __init__(self, job: Job, object_name: str, options: StreamOptions | None) -> None:
-        fields = {"id": job.id, "object": object_name, "created": job.created, "model": job.model}
-        self.head = b"data: " + encode_json(fields)[:-1] + b',"choices":['
+        self._object = object_name
         self._usage_in_every_chunk = options is not None and bool(options.continuous_usage_stats)
         self._usage_at_end = options is not None and bool(options.include_usage)
         self._tail = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
         self._job = job
+
+    @cached_property
+    def head(self) -> bytes:
+        """What precedes the choice."""
+        job = self._job
+        fields = {"id": job.id, "object": self._object, "created": job.created, "model": job.model}
+        return b"data: " + encode_json(fields)[:-1] + b',"choices":['
 
     def tail(self) -> bytes:
         """What follows the choice."""

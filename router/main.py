@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,14 @@ import uvloop
 
 from llm_engine.api.config import Resolved, cluster_key, load
 from llm_engine.api.errors import ConfigError, ServingError
-from router.admin import ADMIN_KEY_ENV, build_admin
+from router.admin import build_admin, own_keys
 from router.app import App
+from router.control import ControllerPort
 from router.dispatcher import ClusterDispatcher
 from router.edge import Edge
 from router.multiprocess import supervise
 from router.server import HttpServer, listen
+from router.tenants import Tenants
 from router.tokenizer import read_json
 
 logger = logging.getLogger(__name__)
@@ -85,8 +88,10 @@ async def serve(resolved: Resolved) -> int:
     dispatcher = _dispatcher(resolved)
     try:
         edge = Edge.load(resolved.config, dispatcher, dispatcher.metrics)
-        admin = build_admin(dispatcher, resolved, os.environ.get(ADMIN_KEY_ENV, ""))
-        server = HttpServer(App(edge, admin), stall_s=settings.client_stall_s)
+        tenants = Tenants(settings.tenants_file, time.monotonic, share=settings.processes)
+        controller = ControllerPort(settings.controller, cluster_key())
+        admin = build_admin(dispatcher, resolved, lambda: (*own_keys(), *tenants.admin_keys()), controller)
+        server = HttpServer(App(edge, admin, tenants), stall_s=settings.client_stall_s)
         sock = listen(settings.host, settings.port, reuse_port=settings.processes > 1)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, server.stop, settings.drain_timeout_s)

@@ -30,11 +30,12 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeBody)
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A handler under a path template. `generates`: counts against the bound on open requests."""
+    """A handler under a path template. `generates`: counts against the bound on open requests and the tenant's."""
 
     template: str
     handler: Handler
     generates: bool = False
+    needs_key: bool = False  # where tenants have keys; what generates always does
 
 
 async def list_models(edge: Edge, exchange: Exchange) -> None:
@@ -95,15 +96,15 @@ async def detokenize(edge: Edge, exchange: Exchange) -> None:
 _ROUTES: Mapping[str, Mapping[str, Route]] = {
     "/v1/completions": {"POST": Route("/v1/completions", completions, generates=True)},
     "/v1/chat/completions": {"POST": Route("/v1/chat/completions", chat_completions, generates=True)},
-    MODELS: {"GET": Route(MODELS, list_models)},
+    MODELS: {"GET": Route(MODELS, list_models, needs_key=True)},
     "/health": {"GET": Route("/health", health)},
     "/ready": {"GET": Route("/ready", ready)},
     "/metrics": {"GET": Route("/metrics", metrics)},
     "/openapi.json": {"GET": Route("/openapi.json", openapi)},
-    "/tokenize": {"POST": Route("/tokenize", tokenize)},
-    "/detokenize": {"POST": Route("/detokenize", detokenize)},
+    "/tokenize": {"POST": Route("/tokenize", tokenize, needs_key=True)},
+    "/detokenize": {"POST": Route("/detokenize", detokenize, needs_key=True)},
 }
-_MODEL_ROUTES = {"GET": Route(f"{MODELS}/{{model}}", get_model)}
+_MODEL_ROUTES = {"GET": Route(f"{MODELS}/{{model}}", get_model, needs_key=True)}
 
 
 def find_route(method: str, path: str) -> Route:

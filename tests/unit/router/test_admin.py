@@ -8,6 +8,7 @@ import pytest
 from llm_engine.api.config import Resolved, build
 from router.admin import build_admin
 from router.asgi import AsgiApp
+from router.control import ControllerPort
 
 
 class FakeDispatcher:
@@ -50,7 +51,8 @@ async def call(
 def make(key: str = "") -> tuple[AsgiApp, FakeDispatcher]:
     dispatcher = FakeDispatcher()
     resolved = Resolved(build({"model": {"path": str(Path("/m"))}}), {})
-    return build_admin(dispatcher, resolved, key), dispatcher  # type: ignore[arg-type]
+    keys = (key,) if key else ()
+    return build_admin(dispatcher, resolved, lambda: keys, ControllerPort("", b"k" * 32)), dispatcher  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("client", [("10.0.0.1", 5), ("::ffff:10.0.0.1", 5), None])
@@ -97,3 +99,26 @@ async def test_drain_names_the_worker_and_how() -> None:
 )
 async def test_other_paths_and_methods(path: str, method: str, status: int) -> None:
     assert await call(make()[0], path, method) == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"host", b"127.0.0.1:8000"), (b"origin", b"http://127.0.0.1:8000")], 200),
+        ([(b"host", b"localhost:8000")], 200),
+        ([(b"host", b"[::1]:8000")], 200),
+        ([(b"host", b"127.0.0.1:8000"), (b"origin", b"https://evil.example")], 403),
+        ([(b"host", b"127.0.0.1:8000"), (b"origin", b"http://127.0.0.1:9999")], 403),
+        ([(b"host", b"127.0.0.1:8000"), (b"origin", b"null")], 403),
+        ([(b"host", b"rebound.example:8000")], 403),
+    ],
+)
+async def test_a_strangers_page_in_a_local_browser_is_refused(headers: list[tuple[bytes, bytes]], status: int) -> None:
+    app, dispatcher = make()
+    assert await call(app, "/admin/drain/w", "POST", headers=headers) == status
+    assert len(dispatcher.drained) == (status == 200)
+
+
+async def test_pools_without_a_controller_are_a_clear_answer() -> None:
+    assert await call(make()[0], "/admin/pools") == 409
+    assert await call(make()[0], "/admin/pools/decode", "PUT") == 400
