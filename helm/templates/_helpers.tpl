@@ -138,7 +138,9 @@ priorityClassName: {{ . }}
 {{- if not (or (and (index .Values "prefill").maxReplicas (index .Values "decode").maxReplicas) .Values.aggregated.maxReplicas) -}}
 {{- fail "prefill and decode both need maxReplicas above 0, or aggregated does" -}}
 {{- end -}}
-{{- if ne (len (uniq (concat (values .Values.worker.ports) (values .Values.controller.ports)))) 6 -}}
+{{- $ports := list -}}
+{{- range concat (values .Values.worker.ports) (values .Values.controller.ports) -}}{{- $ports = append $ports (int .) -}}{{- end -}}
+{{- if ne (len (uniq $ports)) (len $ports) -}}
 {{- fail "worker.ports and controller.ports: a port is used twice" -}}
 {{- end -}}
 {{- end -}}
