@@ -1,0 +1,129 @@
+"""Pools scale apart under traffic, by the admin API and by `baton scale`, and no stream notices."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e import netns
+from tests.e2e.site import Json, Site, worker_of
+
+REASON = netns.missing()
+pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.timeout(300)]
+
+URL = "http://127.0.0.1:8000"
+STREAMS = 4
+
+
+@pytest.fixture(scope="module")
+def cluster(nano_planted_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with netns.Host() as host:
+        site = Site(host, nano_planted_dir, tmp_path_factory.mktemp("scale"))
+        process, site.ready_s = site.start()
+        yield site
+        host.kill(-site.record().supervisor.pid, "INT")
+        assert process.wait(timeout=60) == 0, site.told()
+
+
+class Traffic:
+    """Clients that stream the same completion again and again, each in the cluster's network."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._enough = threading.Event()
+        self._pool = ThreadPoolExecutor(STREAMS)
+        with site.host.network(), httpx.Client(trust_env=False, timeout=60.0) as http:
+            self.expected = stream(http)
+
+    def __enter__(self) -> Traffic:
+        self._running = [self._pool.submit(self._client) for _ in range(STREAMS)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._pool.shutdown()
+
+    def texts(self) -> list[str]:
+        """Stop; every text that was streamed. Raises what any client met."""
+        self._enough.set()
+        return [text for client in self._running for text in client.result(timeout=120)]
+
+    def _client(self) -> list[str]:
+        texts = []
+        with self._site.host.network(), httpx.Client(trust_env=False, timeout=60.0) as http:
+            while not self._enough.is_set():
+                texts.append(stream(http))
+        return texts
+
+
+def stream(http: httpx.Client) -> str:
+    """The text of one streamed completion, which must be complete."""
+    body = {"model": "nano", "prompt": "The quick brown fox", "max_tokens": 200, "seed": 7, "ignore_eos": True}
+    pieces: list[str] = []
+    with http.stream("POST", f"{URL}/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        assert '"error"' not in line, line
+        pieces.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+    return "".join(pieces)
+
+
+def put(site: Site, pool: str, replicas: int, **extra: str) -> httpx.Response:
+    with site.host.network(), httpx.Client(trust_env=False, timeout=10.0) as http:
+        return http.put(f"{URL}/admin/pools/{pool}", json={"replicas": replicas, **extra})
+
+
+def members(status: Json, pool: str) -> list[str]:
+    return [worker["name"] for worker in status["workers"] if worker["role"] == pool]
+
+
+def test_pools_scale_apart_under_traffic(cluster: Site) -> None:
+    traffic = Traffic(cluster)
+    with traffic:
+        assert put(cluster, "decode", 2, reason="more streams").json()["decode"]["desired"] == 2
+        up = cluster.baton("scale", "prefill", "2")
+        assert (up.returncode, up.stdout) == (0, "prefill: 2 ready\n"), up.stderr
+        both = cluster.until(lambda now: now["ready"] and now["pools"]["decode"]["ready"] == 2)
+        assert members(both, "prefill") == ["prefill-0", "prefill-1"]
+        assert put(cluster, "decode", 1).status_code == 200
+        cluster.until(lambda now: members(now, "decode") == ["decode-0"])
+        down = cluster.baton("scale", "prefill", "1")
+        assert down.returncode == 0, down.stderr
+        texts = traffic.texts()
+    assert len(texts) >= STREAMS
+    assert set(texts) == {traffic.expected}
+    status = cluster.status()
+    assert [(c["pool"], c["before"], c["after"], c["by"]) for c in status["changes"]] == [
+        ("decode", 1, 2, "admin"),
+        ("prefill", 1, 2, "cli"),
+        ("decode", 2, 1, "admin"),
+        ("prefill", 2, 1, "cli"),
+    ]
+    assert status["changes"][0]["reason"] == "more streams"
+    left = worker_of(status, "decode-0")
+    assert (left["sequences"], left["pending_handoffs"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("pool", "body", "status", "said"),
+    [
+        ("decode", {"replicas": 5000}, 409, "expected 0 to 1024"),
+        ("encode", {"replicas": 1}, 409, "pool 'encode'"),
+        ("decode", {"replicas": -1}, 400, ">= 0"),
+        ("decode", {"replica": 1}, 400, "replica"),
+    ],
+)
+def test_an_impossible_size_is_refused(cluster: Site, pool: str, body: Json, status: int, said: str) -> None:
+    with cluster.host.network(), httpx.Client(trust_env=False, timeout=10.0) as http:
+        answer = http.put(f"{URL}/admin/pools/{pool}", json=body)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+    assert cluster.status()["ready"]
