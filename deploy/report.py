@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TextIO
 
-from deploy.control import ClusterStatus
+from deploy.control import ClusterStatus, WorkerStatus
 from llm_engine.api.config import ClusterConfig
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -45,13 +45,18 @@ def table(status: ClusterStatus) -> str:
     rows.append(
         ("router", router, _number(status.router.pid), str(status.router.restarts), f"{status.router.url}/metrics")
     )
-    rows.extend((w.name, w.state, _number(w.pid), str(w.restarts), w.metrics_addr) for w in status.workers)
+    rows.extend((w.name, _state(w), _number(w.pid), str(w.restarts), w.metrics_addr) for w in status.workers)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     pools = ", ".join(f"{name} {pool.ready}/{pool.desired}" for name, pool in status.pools.items())
     errors = [f"{worker.name}: {worker.error}" for worker in status.workers if worker.error]
     head = f"{status.model}: {'ready' if status.ready else 'not ready'} at {status.router.url}/v1 ({pools})"
-    return "\n".join([head, *lines, *errors])
+    advice = [
+        f"{name}: {pool.recommended} recommended: {pool.reason}"
+        for name, pool in status.pools.items()
+        if pool.recommended is not None and pool.recommended != pool.desired
+    ]
+    return "\n".join([head, *lines, *errors, *advice])
 
 
 class Say:
@@ -85,6 +90,13 @@ class EventPrinter:
         for name in self._seen.keys() - current.keys() - {"router"}:
             self._say(f"{name}: gone")
         self._seen = current
+
+
+def _state(worker: WorkerStatus) -> str:
+    """Of a draining worker also what it still holds: it goes when both counts are 0."""
+    if worker.state != "draining":
+        return worker.state
+    return f"draining ({worker.sequences} sequences, {worker.pending_handoffs} hand-offs)"
 
 
 def _number(pid: int) -> str:
