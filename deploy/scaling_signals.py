@@ -62,7 +62,7 @@ class Window:
 
     def signals(self) -> Signals:
         """What the window shows; with fewer than two scrapes, nothing."""
-        if len(self._scrapes) < 2:
+        if len(self._scrapes) < 2 or self._scrapes[-1][0] <= self._scrapes[0][0]:
             return Signals()
         (since, old), (now, new) = self._scrapes[0], self._scrapes[-1]
         grown = {name: _grown(scrape, old.get(name)) for name, scrape in new.items()}
