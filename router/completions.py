@@ -71,7 +71,6 @@ class _Choice:
         self._return_ids = bool(body.return_token_ids)
         self._prompt = job.requests[index].prompt_tokens
         self._envelope = envelope
-        self._head = envelope.head + b'{"index":%d,"text":' % index
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -116,7 +115,8 @@ class _Choice:
             ending = b',"logprobs":null,"finish_reason":null}'
         else:
             return b""
-        return self._head + encode_json(piece.text) + ending + self._envelope.tail()
+        beginning = b'{"index":%d,"text":' % self._index
+        return self._envelope.head + beginning + encode_json(piece.text) + ending + self._envelope.tail()
 
     def _full_event(self, piece: Piece) -> bytes:
         self.finish = piece.finish

@@ -14,14 +14,14 @@ workers, recovers from losses and owns the journal. Neither side knows how the o
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from llm_engine.api.request import FinishReason, SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. `arrived` is the `time.monotonic()` at which the HTTP request reached the process."""
 
     request_id: str  # unique in the process; choices of one HTTP request differ by a suffix
@@ -30,10 +30,10 @@ class GenerationRequest:
     deadline_s: float  # seconds left for the whole request, counted from `arrived`
     arrived: float
     salt: str = ""  # separates prefix caches of different tenants
+    whole: bool = False  # nothing is wanted before the end: one chunk has it all
 
 
-@dataclass(slots=True, kw_only=True)
-class OutputChunk:
+class OutputChunk(msgspec.Struct, kw_only=True):
     """Everything that became available since the previous chunk, each output index exactly once and in order.
 
     `tokens` includes the end-of-sequence or stop token that ended the sequence (finish = STOP). `logprobs`, if asked

@@ -75,6 +75,7 @@ class ClusterDispatcher:
             max_queued=-(-settings.max_queued // settings.processes),
             queue_timeout_s=settings.queue_timeout_s,
         )
+        self.max_model_len = 0
         self._lifecycle = Lifecycle(
             self._placer,
             self._admission,
@@ -87,6 +88,7 @@ class ClusterDispatcher:
         self._inbox = Inbox(
             self._lifecycle, self.metrics, stall_timeout_s=config.worker.stall_timeout_s, clock=clock
         )  # fmt: skip
+        self._bound_context()
         for address in settings.workers:
             self.membership.add(address)
         self._feed = (
@@ -98,12 +100,6 @@ class ClusterDispatcher:
     @property
     def model_names(self) -> tuple[str, ...]:
         return (self.config.model.served_name,)
-
-    @property
-    def max_model_len(self) -> int:
-        """The longest sequence that the model and the known workers can hold, at most the configured length."""
-        bounds = (self._placer.longest_sequence(), self.config.model.max_len, self._context_len)
-        return min((bound for bound in bounds if bound is not None), default=0)
 
     def ready(self) -> bool:
         return self._placer.has_pair()
@@ -158,6 +154,7 @@ class ClusterDispatcher:
             self.metrics.gauge("event_loop_lag_seconds", max(0.0, now - due))
             self.membership.tick()
             self._lifecycle.tick(now)
+            self._bound_context()
             self._export()
             due = now + TICK_S
             await asyncio.sleep(TICK_S)
@@ -173,6 +170,7 @@ class ClusterDispatcher:
     # WorkListener
 
     def pools_changed(self) -> None:
+        self._bound_context()
         capacity = -(-self._placer.capacity() // self.config.router.processes)
         self._admission.set_capacity(capacity, self._clock())
         self._lifecycle.pump()
@@ -186,6 +184,11 @@ class ClusterDispatcher:
 
     def worker_said(self, worker: Worker, message: WorkMessage) -> None:
         self._inbox.accept(worker, message)
+
+    def _bound_context(self) -> None:
+        """The longest sequence that the model and the known workers can hold, at most the configured length."""
+        bounds = (self._placer.longest_sequence(), self.config.model.max_len, self._context_len)
+        self.max_model_len = min((bound for bound in bounds if bound is not None), default=0)
 
     def _export(self) -> None:
         counts = self._lifecycle.counts()

@@ -66,7 +66,7 @@ class Edge:
 
     async def encode(self, segments: tuple[Segment, ...]) -> list[int]:
         """Token ids of a prompt. Raises RequestError for one that can't fit, without tokenising it."""
-        size = sum(len(segment.text) for segment in segments)
+        size = sum([len(segment.text) for segment in segments])
         if size > self.dispatcher.max_model_len * self.tokenizer.longest_token:
             raise RequestError(
                 f"a prompt of {size} characters can't fit into {self.dispatcher.max_model_len} tokens", param="prompt"

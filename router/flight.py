@@ -38,15 +38,18 @@ class Phase(enum.Enum):
 class PrefixChain:
     """The block digests of a request, extended as its output grows: no block is hashed twice."""
 
+    __slots__ = ("_block_tokens", "_digests", "_format_id", "_salt")
+
     def __init__(self, salt: str) -> None:
         self._salt = salt
-        self._key: tuple[str, int] | None = None
+        self._format_id = ""
+        self._block_tokens = 0
         self._digests: list[bytes] = []
 
     def digests(self, tokens: list[int], format_id: str, block_tokens: int) -> list[bytes]:
         """Digests of all full blocks. `tokens` only ever grows."""
-        if self._key != (format_id, block_tokens):
-            self._key, self._digests = (format_id, block_tokens), []
+        if self._block_tokens != block_tokens or self._format_id != format_id:
+            self._format_id, self._block_tokens, self._digests = format_id, block_tokens, []
         known = len(self._digests)
         if known == len(tokens) // block_tokens:
             return self._digests
@@ -59,7 +62,15 @@ class PrefixChain:
 class Flight:
     """The run-time side of a journal. Times are `time.monotonic()`."""
 
+    __slots__ = (
+        "_loop", "_waiter", "arrived", "avoid", "booking", "chain", "deadline", "decode", "ended_s", "enqueued",
+        "error", "first_of_attempt", "first_s", "journal", "last_output", "over", "patience_s", "phase", "prefill",
+        "progress", "request_id", "stages", "started", "strikes", "tokens", "whole",
+    )  # fmt: skip
+
     def __init__(self, request: GenerationRequest) -> None:
+        self.request_id = request.request_id
+        self.whole = request.whole
         self.journal = Journal(
             request_id=request.request_id,
             prompt=pack_tokens(request.prompt_tokens),
@@ -70,7 +81,7 @@ class Flight:
             salt=request.salt,
             logprobs=[] if request.sampling.logprobs is not None else None,
         )
-        self.tokens = list(request.prompt_tokens)  # the current attempt's input
+        self.tokens = request.prompt_tokens  # the current attempt's input; not to be changed in place
         self.chain = PrefixChain(request.salt)
         self.arrived = request.arrived
         self.deadline = request.arrived + request.deadline_s
@@ -94,14 +105,10 @@ class Flight:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
-    @property
-    def request_id(self) -> str:
-        return self.journal.request_id
-
     def wake(self) -> None:
         """There is something for the stream."""
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if waiter is not None and not waiter.done() and (self.over or not self.whole):
             waiter.set_result(None)
 
     def change(self) -> asyncio.Future[None]:
@@ -143,11 +150,13 @@ class StreamOwner(Protocol):
         """The client does not want the rest. Idempotent."""
 
     def first_chunk_written(self, flight: Flight) -> None:
-        """The client has the first token."""
+        """The client has the first token, or of a whole answer the router has it."""
 
 
 class OutputStream(AsyncGenerator[OutputChunk, None]):
     """The async generator that `submit` returns. A class: it costs less a chunk and can be closed while it is read."""
+
+    __slots__ = ("_cursor", "_done", "_first_pending", "_flight", "_owner", "_request")
 
     def __init__(self, owner: StreamOwner, request: GenerationRequest) -> None:
         self._owner = owner
@@ -162,7 +171,7 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
         if flight is None or self._first_pending or self._done:
             flight = self._begin()
         try:
-            while len(flight.journal.output) == self._cursor and not flight.over:
+            while not flight.over and (flight.whole or len(flight.journal.output) == self._cursor):
                 await flight.change()
         except asyncio.CancelledError:
             await self.aclose()

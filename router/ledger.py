@@ -8,14 +8,14 @@ this router's own bookings say.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from llm_engine.api.messages import Load
 from router.prefix_map import PrefixMap
 
 
-@dataclass(slots=True)
-class Ledger:
+class Ledger(msgspec.Struct):
     """Bookings of this router on one worker."""
 
     waiting_tokens: int = 0  # of attempts that have no first token yet
@@ -51,8 +51,7 @@ class Ledger:
         return self.num_seqs == 0 and load.blocks_live + load.blocks_leased + load.blocks_quarantined == 0
 
 
-@dataclass(slots=True)
-class Booking:
+class Booking(msgspec.Struct):
     """What one attempt holds on its workers. `prefill` and `decode` are one ledger for an aggregated worker."""
 
     prefill: Ledger
@@ -61,10 +60,10 @@ class Booking:
     tokens: int  # left to prefill after the prefix hit
     blocks: int  # new blocks on the decode worker
     digests: Sequence[bytes]
-    _epochs: tuple[int, int] = field(default=(0, 0), init=False)
-    _prefilling: bool = field(default=False, init=False)
-    _pending: bool = field(default=False, init=False)
-    _open: bool = field(default=False, init=False)
+    _epochs: tuple[int, int] = (0, 0)
+    _prefilling: bool = False
+    _pending: bool = False
+    _open: bool = False
 
     def open(self) -> None:
         """The attempt was sent."""
@@ -75,7 +74,8 @@ class Booking:
         self.decode.pending_blocks += self.blocks
         self.decode.num_seqs += 1
         self.decode.sent_seqs += 1
-        self.prefix.expect(self.digests)
+        if self.digests:
+            self.prefix.expect(self.digests)
 
     def prefilled(self) -> None:
         """The first token arrived."""
@@ -84,7 +84,8 @@ class Booking:
             self.prefill.waiting_tokens -= self.tokens
             if self.prefill.epoch == self._epochs[0]:
                 self.prefill.sent_tokens -= self.tokens
-            self.prefix.unexpect(self.digests)
+            if self.digests:
+                self.prefix.unexpect(self.digests)
 
     def started(self) -> None:
         """The decode worker owns the sequence: its blocks are in the worker's next report."""

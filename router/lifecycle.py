@@ -86,12 +86,18 @@ class Lifecycle:
             self._end(flight, "cancelled")
 
     def first_chunk_written(self, flight: Flight) -> None:
-        """The client has the first token: its time to first token is known."""
-        attempts = flight.journal.attempts
-        served = next((record for record in attempts if record.first_token_s is not None), None)
-        if served is not None:
-            flight.stages.update(flight.ttft_stages(self._clock(), served))
-            self._metrics.first_token(flight.stages)
+        """The client has the first token: its time to first token is known.
+
+        Of an answer that is sent as a whole the first token counts when the router has it.
+        """
+        if flight.first_s is None:
+            return
+        written = flight.arrived + flight.first_s if flight.whole else self._clock()
+        for served in flight.journal.attempts:
+            if served.first_token_s is not None:
+                flight.stages.update(flight.ttft_stages(written, served))
+                self._metrics.first_token(flight.stages)
+                return
 
     # attempts
 
@@ -180,8 +186,9 @@ class Lifecycle:
         if flight.booking is not None:
             flight.booking.close()
             flight.booking = None
-        for worker in {flight.prefill, flight.decode} - {None}:
-            assert worker is not None
+        for worker in (flight.prefill, flight.decode if flight.decode is not flight.prefill else None):
+            if worker is None:
+                continue
             if outcome == "finished":
                 worker.attempts.pop(flight.request_id, None)
             else:

@@ -1,16 +1,16 @@
 """Prometheus metrics of a router process.
 
 What happens per token and per request is collected in plain Python numbers and flushed a few times a second; what is
-rarer is counted directly. With PROMETHEUS_MULTIPROC_DIR set, `render` merges all
-processes that share the directory.
+rarer is counted directly. With PROMETHEUS_MULTIPROC_DIR set, `render` merges all processes that share the directory.
 """
 
 from __future__ import annotations
 
 import collections
 import os
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -35,25 +35,23 @@ class BatchHistogram(Histogram):
 
 
 class Tally:
-    """Observations in plain numbers, on their way to a histogram: a tenth of the cost of observing each one."""
+    """Observations on their way to a histogram: noting one costs a twentieth of observing it."""
 
     def __init__(self, histogram: BatchHistogram, bounds: Sequence[float]) -> None:
         self._histogram = histogram
         self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def add(self, value: float) -> None:
-        """One observation."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
+        self._values: list[float] = []
+        self.add = self._values.append  # one observation
 
     def flush(self) -> None:
         """Hand over what has been collected."""
-        if any(self._counts):
-            self._histogram.observe_batch(self._counts, self._total)
-            self._counts = [0] * len(self._counts)
-            self._total = 0.0
+        values = self._values
+        if values:
+            values.sort()
+            below = [bisect_right(values, bound) for bound in self._bounds]
+            counts = [upper - lower for lower, upper in pairwise([0, *below, len(values)])]
+            self._histogram.observe_batch(counts, sum(values))
+            values.clear()
 
 
 class RouterMetrics:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import msgspec
 
-from llm_engine.api.messages import Peer, Role, Submit
+from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import pack_tokens
 from router.flight import Flight
 from router.ledger import Booking
@@ -16,8 +15,7 @@ from router.worker import Worker
 MAX_TRIES = 4  # workers whose send queue is full before the attempt waits for the next occasion
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """Where an attempt was sent. `decode` is `prefill` when one worker does both."""
 
     prefill: Worker
@@ -57,23 +55,29 @@ class Placer:
 
     def place(self, flight: Flight) -> Placement | Shortage:
         """Choose a pair and submit the flight's next attempt to it. Workers that can't be sent to are passed over."""
-        unreachable: set[Worker] = set()
+        pool = self._membership.pool
+        demand = Demand(len(flight.tokens), flight.journal.num_left, flight.avoid)
+        prefills, decodes, both = pool(Role.PREFILL), pool(Role.DECODE), pool(Role.AGGREGATED)
         for _ in range(MAX_TRIES):
-            candidates = _Candidates(self._membership, flight, unreachable)
-            choice = self._policy(candidates.demand, candidates.prefills, candidates.decodes, candidates.aggregated)
+            choice = self._policy(
+                demand,
+                [_prefill_state(worker, flight) for worker in prefills],
+                [_decode_state(worker, flight) for worker in decodes],
+                [(_prefill_state(worker, flight), _decode_state(worker, flight)) for worker in both],
+            )
             if isinstance(choice, Shortage):
                 return choice
-            placement = candidates.placement(choice)
-            if placement.prefill.send(self._submit(flight, placement)):
-                placement.booking.open()
-                return placement
-            unreachable.add(placement.prefill)
+            prefill = both[choice.prefill] if choice.decode is None else prefills[choice.prefill]
+            decode = prefill if choice.decode is None else decodes[choice.decode]
+            if prefill.send(self._submit(flight, prefill, decode)):
+                booking = _book(flight, demand, prefill, decode, choice)
+                return Placement(prefill, decode, booking, choice.hit_tokens, choice.ttft_s)
+            prefills = [worker for worker in prefills if worker is not prefill]
+            both = [worker for worker in both if worker is not prefill]
         return Shortage.NO_PAIR
 
-    def _submit(self, flight: Flight, placement: Placement) -> Submit:
-        journal, decode = flight.journal, placement.decode.info
-        assert decode is not None
-        peer = Peer(name=decode.name, incarnation=decode.incarnation, control_addr=decode.control_addr)
+    def _submit(self, flight: Flight, prefill: Worker, decode: Worker) -> Submit:
+        journal = flight.journal
         return Submit(
             request_id=journal.request_id,
             attempt=journal.attempt + 1,
@@ -83,67 +87,48 @@ class Placer:
             sampling=journal.sampling,
             deadline_s=max(0.001, flight.deadline - self._membership.clock()),
             salt=journal.salt,
-            decode=None if placement.decode is placement.prefill else peer,
+            decode=None if decode is prefill else decode.peer,
         )
 
 
-class _Candidates:
-    """The usable workers as the policy sees them, for one flight."""
+def _prefill_state(worker: Worker, flight: Flight) -> PrefillState:
+    load = worker.load
+    return PrefillState(
+        worker.known, worker.ledger.backlog_tokens(load), load.prefill_tokens_per_s, _hit_tokens(worker, flight),
+        load.bad_peers,
+    )  # fmt: skip
 
-    def __init__(self, membership: Membership, flight: Flight, unreachable: set[Worker]) -> None:
-        journal = flight.journal
-        self.demand = Demand(len(flight.tokens), journal.num_left, flight.avoid)
-        self._flight = flight
-        self._prefill_workers = [w for w in membership.pool(Role.PREFILL) if w not in unreachable]
-        self._decode_workers = membership.pool(Role.DECODE)
-        self._both_workers = [w for w in membership.pool(Role.AGGREGATED) if w not in unreachable]
-        self.prefills: Sequence[PrefillState] = [self._prefill(w) for w in self._prefill_workers]
-        self.decodes: Sequence[DecodeState] = [self._decode(w) for w in self._decode_workers]
-        self.aggregated = [(self._prefill(w), self._decode(w)) for w in self._both_workers]
 
-    def placement(self, choice: Choice) -> Placement:
-        if choice.decode is None:
-            prefill = decode = self._both_workers[choice.prefill]
-            state = self.aggregated[choice.prefill][1]
-        else:
-            prefill, decode = self._prefill_workers[choice.prefill], self._decode_workers[choice.decode]
-            state = self.decodes[choice.decode]
-        booking = Booking(
-            prefill=prefill.ledger,
-            decode=decode.ledger,
-            prefix=prefill.prefix,
-            tokens=self.demand.num_tokens - choice.hit_tokens,
-            blocks=blocks_needed(self.demand, state),
-            digests=self._digests(prefill) if prefill.prefix.in_step else (),
-        )
-        return Placement(prefill, decode, booking, choice.hit_tokens, choice.ttft_s)
+def _decode_state(worker: Worker, flight: Flight) -> DecodeState:
+    load, ledger = worker.load, worker.ledger
+    return DecodeState(
+        worker.known, ledger.seqs(load), ledger.blocks_available(load), ledger.idle(load), load.step_s,
+        _hit_tokens(worker, flight),
+    )  # fmt: skip
 
-    def _digests(self, worker: Worker) -> list[bytes]:
-        assert worker.info is not None
-        return self._flight.chain.digests(self._flight.tokens, worker.info.format_id, worker.info.block_tokens)
 
-    def _hit_tokens(self, worker: Worker) -> int:
-        assert worker.info is not None
-        hit = worker.prefix.match(self._digests(worker)) * worker.info.block_tokens
-        return min(hit, self.demand.num_tokens - 1)  # the last position is always computed
+def _hit_tokens(worker: Worker, flight: Flight) -> int:
+    digests = _digests(worker, flight)
+    if not digests:
+        return 0
+    hit = worker.prefix.match(digests) * worker.known.block_tokens
+    return min(hit, len(flight.tokens) - 1)  # the last position is always computed
 
-    def _prefill(self, worker: Worker) -> PrefillState:
-        assert worker.info is not None
-        return PrefillState(
-            info=worker.info,
-            backlog_tokens=worker.ledger.backlog_tokens(worker.load),
-            tokens_per_s=worker.load.prefill_tokens_per_s,
-            hit_tokens=self._hit_tokens(worker),
-            bad_peers=worker.load.bad_peers,
-        )
 
-    def _decode(self, worker: Worker) -> DecodeState:
-        assert worker.info is not None
-        return DecodeState(
-            info=worker.info,
-            num_seqs=worker.ledger.seqs(worker.load),
-            blocks_available=worker.ledger.blocks_available(worker.load),
-            idle=worker.ledger.idle(worker.load),
-            step_s=worker.load.step_s,
-            hit_tokens=self._hit_tokens(worker),
-        )
+def _digests(worker: Worker, flight: Flight) -> list[bytes]:
+    info = worker.known
+    return flight.chain.digests(flight.tokens, info.format_id, info.block_tokens)
+
+
+def _book(flight: Flight, demand: Demand, prefill: Worker, decode: Worker, choice: Choice) -> Booking:
+    """Note on the workers' ledgers what the attempt takes."""
+    booking = Booking(
+        prefill=prefill.ledger,
+        decode=decode.ledger,
+        prefix=prefill.prefix,
+        tokens=demand.num_tokens - choice.hit_tokens,
+        blocks=blocks_needed(demand, decode.known, _hit_tokens(decode, flight)),
+        digests=_digests(prefill, flight) if prefill.prefix.in_step else (),
+    )
+    booking.open()
+    return booking

@@ -4,6 +4,9 @@ The raw sockets are watched through their notification descriptor instead of `zm
 task step a message. That descriptor is edge-triggered: it fires when the socket's state changes, so a reader must go on
 until the socket is empty, and any other call on the socket (a send) may swallow an edge and must look for input.
 
+What is sent in one turn of the loop leaves together at its end: each message handed to an idle ZeroMQ wakes its I/O
+thread, which costs more than the message.
+
 What a broken connection still carried is gone, in both directions, so `disconnected` means that every attempt on that
 worker has to be recovered. Messages are queued to established connections only, and a broken
 connection takes its queue with it: a restarted worker never sees a message meant for its predecessor.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import Protocol
 
 import zmq
@@ -82,10 +86,13 @@ class Link:
         self._codec = plane.codec
         self._handler = handler
         self._closed = False
-        self._drain_due = False
+        self._connected = False
+        self._turn_due = False
+        self._outbox: deque[bytes] = deque()  # of this turn; of an earlier one while `_blocked`
+        self._blocked = False  # the worker does not read: its queue was full at the end of the last turn
         self._socket = _dealer(plane.context, plane.router_id)
         self._monitor = self._socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
-        self._loop.add_reader(self._socket.FD, self._drain)
+        self._loop.add_reader(self._socket.FD, self._turn)
         self._loop.add_reader(self._monitor.FD, self._drain_monitor)
         try:
             self._socket.connect(address)
@@ -100,21 +107,22 @@ class Link:
 
     def send_frame(self, frame: bytes) -> bool:
         """`send` for a frame that is already encoded."""
-        if self._closed:
+        if not self._connected:
             return False
-        try:
-            self._socket.send(frame, zmq.NOBLOCK)
-        except zmq.Again:
+        if not self._turn_due:
+            self._schedule_turn()
+        if self._blocked or len(self._outbox) >= SEND_QUEUE_MESSAGES:
             return False
-        finally:
-            self._schedule_drain()
+        self._outbox.append(frame)
         return True
 
     def close(self, linger_ms: int = 0) -> None:
         """Stop reading and drop the connection. No callback follows."""
         if self._closed:
             return
+        self._flush()
         self._closed = True
+        self._connected = False
         self._loop.remove_reader(self._socket.FD)
         self._loop.remove_reader(self._monitor.FD)
         self._socket.disable_monitor()
@@ -122,16 +130,26 @@ class Link:
         self._socket.close(linger=linger_ms)
         self._plane.forget(self)
 
-    def _schedule_drain(self) -> None:
-        if not self._drain_due:
-            self._drain_due = True
-            self._loop.call_soon(self._drain)
+    def _schedule_turn(self) -> None:
+        self._turn_due = True
+        self._loop.call_soon(self._turn)
 
-    def _drain(self) -> None:
-        """Handle what has arrived, at most READ_BATCH messages before the loop's other work."""
-        self._drain_due = False
-        if self._read(READ_BATCH):
-            self._schedule_drain()
+    def _turn(self) -> None:
+        """Send what is due, and handle what has arrived: at most READ_BATCH messages before the loop's other work."""
+        self._turn_due = False
+        self._flush()
+        if self._read(READ_BATCH) and not self._turn_due:
+            self._schedule_turn()
+
+    def _flush(self) -> None:
+        outbox, send = self._outbox, self._socket.send
+        try:
+            while outbox:
+                send(outbox[0], zmq.NOBLOCK)
+                outbox.popleft()
+        except zmq.Again:
+            pass
+        self._blocked = bool(outbox)
 
     def _read(self, limit: int) -> bool:
         """Handle up to `limit` messages; True if there may be more."""
@@ -151,7 +169,7 @@ class Link:
             try:
                 received(message)
             except BaseException:
-                self._schedule_drain()  # the edge is used up: without this the rest would wait for the next message
+                self._schedule_turn()  # the edge is used up: without this the rest would wait for the next message
                 raise
         return True
 
@@ -168,8 +186,11 @@ class Link:
                 return
             event = parse_monitor_message(parts)["event"]
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._connected = True
                 self._handler.connected()
             elif event == zmq.Event.DISCONNECTED:
+                self._connected = self._blocked = False
+                self._outbox.clear()
                 self._read(RECV_QUEUE_MESSAGES)  # nothing that the old connection brought may follow
                 if not self._closed:
                     self._handler.disconnected()

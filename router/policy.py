@@ -110,8 +110,8 @@ def prefill_time(demand: Demand, state: PrefillState) -> float:
 
 def prefill_cost(demand: Demand, state: PrefillState) -> float:
     """`prefill_time` and the surcharge."""
-    rate = state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
-    return prefill_time(demand, state) + WORK_SURCHARGE * _left(demand, state) / rate
+    tokens = state.backlog_tokens + (1.0 + WORK_SURCHARGE) * _left(demand, state)
+    return tokens / (state.tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S)
 
 
 def _left(demand: Demand, state: PrefillState) -> int:
@@ -120,31 +120,49 @@ def _left(demand: Demand, state: PrefillState) -> int:
 
 def decode_cost(demand: Demand, state: DecodeState) -> float:
     """Seconds of decoding that the request is expected to take there, waiting included."""
+    info = state.info
     step_s = state.step_s or DEFAULT_STEP_S
     steps = min(demand.max_output, EXPECTED_STEPS)
-    load = state.num_seqs / state.info.max_num_seqs
+    load = state.num_seqs / info.max_num_seqs
     cost = steps * step_s * (1.0 + load)
     if load >= 1.0:
-        cost += EXPECTED_STEPS * step_s * (load - 1.0 + 1.0 / state.info.max_num_seqs)  # slots come free one by one
+        cost += EXPECTED_STEPS * step_s * (load - 1.0 + 1.0 / info.max_num_seqs)  # slots come free one by one
     cost += TRANSFER_S_PER_TOKEN * max(0, demand.num_tokens - state.hit_tokens)
-    return cost + FULL_CACHE_S * (1.0 - max(0, state.blocks_available) / state.info.num_blocks)
+    return cost + FULL_CACHE_S * (1.0 - max(0, state.blocks_available) / info.num_blocks)
 
 
-def fits(demand: Demand, prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Whether the pair can hold the sequence to its end."""
-    return demand.num_tokens <= max_tokens(prefill) and demand.num_tokens + demand.max_output <= max_tokens(decode)
+def can_prefill(demand: Demand, info: WorkerInfo) -> bool:
+    """Whether the worker can hold the prompt."""
+    return demand.num_tokens <= max_tokens(info)
 
 
-def blocks_needed(demand: Demand, state: DecodeState) -> int:
+def can_decode(demand: Demand, info: WorkerInfo) -> bool:
+    """Whether the worker can hold the sequence to its end."""
+    return demand.num_tokens + demand.max_output <= max_tokens(info)
+
+
+def blocks_needed(demand: Demand, info: WorkerInfo, hit_tokens: int) -> int:
     """New blocks for the prompt and its first output tokens."""
-    block = state.info.block_tokens
-    tokens = min(demand.num_tokens + min(demand.max_output, block), max_tokens(state.info))
-    return -(-tokens // block) - state.hit_tokens // block
+    block = info.block_tokens
+    tokens = min(demand.num_tokens + min(demand.max_output, block), max_tokens(info))
+    return -(-tokens // block) - hit_tokens // block
 
 
 def has_room(demand: Demand, state: DecodeState) -> bool:
     """Whether the blocks are there. An idle worker always has room for what fits it: cached blocks can be evicted."""
-    return state.idle or blocks_needed(demand, state) <= state.blocks_available
+    return state.idle or blocks_needed(demand, state.info, state.hit_tokens) <= state.blocks_available
+
+
+def work_together(prefill: PrefillState, decode: DecodeState) -> bool:
+    """Whether the pair has one kind of cache, and a connection."""
+    a, b = prefill.info, decode.info
+    return (
+        a.format_id == b.format_id
+        and a.weight_version == b.weight_version
+        and a.block_tokens == b.block_tokens
+        and a.model == b.model
+        and b.incarnation not in prefill.bad_peers
+    )
 
 
 def cheapest_pair(
@@ -154,57 +172,55 @@ def cheapest_pair(
     aggregated: Sequence[tuple[PrefillState, DecodeState]],
 ) -> Choice | Shortage:
     """The pair of the lowest predicted cost. O(P log P + D log D) when all workers are compatible."""
-    search = _Search(demand)
-    by_cost = sorted((search.decode(d), d.info.name, j) for j, d in enumerate(decodes))
-    for cost_p, _, i in sorted((search.prefill(p), p.info.name, i) for i, p in enumerate(prefills)):
-        if by_cost and search.beaten(cost_p + by_cost[0][0]):
+    by_cost_p = sorted(
+        [
+            (prefill_cost(demand, p) + _blame(demand, p.info), p.info.name, i)
+            for i, p in enumerate(prefills)
+            if can_prefill(demand, p.info)
+        ]
+    )
+    by_cost_d = sorted(
+        [
+            (decode_cost(demand, d) + _blame(demand, d.info), d.info.name, j)
+            for j, d in enumerate(decodes)
+            if can_decode(demand, d.info) and has_room(demand, d)
+        ]
+    )
+    best: tuple[float, str, str, int, int | None] | None = None  # cost, names, indices
+    for cost_p, name_p, i in by_cost_p:
+        for cost_d, name_d, j in by_cost_d:
+            pair = (cost_p + cost_d, name_p, name_d, i, j)
+            if best is not None and pair > best:
+                break  # as is every later one of this row
+            if work_together(prefills[i], decodes[j]):
+                best = pair
+        if best is not None and by_cost_d and cost_p + by_cost_d[0][0] > best[0]:
             break
-        for cost_d, _, j in by_cost:
-            if search.beaten(cost_p + cost_d):
-                break
-            if decodes[j].info.incarnation not in prefills[i].bad_peers:
-                search.offer(i, j, prefills[i], decodes[j], cost_p + cost_d)
     for i, (p, d) in enumerate(aggregated):
-        search.offer(i, None, p, d, search.prefill(p) + search.decode(d))
-    return search.result()
+        if can_decode(demand, d.info) and has_room(demand, d):
+            cost = prefill_cost(demand, p) + decode_cost(demand, d) + 2 * _blame(demand, p.info)
+            if best is None or (cost, p.info.name, d.info.name) < best[:3]:
+                best = (cost, p.info.name, d.info.name, i, None)
+    if best is None:
+        return _shortage(demand, prefills, decodes, aggregated)
+    cost, _, _, i, partner = best
+    state = prefills[i] if partner is not None else aggregated[i][0]
+    return Choice(i, partner, cost, prefill_time(demand, state), state.hit_tokens)
 
 
-class _Search:
-    """Keeps the best pair seen and, while there is none, the reason that is easiest to overcome."""
+def _blame(demand: Demand, info: WorkerInfo) -> float:
+    return BLAME_S if info.name in demand.avoid else 0.0
 
-    def __init__(self, demand: Demand) -> None:
-        self._demand = demand
-        self._key: tuple[float, str, str] | None = None
-        self._best: Choice | None = None
-        self._full = False
-        self._too_long = False
 
-    def prefill(self, state: PrefillState) -> float:
-        return prefill_cost(self._demand, state) + self._blame(state.info)
-
-    def decode(self, state: DecodeState) -> float:
-        return decode_cost(self._demand, state) + self._blame(state.info)
-
-    def _blame(self, info: WorkerInfo) -> float:
-        return BLAME_S if info.name in self._demand.avoid else 0.0
-
-    def beaten(self, cost: float) -> bool:
-        return self._key is not None and cost > self._key[0]
-
-    def offer(self, i: int, j: int | None, p: PrefillState, d: DecodeState, cost: float) -> None:
-        if j is not None and kind(p.info) != kind(d.info):
-            return
-        if not fits(self._demand, p.info, d.info):
-            self._too_long = True
-        elif not has_room(self._demand, d):
-            self._full = True
-        elif self._key is None or (cost, p.info.name, d.info.name) < self._key:
-            self._key = (cost, p.info.name, d.info.name)
-            self._best = Choice(i, j, cost, prefill_time(self._demand, p), p.hit_tokens)
-
-    def result(self) -> Choice | Shortage:
-        if self._best is not None:
-            return self._best
-        if self._full:
-            return Shortage.FULL
-        return Shortage.TOO_LONG if self._too_long else Shortage.NO_PAIR
+def _shortage(
+    demand: Demand,
+    prefills: Sequence[PrefillState],
+    decodes: Sequence[DecodeState],
+    aggregated: Sequence[tuple[PrefillState, DecodeState]],
+) -> Shortage:
+    """Of the reasons why no pair is possible the one that is easiest to overcome."""
+    pairs = [(p, d) for p in prefills for d in decodes if work_together(p, d)] + list(aggregated)
+    if not pairs:
+        return Shortage.NO_PAIR
+    fits = any(can_prefill(demand, p.info) and can_decode(demand, d.info) for p, d in pairs)
+    return Shortage.FULL if fits else Shortage.TOO_LONG

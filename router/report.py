@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -18,8 +17,7 @@ from router.worker import LinkState, Worker
 MAX_TIMELINES = 512
 
 
-@dataclass(slots=True)
-class Timeline:
+class Timeline(msgspec.Struct):
     """When and where a request was served. Times are seconds since its arrival."""
 
     request_id: str

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from llm_engine.api.errors import ServingError
 from llm_engine.api.request import FinishReason, TokenLogprobs
@@ -59,8 +60,7 @@ class StopStrings:
         return held
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(msgspec.Struct):
     """What one chunk adds to a choice. `tokens` may run ahead of `text`, which can be held back for a while."""
 
     text: str

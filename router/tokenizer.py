@@ -14,10 +14,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from llm_engine.api.errors import ConfigError, Overloaded
@@ -29,8 +29,7 @@ MAX_PENDING_ENCODES = 256
 Run = str | int  # plain text, or the id of a special token
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """A piece of a prompt. Special tokens are recognised in trusted text only; anything a caller wrote is not."""
 
     text: str
@@ -94,8 +93,11 @@ class Tokenizer:
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
         """Token ids of the concatenated segments."""
+        runs = self._runs(segments)
+        if len(runs) == 1 and isinstance(runs[0], str):
+            return self._model.encode(runs[0], add_special_tokens=False).ids
         ids: list[int] = []
-        for run in self._runs(segments):
+        for run in runs:
             if isinstance(run, int):
                 ids.append(run)
             else:
@@ -104,7 +106,7 @@ class Tokenizer:
 
     async def encode_async(self, segments: Sequence[Segment]) -> list[int]:
         """`encode`, without holding up the event loop. Raises Overloaded when too many long prompts are waiting."""
-        if sum(len(segment.text) for segment in segments) <= INLINE_CHARS:
+        if sum([len(segment.text) for segment in segments]) <= INLINE_CHARS:
             return self.encode(segments)
         if self._pending >= MAX_PENDING_ENCODES:
             raise Overloaded(f"{self._pending} long prompts are waiting to be tokenised")
@@ -130,25 +132,20 @@ class Tokenizer:
 
     def _runs(self, segments: Sequence[Segment]) -> list[Run]:
         runs: list[Run] = []
-        text: list[str] = []
-
-        def flush() -> None:
-            joined = "".join(text)
-            if joined:
-                runs.append(joined)
-            text.clear()
-
+        text = ""  # not yet in `runs`
         for segment in segments:
             if not segment.trusted or self._added_pattern is None:
-                text.append(segment.text)
+                text += segment.text
                 continue
-            for i, piece in enumerate(self._added_pattern.split(segment.text)):
-                if i % 2 == 0:
-                    text.append(piece)
-                else:
-                    flush()
-                    runs.append(self.added_ids[piece])
-        flush()
+            plain, *rest = self._added_pattern.split(segment.text)
+            text += plain
+            for special, plain in zip(rest[::2], rest[1::2], strict=True):
+                if text:
+                    runs.append(text)
+                runs.append(self.added_ids[special])
+                text = plain
+        if text:
+            runs.append(text)
         return runs
 
     def _check_plain_text_is_plain(self) -> None:

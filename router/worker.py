@@ -25,6 +25,7 @@ from llm_engine.api.messages import (
     KvSnapshot,
     Load,
     Message,
+    Peer,
     SnapshotRequest,
     Started,
     Welcome,
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOT_RETRY_S = 1.0
 WorkMessage = Deltas | Started | Failed
+_WORK_MESSAGES = (Deltas, Started, Failed)
 
 
 class LinkState(enum.StrEnum):
@@ -90,6 +92,9 @@ class WorkerContext(Protocol):
 
 class Worker:
     """One address and what is known about the process behind it."""
+
+    known: WorkerInfo  # `info`, from the first Welcome on
+    peer: Peer  # the same as prefill workers are told
 
     def __init__(self, address: str, context: WorkerContext) -> None:
         self.address = address
@@ -166,21 +171,28 @@ class Worker:
 
     def received(self, message: WorkerMessage) -> None:
         self.last_seen = self._context.clock()
-        if isinstance(message, Welcome):
-            self._welcome(message)
+        if self.state is not LinkState.ALIVE and not self._may_speak(message):
             return
-        if self.info is None or self.state is LinkState.REFUSED:
-            return
-        if self.state is LinkState.LOST:
-            self._come_back()
-        if isinstance(message, WorkMessage):
+        if isinstance(message, _WORK_MESSAGES):
             self._context.listener.worker_said(self, message)
+        elif isinstance(message, Welcome):
+            self._welcome(message)
         elif isinstance(message, Load):
             self._report(message)
         elif isinstance(message, KvSnapshot):
             self.prefix.restore(message)
         else:
             self.prefix.apply(message)
+
+    def _may_speak(self, message: WorkerMessage) -> bool:
+        """What a worker that is not alive says: first a Welcome; from a lost one, anything brings it back."""
+        if isinstance(message, Welcome):
+            return True
+        if self.info is None or self.state is LinkState.REFUSED:
+            return False
+        if self.state is LinkState.LOST:
+            self._come_back()
+        return True
 
     def _welcome(self, welcome: Welcome) -> None:
         info = welcome.info
@@ -201,7 +213,8 @@ class Worker:
 
     def _become(self, info: WorkerInfo) -> None:
         """Forget everything about the previous incarnation."""
-        self.info = info
+        self.info = self.known = info
+        self.peer = Peer(name=info.name, incarnation=info.incarnation, control_addr=info.control_addr)
         self.load = Load(seq=0)
         self.ledger = Ledger()
         self.prefix = PrefixMap(info.num_blocks)

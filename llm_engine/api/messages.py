@@ -185,7 +185,7 @@ class Codec(Generic[T]):
     """Encodes any message; decodes those of one union (`Codec(key, RouterMessage)`)."""
 
     def __init__(self, key: bytes, kind: Any) -> None:
-        self._key = key
+        self._keyed = hashlib.blake2b(key=key, digest_size=_MAC_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
 
@@ -197,9 +197,8 @@ class Codec(Generic[T]):
         """Raises ProtocolError on anything but an authentic, well-formed message of the union."""
         if not _MAC_BYTES < len(frame) <= MAX_FRAME_BYTES:
             raise ProtocolError(f"frame of {len(frame)} bytes: expected {_MAC_BYTES + 1} to {MAX_FRAME_BYTES}")
-        view = memoryview(frame)
-        body = view[_MAC_BYTES:]
-        if not hmac.compare_digest(self._mac(body), bytes(view[:_MAC_BYTES])):
+        body = memoryview(frame)[_MAC_BYTES:]
+        if not hmac.compare_digest(self._mac(body), bytes(frame[:_MAC_BYTES])):
             raise ProtocolError("frame is not authentic: peers must share one BATON_SECRET")
         try:
             return self._decoder.decode(body)
@@ -207,4 +206,6 @@ class Codec(Generic[T]):
             raise ProtocolError(f"malformed message: {exc}") from exc
 
     def _mac(self, body: bytes | memoryview) -> bytes:
-        return hashlib.blake2b(body, key=self._key, digest_size=_MAC_BYTES).digest()
+        mac = self._keyed.copy()
+        mac.update(body)
+        return mac.digest()
