@@ -32,7 +32,7 @@ CHART_SETS: dict[str, tuple[str, ...]] = {
         "tenants_file",
         "drain_timeout_s",
     ),
-    "autoscaler": ("mode", "max_cards", "ttft_slo_s", "tpot_slo_s"),
+    "autoscaler": ("mode", "max_cards", "ttft_slo_s", "tpot_slo_s", "router_metrics"),
 }
 
 STRING = {"type": "string"}

