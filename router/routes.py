@@ -11,6 +11,8 @@ from llm_engine.api.errors import RequestError
 from router.answers import Detokenized, Health, ModelCard, ModelList, Readiness, Tokens
 from router.chat_completions import chat_completions
 from router.completions import completions, encode_text
+from router.dashboard import PATHS as dashboard_paths
+from router.dashboard import dashboard
 from router.edge import Edge
 from router.exchange import Exchange
 from router.failures import MethodNotAllowed, NotFound
@@ -102,6 +104,7 @@ _ROUTES: Mapping[str, Mapping[str, Route]] = {
     "/metrics": {"GET": Route("/metrics", metrics)},
     "/openapi.json": {"GET": Route("/openapi.json", openapi)},
     "/tokenize": {"POST": Route("/tokenize", tokenize, needs_key=True)},
+    **{path: {"GET": Route(path, dashboard)} for path in dashboard_paths},
     "/detokenize": {"POST": Route("/detokenize", detokenize, needs_key=True)},
 }
 _MODEL_ROUTES = {"GET": Route(f"{MODELS}/{{model}}", get_model, needs_key=True)}
