@@ -41,7 +41,6 @@ I1: Final = "int64[::1]"
 I2: Final = "int64[:, ::1]"
 N2: Final = "int32[:, ::1]"
 CACHE: Final = "{cache}[:, ::1]"  # float32 or uint16, by the dtype of the caches
-CACHE_S: Final = "{cache}[:, :]"  # rows may be strided
 B2: Final = "uint16[:, ::1]"  # bf16
 
 # No flag that lets the compiler assume the absence of NaN or infinity.
@@ -81,7 +80,7 @@ def kernel(signature: str) -> Callable[[F], F]:
     """Register a function for compilation; it releases the interpreter lock while running."""
 
     def register(function: F) -> F:
-        dispatcher = numba.njit(fastmath=_FASTMATH, nogil=True, cache=True)(function)
+        dispatcher = numba.njit(fastmath=_FASTMATH, error_model="numpy", nogil=True, cache=True)(function)
         _kernels.append((dispatcher, signature))
         return cast(F, dispatcher)
 
@@ -90,12 +89,12 @@ def kernel(signature: str) -> Callable[[F], F]:
 
 def inline(function: F) -> F:
     """A piece of a kernel."""
-    return cast(F, numba.njit(fastmath=_FASTMATH, nogil=True)(function))
+    return cast(F, numba.njit(fastmath=_FASTMATH, error_model="numpy", nogil=True)(function))
 
 
 def in_order(function: F) -> F:
     """A piece of a kernel in which every operation is carried out and rounded as written."""
-    return cast(F, numba.njit(fastmath=False, nogil=True)(function))
+    return cast(F, numba.njit(fastmath=False, error_model="numpy", nogil=True)(function))
 
 
 def compile_kernels(dtype: torch.dtype) -> None:

@@ -31,6 +31,7 @@ from llm_engine.ops_cpu.jit import (
     Floats,
     Longs,
     kernel,
+    over_rows,
     rotate_interleaved,
     row_array,
     row_at,
@@ -41,6 +42,7 @@ from llm_engine.ops_cpu.plan import plan as cpu_plan
 
 _MIN_CHUNK_ROWS: Final = 16
 _GROUP_KEYS: Final = 8192  # gathered at a time
+_TURN_COST: Final = 4  # of an element, for sharing rows out to threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +210,19 @@ def _turned(query_RhD: Tensor, plan: CpuPlan) -> Tensor:
     """The query with its last channels rotated in interleaved pairs."""
     turned_RhD = query_RhD.clone(memory_format=torch.contiguous_format)
     rows = row_array(turned_RhD.view(-1, turned_RhD.shape[2]))
-    _turn(rows, turned_RhD.shape[1], plan.cos_RJ, plan.sin_RJ)
+    cost = _TURN_COST * turned_RhD.shape[1] * turned_RhD.shape[2]
+    over_rows(_turn, len(turned_RhD), cost, rows, turned_RhD.shape[1], plan.cos_RJ, plan.sin_RJ)
     return turned_RhD
 
 
-@kernel(f"void({CACHE}, int64, {F2}, {F2})")
-def _turn(rows: Cache, heads: int, cos: Floats, sin: Floats) -> None:
-    width = 2 * cos.shape[1]
-    tails = rows[:, rows.shape[1] - width :]
+@kernel(f"void(int64, int64, {CACHE}, int64, {F2}, {F2})")
+def _turn(first: int, end: int, rows: Cache, heads: int, cos: Floats, sin: Floats) -> None:
+    width = rows.shape[1]
     scratch, row = np.empty(width, np.float32), np.empty(width, np.float32)
-    for i in range(rows.shape[0]):
-        row[:] = row_at(tails, i, scratch)
-        rotate_interleaved(row, 0, cos[i // heads], sin[i // heads])
-        store_row(tails, i, row)
+    for r in range(first, end):
+        for i in range(r * heads, (r + 1) * heads):
+            wide = row_at(rows, i, scratch)
+            for c in range(width):
+                row[c] = wide[c]
+            rotate_interleaved(row, width - 2 * cos.shape[1], cos[r], sin[r])
+            store_row(rows, i, row)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llm_engine.ops_cpu.jit import (
     CACHE,
-    CACHE_S,
     F1,
     ONE,
     ZERO,
@@ -30,7 +29,7 @@ _COST: Final = 4  # of an element, for sharing rows out to threads
 def rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See `llm_engine.ops.spec.RmsNorm`."""
     out_RH = torch.empty(x_RH.shape, dtype=dtype)
-    x, weight = row_array(x_RH.to(dtype)), weight_H.float().numpy()
+    x, weight = row_array(x_RH.to(dtype).contiguous()), weight_H.float().numpy()
     over_rows(_rms_norm, len(x), _COST * x.shape[1], x, weight, eps, row_array(out_RH))
     return out_RH
 
@@ -40,7 +39,11 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `llm_engine.ops.spec.AddRmsNorm`."""
     out_RH, total_RH = torch.empty(x_RH.shape, dtype=dtype), torch.empty(x_RH.shape, dtype=dtype)
-    x, residual, weight = row_array(x_RH.to(dtype)), row_array(residual_RH.to(dtype)), weight_H.float().numpy()
+    x, residual, weight = (
+        row_array(x_RH.to(dtype).contiguous()),
+        row_array(residual_RH.to(dtype).contiguous()),
+        weight_H.float().numpy(),
+    )
     cost = _COST * x.shape[1]
     over_rows(_add_rms_norm, len(x), cost, x, residual, weight, eps, row_array(out_RH), row_array(total_RH))
     return out_RH, total_RH
@@ -58,16 +61,19 @@ def scale_row(row: Floats, weight: Floats, eps: float) -> None:
         row[c] = row[c] * factor * weight[c]
 
 
-@kernel(f"void(int64, int64, {CACHE_S}, {F1}, float64, {CACHE})")
+@kernel(f"void(int64, int64, {CACHE}, {F1}, float64, {CACHE})")
 def _rms_norm(first: int, end: int, x: Cache, weight: Floats, eps: float, out: Cache) -> None:
-    row, scratch = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    width = x.shape[1]
+    row, scratch = np.empty(width, np.float32), np.empty(width, np.float32)
     for r in range(first, end):
-        row[:] = row_at(x, r, scratch)
+        wide = row_at(x, r, scratch)
+        for c in range(width):
+            row[c] = wide[c]
         scale_row(row, weight, eps)
         store_row(out, r, row)
 
 
-@kernel(f"void(int64, int64, {CACHE_S}, {CACHE_S}, {F1}, float64, {CACHE}, {CACHE})")
+@kernel(f"void(int64, int64, {CACHE}, {CACHE}, {F1}, float64, {CACHE}, {CACHE})")
 def _add_rms_norm(
     first: int, end: int, x: Cache, residual: Cache, weight: Floats, eps: float, out: Cache, total: Cache
 ) -> None:
