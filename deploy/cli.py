@@ -27,6 +27,7 @@ _EPILOG = """exit codes:
   4  not ready, or not done within the given time
 """
 _POOLS = ("prefill", "decode", "aggregated")
+_ROLES = (*_POOLS, "router")
 _BENCHMARKS = ("replay", "serve")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -69,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument("worker", metavar="WORKER", help="its name, as `baton status` shows it")
     _waiting(drain)
     _run_dir(drain)
+
+    preflight = _add(commands, "preflight", "check that this host can run a worker or a router", "preflight")
+    preflight.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration (TOML; default: a tiny CPU cluster)"
+    )
+    preflight.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override one setting"
+    )
+    preflight.add_argument(
+        "--role", choices=_ROLES, default="decode", help="what is to run here (default: %(default)s)"
+    )
 
     _model(_add(commands, "model", "make or inspect a checkpoint"))
     _bench(_add(commands, "bench", "measure a running cluster"))

@@ -74,6 +74,13 @@ def drain(args: argparse.Namespace) -> int:
     return _wait(args, run_dir, lambda now: all(w.name != args.worker for w in now.workers), f"{args.worker}: drained")
 
 
+def preflight(args: argparse.Namespace) -> int:
+    """One line per check; exit code 2 if one fails that a worker needs."""
+    from deploy.preflight import run
+
+    return run(_load(args.config, args.overrides).config, args.role, print)
+
+
 def model_make(args: argparse.Namespace) -> int:
     """Write a synthetic checkpoint."""
     from llm_engine.models.synthetic import make_checkpoint

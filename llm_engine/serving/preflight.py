@@ -11,6 +11,7 @@ import psutil
 
 from llm_engine.api.config import ClusterConfig, WorkerConfig
 from llm_engine.api.errors import ConfigError
+from llm_engine.serving import host_checks
 
 _HEADROOM = 1.1  # weights are read through the page cache, and the step needs activations
 _CGROUP = Path("/sys/fs/cgroup")
@@ -20,6 +21,8 @@ def check(config: ClusterConfig, *, uses_control_port: bool) -> None:
     """Everything that can be known from the configuration and the host. Raises ConfigError."""
     check_checkpoint(config.model.path)
     hold_ports(config.worker, uses_control_port=uses_control_port).close()
+    for host_check in host_checks.required.values():
+        host_check(config)
 
 
 def check_checkpoint(path: Path) -> None:

@@ -22,6 +22,7 @@ SURFACE = {
     "baton status": ["--json", "--run-dir"],
     "baton scale": ["POOL", "N", "--timeout", "--no-wait", "--run-dir"],
     "baton drain": ["WORKER", "--timeout", "--no-wait", "--run-dir"],
+    "baton preflight": ["--config", "--set", "--role"],
     "baton model": [],
     "baton model make": ["SIZE", "--out", "--seed", "--dtype", "--fp8", "--random"],
     "baton model inspect": ["DIR", "--json"],
