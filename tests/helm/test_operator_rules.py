@@ -1,6 +1,6 @@
 """What the KubeRay operator and Ray's autoscaler ask of a RayCluster beyond its schema.
 
-The operator's checks (controllers/ray/utils/validation.go) are written out here; the autoscaler's reading is Ray's code.
+The operator's checks (utils/validation.go of KubeRay) are written out here; the autoscaler's reading is Ray's code.
 """
 
 from __future__ import annotations
