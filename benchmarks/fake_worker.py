@@ -281,8 +281,16 @@ class FakeWorker:
         handoff_s = time.monotonic() - sequence.received
         self._send(
             submit.router_id,
-            Started(
-                request_id=submit.request_id, attempt=submit.attempt, handoff_s=handoff_s, exposed_s=0.0, num_bytes=0
+            Deltas(
+                started=[
+                    Started(
+                        request_id=submit.request_id,
+                        attempt=submit.attempt,
+                        handoff_s=handoff_s,
+                        exposed_s=0.0,
+                        num_bytes=0,
+                    )
+                ]
             ),
         )
         tokens, finish = sequence.draw(1)  # restates the first token

@@ -2,7 +2,7 @@
 
 Both speak the real request plane at addresses of their own, but live in one thread: the hand-off between them is a
 Python call. Whatever has arrived is answered at once and together: the first tokens in one frame from the prefill side,
-then one `Started` a sequence and all other tokens in one frame from the decode side. No cache, no pace, no cancels.
+all others in one frame from the decode side. No cache, no pace, no cancels.
 
     python -m benchmarks.stub_worker
 """
@@ -140,14 +140,8 @@ class StubPair:
     def _answer(self, route: bytes, submits: list[Submit], received: float) -> None:
         """All tokens of these sequences, as both workers tell them."""
         self.prefill.send(route, Deltas(items=[_first(submit, received) for submit in submits]))
-        for submit in submits:
-            self.decode.send(
-                route,
-                Started(
-                    request_id=submit.request_id, attempt=submit.attempt, handoff_s=0.0, exposed_s=0.0, num_bytes=0
-                ),
-            )
-        self.decode.send(route, Deltas(items=[_all(submit) for submit in submits]))
+        started = [_taken_over(submit) for submit in submits]
+        self.decode.send(route, Deltas(items=[_all(submit) for submit in submits], started=started))
 
 
 def _first(submit: Submit, received: float) -> TokenDelta:
@@ -161,6 +155,10 @@ def _first(submit: Submit, received: float) -> TokenDelta:
         cached_tokens=0,
         times=StageTimes(compute_s=time.monotonic() - received),
     )
+
+
+def _taken_over(submit: Submit) -> Started:
+    return Started(request_id=submit.request_id, attempt=submit.attempt, handoff_s=0.0, exposed_s=0.0, num_bytes=0)
 
 
 def _all(submit: Submit) -> TokenDelta:

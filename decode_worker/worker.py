@@ -16,7 +16,7 @@ from kv_transfer.metrics import HandoffReport
 from kv_transfer.receiver import HandoffServer
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LeaseRevoked, TransferError
-from llm_engine.api.messages import Cancel, Role, Started, Submit, WorkerInfo
+from llm_engine.api.messages import Cancel, Deltas, Role, Started, Submit, WorkerInfo
 from llm_engine.sched import Reservation, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
@@ -106,7 +106,7 @@ class DecodeWorker(Worker[Reservation]):
             exposed_s=report.exposed_s,
             num_bytes=report.num_bytes,
         )
-        self._plane.send(submit.router_id, started)
+        self._plane.send(submit.router_id, Deltas(started=[started]))
 
     # -- peers --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """One HTTP/1.1 connection: httptools turns its bytes into exchanges, which are served one after the other.
 
-        idle ──first byte──▶ head ──complete──▶ open: a task serves it ──answered──▶ idle, or the next pipelined one
+        idle ──first byte──▶ head ──complete──▶ open: the task serves it ──answered──▶ idle, or the next pipelined one
           │                    │                  │
           └── KEEP_ALIVE_S ────┴── HEAD_TIMEOUT_S │ client leaves: the task is cancelled;
               later: closed                       │ client does not read for `stall_s`: aborted, which is the same
@@ -40,9 +40,10 @@ class Connection(asyncio.Protocol):
         self.deadline = math.inf  # of what is awaited from an idle client; the server closes the connection after it
         self._loop = loop
         self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Exchange] = deque()  # to be served
         self._open: Exchange | None = None  # being served
-        self._task: asyncio.Task[None] | None = None  # serves it
-        self._queue: deque[Exchange] = deque()  # pipelined behind it
+        self._task: asyncio.Task[None] | None = None  # serves them
+        self._idle: asyncio.Future[None] | None = None  # what the task waits for while there is nothing to serve
         self._incoming: Exchange | None = None  # whose body is arriving
         self._last = False  # no request is begun after the open one
         self._in_head = False  # a head has begun and is not complete
@@ -66,10 +67,11 @@ class Connection(asyncio.Protocol):
         self._queue.clear()
         if self._stalled is not None:
             self._stalled.cancel()
-        if self._open is not None and self._task is not None:
+        if self._open is not None:
             self._open.client_gone = True
+        if self._task is not None and (self._open is not None or self._idle is not None):
             self._task.cancel()
-            self._open = self._task = None
+        self._open = None
         del self._parser  # it refers back to this object
 
     def data_received(self, data: bytes) -> None:
@@ -101,8 +103,6 @@ class Connection(asyncio.Protocol):
         if not self._drained.done():
             self._drained.set_result(None)
         self._stalled = self._drained = None
-        if self._open is None:
-            self._next()
 
     # httptools
 
@@ -123,7 +123,6 @@ class Connection(asyncio.Protocol):
         if self._last:
             return
         parser = self._parser
-        self.deadline = math.inf
         url = self._url
         if not url.startswith(b"/"):
             parsed = httptools.parse_url(url)
@@ -139,10 +138,13 @@ class Connection(asyncio.Protocol):
             keeps_alive=parser.should_keep_alive(),
             chunks=parser.get_http_version() == "1.1",
         )
-        if self._open is None and self._drained is None:
-            self._begin(exchange)
-        elif len(self._queue) < MAX_PIPELINED:
-            self._queue.append(exchange)
+        self._queue.append(exchange)
+        if self._task is None:
+            self._task = self._loop.create_task(self._serve())
+        elif self._idle is not None:
+            if not self._idle.done():
+                self._idle.set_result(None)
+        elif len(self._queue) <= MAX_PIPELINED:
             self.transport.pause_reading()
         else:
             self.transport.abort()
@@ -166,12 +168,12 @@ class Connection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """The open exchange has its whole answer."""
-        self._open = self._task = None
+        self._open = None
         if self._last or not exchange.keeps_alive or self.server.draining:
             self._last = True
             self.transport.close()
-        elif self._drained is None:
-            self._next()
+        else:
+            self.deadline = self.server.now + (HEAD_TIMEOUT_S if self._in_head else KEEP_ALIVE_S)
 
     # for the server
 
@@ -183,23 +185,23 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def abort(self) -> asyncio.Task[None] | None:
-        """Drop the connection; returns the task of its open request, which is cancelled soon."""
+        """Drop the connection; returns its task, which is cancelled soon."""
         self.transport.abort()
         return self._task
 
-    def _begin(self, exchange: Exchange) -> None:
-        self._open = exchange
-        self._task = self._loop.create_task(self.server.application(exchange))
-
-    def _next(self) -> None:
-        """Serve the next pipelined request, or wait for one."""
-        if self.transport.is_closing():
-            return
-        if self._queue:
-            self._begin(self._queue.popleft())
-            return
-        self.transport.resume_reading()
-        self.deadline = self.server.now + (HEAD_TIMEOUT_S if self._in_head else KEEP_ALIVE_S)
+    async def _serve(self) -> None:
+        """The task: one exchange after the other, as long as there is a client."""
+        while not self.transport.is_closing():
+            if not self._queue:
+                self.transport.resume_reading()
+                self._idle = self._loop.create_future()
+                await self._idle
+                self._idle = None
+                continue
+            await self.drained()
+            self.deadline = math.inf
+            self._open = self._queue.popleft()
+            await self.server.application(self._open)
 
     def _bound_head(self, num_bytes: int) -> None:
         if not self._completed:  # else an unknown part of the data belonged to the previous request
@@ -213,6 +215,6 @@ class Connection(asyncio.Protocol):
         """What arrived is no request: say so, unless another one's answer is due, and close."""
         self._last = True
         self._incoming = None
-        if self._open is None:
+        if self._open is None and not self._queue:
             self._open = Exchange(self, "", "", keeps_alive=False, chunks=True)
             self._open.respond(400, error_body(RequestError(reason)))

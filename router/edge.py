@@ -12,7 +12,7 @@ from router.chat.format import ChatFormat, load_chat_format
 from router.dispatch_api import Dispatcher, EdgeMetrics
 from router.logprobs import LogprobFormatter
 from router.sampling import Limits
-from router.tokenizer import Segment, Tokenizer
+from router.tokenizer import INLINE_CHARS, Segment, Tokenizer
 
 MAX_SEQUENCES = 128  # prompts times choices of one HTTP request
 
@@ -67,6 +67,8 @@ class Edge:
     async def encode(self, segments: tuple[Segment, ...]) -> list[int]:
         """Token ids of a prompt. Raises RequestError for one that can't fit, without tokenising it."""
         size = sum([len(segment.text) for segment in segments])
+        if size <= INLINE_CHARS:
+            return self.tokenizer.encode(segments)
         if size > self.dispatcher.max_model_len * self.tokenizer.longest_token:
             raise RequestError(
                 f"a prompt of {size} characters can't fit into {self.dispatcher.max_model_len} tokens", param="prompt"

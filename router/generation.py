@@ -64,12 +64,12 @@ class Job(msgspec.Struct, kw_only=True):
     def usage(self) -> Usage:
         """Token counts so far."""
         num_prompt = sum(map(len, self.prompts))
-        num_output = sum(stream.num_tokens for stream in self.streams)
+        num_output = sum([stream.num_tokens for stream in self.streams])
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
-            prompt_tokens_details=PromptDetails(sum(stream.cached_tokens for stream in self.streams[:: self.n])),
+            prompt_tokens_details=PromptDetails(sum([stream.cached_tokens for stream in self.streams[:: self.n]])),
         )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from llm_engine.api.errors import DeadlineExceeded, PromptTooLong, RequestError, ServingError
-from llm_engine.api.messages import Deltas, Failed, Started
+from llm_engine.api.messages import Failed, Started
 from llm_engine.api.request import TokenDelta
 from router.flight import Flight, Phase
 from router.journal import Applied
@@ -40,24 +40,30 @@ class Inbox:
 
     def accept(self, worker: Worker, message: WorkMessage) -> None:
         """Handle one message."""
-        if isinstance(message, Deltas):
-            self._deltas(message.items)
+        if isinstance(message, Failed):
+            flight = self._running(message.request_id, message.attempt)
+            if flight is not None:
+                self._failed(flight, worker, message)
             return
-        flight = self._flights.get(message.request_id)
-        if flight is None or flight.phase is not Phase.RUNNING or message.attempt != flight.journal.attempt:
-            return  # of an attempt that was given up
-        if isinstance(message, Started):
-            self._started(flight, worker, message)
-        else:
-            self._failed(flight, worker, message)
+        for started in message.started:
+            flight = self._running(started.request_id, started.attempt)
+            if flight is not None:
+                self._started(flight, worker, started)
+        self._deltas(message.items)
 
     def lost(self, worker: Worker, attempts: Mapping[str, int], cause: str) -> None:
         """Recover what the loss of a worker interrupts. What decode took over is no attempt of prefill any more."""
         for request_id, attempt in attempts.items():
-            flight = self._flights.get(request_id)
-            if flight is None or flight.phase is not Phase.RUNNING or flight.journal.attempt != attempt:
-                continue
-            self._lifecycle.recover(flight, f"{'decode' if worker is flight.decode else 'prefill'}_{cause}")
+            flight = self._running(request_id, attempt)
+            if flight is not None:
+                self._lifecycle.recover(flight, f"{'decode' if worker is flight.decode else 'prefill'}_{cause}")
+
+    def _running(self, request_id: str, attempt: int) -> Flight | None:
+        """None: the attempt was given up."""
+        flight = self._flights.get(request_id)
+        if flight is None or flight.phase is not Phase.RUNNING or flight.journal.attempt != attempt:
+            return None
+        return flight
 
     def _deltas(self, items: list[TokenDelta]) -> None:
         now = self._clock()
@@ -92,8 +98,8 @@ class Inbox:
         """The first new token of an attempt: prefill is done."""
         journal, since = flight.journal, now - flight.arrived
         flight.first_of_attempt = False
-        journal.record.first_token_s = since
-        journal.record.times = delta.times
+        record = journal.record
+        record.first_token_s, record.times = since, delta.times
         if flight.booking is not None:
             flight.booking.prefilled()
         flight.strikes, flight.avoid = 0, frozenset()

@@ -95,9 +95,10 @@ class Journal(msgspec.Struct, kw_only=True):
     def end(self, outcome: str, ended_s: float) -> None:
         """Close the current attempt: whatever still arrives from it is void."""
         self.live = False
-        if self.attempts and self.record.ended_s is None:
-            self.record.ended_s = ended_s
-            self.record.outcome = outcome
+        record = self.attempts[-1] if self.attempts else None
+        if record is not None and record.ended_s is None:
+            record.ended_s = ended_s
+            record.outcome = outcome
 
     def apply(self, delta: TokenDelta) -> Applied:
         """Take in a delta of any attempt, in any order, any number of times."""

@@ -231,7 +231,7 @@ class Lifecycle:
         flight.ended_s = now - flight.arrived
         del self.flights[flight.request_id]
         finish, steps = flight.journal.finish, len(flight.journal.output) - 1
-        label = finish.value if outcome == "finished" and finish is not None else outcome
+        label = finish if outcome == "finished" and finish is not None else outcome
         tpot_s = (flight.ended_s - flight.first_s) / steps if flight.first_s is not None and steps > 0 else None
         self._metrics.finished(label, flight.ended_s, tpot_s)
         self.timelines.add(flight)

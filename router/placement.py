@@ -9,7 +9,7 @@ from llm_engine.api.request import pack_tokens
 from router.flight import Flight
 from router.ledger import Booking
 from router.membership import Membership
-from router.policy import Choice, DecodeState, Demand, Policy, PrefillState, Shortage, blocks_needed, kind, max_tokens
+from router.policy import DecodeState, Demand, Policy, PrefillState, Shortage, blocks_needed, kind, max_tokens
 from router.worker import Worker
 
 MAX_TRIES = 4  # workers whose send queue is full before the attempt waits for the next occasion
@@ -59,18 +59,28 @@ class Placer:
         demand = Demand(len(flight.tokens), flight.journal.num_left, flight.avoid)
         prefills, decodes, both = pool(Role.PREFILL), pool(Role.DECODE), pool(Role.AGGREGATED)
         for _ in range(MAX_TRIES):
-            choice = self._policy(
-                demand,
-                [_prefill_state(worker, flight) for worker in prefills],
-                [_decode_state(worker, flight) for worker in decodes],
-                [(_prefill_state(worker, flight), _decode_state(worker, flight)) for worker in both],
-            )
+            prefill_states = [_prefill_state(worker, flight) for worker in prefills]
+            decode_states = [_decode_state(worker, flight) for worker in decodes]
+            both_states = [(_prefill_state(worker, flight), _decode_state(worker, flight)) for worker in both]
+            choice = self._policy(demand, prefill_states, decode_states, both_states)
             if isinstance(choice, Shortage):
                 return choice
-            prefill = both[choice.prefill] if choice.decode is None else prefills[choice.prefill]
-            decode = prefill if choice.decode is None else decodes[choice.decode]
+            if choice.decode is None:
+                prefill = decode = both[choice.prefill]
+                blocks = blocks_needed(demand, both_states[choice.prefill][1])
+            else:
+                prefill, decode = prefills[choice.prefill], decodes[choice.decode]
+                blocks = blocks_needed(demand, decode_states[choice.decode])
             if prefill.send(self._submit(flight, prefill, decode)):
-                booking = _book(flight, demand, prefill, decode, choice)
+                booking = Booking(
+                    prefill.ledger,
+                    decode.ledger,
+                    prefill.prefix,
+                    demand.num_tokens - choice.hit_tokens,
+                    blocks,
+                    _digests(prefill, flight) if prefill.prefix.in_step else (),
+                )
+                booking.open()
                 return Placement(prefill, decode, booking, choice.hit_tokens, choice.ttft_s)
             prefills = [worker for worker in prefills if worker is not prefill]
             both = [worker for worker in both if worker is not prefill]
@@ -118,17 +128,3 @@ def _hit_tokens(worker: Worker, flight: Flight) -> int:
 def _digests(worker: Worker, flight: Flight) -> list[bytes]:
     info = worker.known
     return flight.chain.digests(flight.tokens, info.format_id, info.block_tokens)
-
-
-def _book(flight: Flight, demand: Demand, prefill: Worker, decode: Worker, choice: Choice) -> Booking:
-    """Note on the workers' ledgers what the attempt takes."""
-    booking = Booking(
-        prefill=prefill.ledger,
-        decode=decode.ledger,
-        prefix=prefill.prefix,
-        tokens=demand.num_tokens - choice.hit_tokens,
-        blocks=blocks_needed(demand, decode.known, _hit_tokens(decode, flight)),
-        digests=_digests(prefill, flight) if prefill.prefix.in_step else (),
-    )
-    booking.open()
-    return booking

@@ -141,16 +141,16 @@ def can_decode(demand: Demand, info: WorkerInfo) -> bool:
     return demand.num_tokens + demand.max_output <= max_tokens(info)
 
 
-def blocks_needed(demand: Demand, info: WorkerInfo, hit_tokens: int) -> int:
+def blocks_needed(demand: Demand, state: DecodeState) -> int:
     """New blocks for the prompt and its first output tokens."""
-    block = info.block_tokens
-    tokens = min(demand.num_tokens + min(demand.max_output, block), max_tokens(info))
-    return -(-tokens // block) - hit_tokens // block
+    block = state.info.block_tokens
+    tokens = min(demand.num_tokens + min(demand.max_output, block), max_tokens(state.info))
+    return -(-tokens // block) - state.hit_tokens // block
 
 
 def has_room(demand: Demand, state: DecodeState) -> bool:
     """Whether the blocks are there. An idle worker always has room for what fits it: cached blocks can be evicted."""
-    return state.idle or blocks_needed(demand, state.info, state.hit_tokens) <= state.blocks_available
+    return state.idle or blocks_needed(demand, state) <= state.blocks_available
 
 
 def work_together(prefill: PrefillState, decode: DecodeState) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Iterable
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import msgspec
 
 from llm_engine.api.messages import Role
+from llm_engine.api.request import FinishReason
 from router.flight import Flight
 from router.journal import AttemptRecord
 from router.worker import LinkState, Worker
@@ -25,7 +26,7 @@ class Timeline(msgspec.Struct):
     num_prompt: int
     num_output: int
     cached_tokens: int | None
-    finish: str | None
+    finish: FinishReason | None
     error: str | None
     first_token_s: float | None
     ended_s: float | None
@@ -42,7 +43,7 @@ class Timeline(msgspec.Struct):
             num_prompt=journal.num_prompt,
             num_output=len(journal.output),
             cached_tokens=journal.cached_tokens,
-            finish=journal.finish.value if journal.finish is not None else None,
+            finish=journal.finish,
             error=str(flight.error) if flight.error is not None else None,
             first_token_s=flight.first_s,
             ended_s=flight.ended_s,
@@ -60,23 +61,19 @@ class TimelineLog:
     """The timelines of the last requests that ended."""
 
     def __init__(self, capacity: int = MAX_TIMELINES) -> None:
-        self._capacity = capacity
-        self._timelines: OrderedDict[str, Timeline] = OrderedDict()
+        self._timelines: deque[Timeline] = deque(maxlen=capacity)
 
     def add(self, flight: Flight) -> None:
         """Keep the timeline of a request that is over."""
-        self._timelines[flight.request_id] = Timeline.of(flight)
-        if len(self._timelines) > self._capacity:
-            self._timelines.popitem(last=False)
+        self._timelines.append(Timeline.of(flight))
 
     def get(self, request_id: str) -> Timeline | None:
         """None: unknown, or too long ago."""
-        return self._timelines.get(request_id)
+        return next((timeline for timeline in self._timelines if timeline.request_id == request_id), None)
 
     def recent(self, count: int) -> list[dict[str, Any]]:
         """The last requests, newest first."""
-        newest = list(reversed(self._timelines.values()))[:count]
-        return [timeline.as_json() for timeline in newest]
+        return [timeline.as_json() for timeline in islice(reversed(self._timelines), count)]
 
 
 def worker_status(worker: Worker, now: float) -> dict[str, Any]:

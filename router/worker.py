@@ -27,7 +27,6 @@ from llm_engine.api.messages import (
     Message,
     Peer,
     SnapshotRequest,
-    Started,
     Welcome,
     WorkerInfo,
     WorkerMessage,
@@ -39,8 +38,8 @@ from router.prefix_map import PrefixMap
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_RETRY_S = 1.0
-WorkMessage = Deltas | Started | Failed
-_WORK_MESSAGES = (Deltas, Started, Failed)
+WorkMessage = Deltas | Failed
+_WORK_MESSAGES = (Deltas, Failed)
 
 
 class LinkState(enum.StrEnum):

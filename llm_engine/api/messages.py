@@ -16,7 +16,7 @@ import msgspec
 from llm_engine.api.errors import ProtocolError
 from llm_engine.api.request import SamplingParams, TokenDelta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 << 20
 _MAC_BYTES = 16
 
@@ -105,13 +105,7 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     info: WorkerInfo
 
 
-class Deltas(Message, frozen=True, kw_only=True, tag="deltas"):
-    """All new tokens of one step for one router: one message a step, however many streams."""
-
-    items: list[TokenDelta]
-
-
-class Started(Message, frozen=True, kw_only=True, tag="started"):
+class Started(msgspec.Struct, frozen=True, kw_only=True):
     """The decode worker owns the sequence: the loss of its prefill worker no longer matters."""
 
     request_id: str
@@ -119,6 +113,13 @@ class Started(Message, frozen=True, kw_only=True, tag="started"):
     handoff_s: float
     exposed_s: float
     num_bytes: int
+
+
+class Deltas(Message, frozen=True, kw_only=True, tag="deltas"):
+    """All news of one step for one router: one message a step, however many streams. `started` precedes `items`."""
+
+    items: list[TokenDelta] = []
+    started: list[Started] = []
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -176,7 +177,7 @@ class Members(Message, frozen=True, kw_only=True, tag="members"):
 
 
 RouterMessage = Hello | Submit | Cancel | Drain | SnapshotRequest
-WorkerMessage = Welcome | Deltas | Started | Failed | Load | KvEvents | KvSnapshot
+WorkerMessage = Welcome | Deltas | Failed | Load | KvEvents | KvSnapshot
 
 T = TypeVar("T")
 

@@ -235,14 +235,14 @@ class MiniRouter:
             case Load():
                 self.loads[name] = message
             case Deltas():
+                for started in message.started:
+                    stream = self._current(name, started)
+                    if stream is not None:
+                        stream.started.append(started)
                 for delta in message.items:
                     stream = self._current(name, delta)
                     if stream is not None:
                         stream.take(name, delta)
-            case Started():
-                stream = self._current(name, message)
-                if stream is not None:
-                    stream.started.append(message)
             case Failed():
                 stream = self._current(name, message)
                 if stream is not None:

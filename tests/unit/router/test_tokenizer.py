@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -58,6 +58,7 @@ def test_untrusted_text_never_becomes_a_special_token(pieces: list[str]) -> None
 @given(st.lists(st.tuples(st.text(max_size=12), st.booleans()), max_size=6))
 def test_cutting_a_text_into_segments_does_not_change_its_ids(pieces: list[tuple[str, bool]]) -> None:
     whole = "".join(text for text, _ in pieces)
+    assume(not any(text in whole for text in ADDED))
     ids = OURS.encode([Segment(text, trusted) for text, trusted in pieces])
     assert ids == REFERENCE.encode(whole, add_special_tokens=False).ids
 
