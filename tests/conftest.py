@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read when Triton is first imported, which other libraries do too. Set it to 0 to test on an accelerator.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def make(size: str, out_dir: Path, **options: Any) -> Path:

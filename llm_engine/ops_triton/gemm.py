@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, dot, dot_e4m3, inline, kernel
+from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, dot, inline, kernel
 from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, quantise_rows
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
 
@@ -207,7 +207,7 @@ def scaled_group(
     b = tl.load(weight_at + inner[:, None], mask=column_mask[None, :], other=0.0)
     scale = tl.load(x_scale_at + group, mask=row_mask, other=0.0)[:, None]
     scale = scale * tl.load(weight_scale_at + group, mask=column_mask, other=0.0)[None, :]
-    return dot_e4m3(a, b) * scale
+    return dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32)) * scale
 
 
 @kernel

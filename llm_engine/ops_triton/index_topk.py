@@ -19,7 +19,6 @@ from llm_engine.ops_triton.lang import (
     Ptr,
     ceil_div,
     dot,
-    dot_e4m3,
     e4m3_ptr,
     kernel,
     load_angles,
@@ -67,9 +66,9 @@ def _turned(
     dtype = torch.uint8 if fp8 else query_RhD.dtype
     turned_NhD = query_RhD.new_empty(plan.num_rows, heads, width, dtype=dtype)
     g_Nh = query_RhD.new_empty(plan.num_rows, heads, dtype=torch.float32)
-    _turn[(plan.num_rows, heads)](
+    _turn[(plan.num_rows,)](
         query_RhD, g_Rh, plan.cos_RJ, plan.sin_RJ, turned_NhD, g_Nh, *query_RhD.stride()[:2], g_Rh.stride(0),
-        heads, width, tile_size(width), pairs, tile_size(pairs), interleaved, fp8, num_warps=1,
+        heads, tile_size(heads), width, tile_size(width), pairs, tile_size(pairs), interleaved, fp8, num_warps=4,
     )  # fmt: skip
     return turned_NhD, g_Nh
 
@@ -99,6 +98,7 @@ def _turn(
     head_stride: int,
     g_stride: int,
     HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     J: tl.constexpr,
@@ -106,31 +106,34 @@ def _turn(
     INTERLEAVED: tl.constexpr,
     FP8: tl.constexpr,
 ) -> None:
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    source, target = query + row * row_stride + head * head_stride, out + (row * HEADS + head) * D
-    column = tl.arange(0, D_TILE)
-    rest = (column >= 2 * J) & (column < D)
+    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEAD_TILE)
+    head_mask = head[:, None] < HEADS
+    source = query + row * row_stride + head[:, None] * head_stride
+    target = out + (row * HEADS + head[:, None]) * D
+    column = tl.arange(0, D_TILE)[None, :]
+    rest = head_mask & (column >= 2 * J) & (column < D)
     plain = tl.load(source + column, mask=rest, other=0.0).to(tl.float32)
     c, s = load_angles(cos, sin, row, J, J_TILE)
     first, second = pair_columns(J, J_TILE, INTERLEAVED)
-    paired = tl.arange(0, J_TILE) < J
+    first, second = first[None, :], second[None, :]
+    paired = head_mask & (tl.arange(0, J_TILE)[None, :] < J)
     a = tl.load(source + first, mask=paired, other=0.0).to(tl.float32)
     b = tl.load(source + second, mask=paired, other=0.0).to(tl.float32)
-    a, b = a * c - b * s, b * c + a * s
-    weight = tl.load(g + row * g_stride + head).to(tl.float32)
+    a, b = a * c[None, :] - b * s[None, :], b * c[None, :] + a * s[None, :]
+    weight = tl.load(g + row * g_stride + head, mask=head < HEADS, other=0.0).to(tl.float32)
     if FP8:
-        amax = tl.maximum(tl.max(tl.abs(plain), 0), tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0))
+        amax = tl.maximum(tl.max(tl.abs(plain), 1), tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1))
         scale = ue8m0(amax)
         weight = weight * scale
         target = e4m3_ptr(target)
-        tl.store(target + column, to_e4m3(plain / scale), mask=rest)
-        tl.store(target + first, to_e4m3(a / scale), mask=paired)
-        tl.store(target + second, to_e4m3(b / scale), mask=paired)
+        tl.store(target + column, to_e4m3(plain / scale[:, None]), mask=rest)
+        tl.store(target + first, to_e4m3(a / scale[:, None]), mask=paired)
+        tl.store(target + second, to_e4m3(b / scale[:, None]), mask=paired)
     else:
         tl.store(target + column, plain.to(out.dtype.element_ty), mask=rest)
         tl.store(target + first, a.to(out.dtype.element_ty), mask=paired)
         tl.store(target + second, b.to(out.dtype.element_ty), mask=paired)
-    tl.store(g_out + row * HEADS + head, weight)
+    tl.store(g_out + row * HEADS + head, weight, mask=head < HEADS)
 
 
 @kernel
@@ -182,7 +185,7 @@ def _scores(
         query_at = query + row * (HEADS * D) + head[None, :] * D + column[:, None]
         q = tl.load(query_at, mask=(head[None, :] < HEADS) & (column[:, None] < D), other=0.0)
         zero = tl.zeros((KEYS, HEAD_TILE), tl.float32)
-        products = dot_e4m3(key, q) if FP8 else dot(key, q, zero)
+        products = dot(key, q, zero)
         weight = tl.load(g + row * HEADS + head, mask=head < HEADS, other=0.0)
         score = tl.sum(tl.where(products > 0, products, 0.0) * weight[None, :], 1) * scale
         at = scores + (row - num_skipped) * num_columns + position

@@ -4,8 +4,7 @@ Kernels are plain Triton: pointers and masks, no descriptors, no inline assembly
 language take them. Arguments named `num_*` vary from step to step and never cause a recompilation; names in capitals
 are constants.
 
-Under TRITON_INTERPRET=1 kernels run on CPU tensors. The interpreter multiplies bf16 by its bits and rounds fp8 in a way
-of its own, so operands are widened, and fp8 is coded by hand, where `INTERPRETED` says so.
+Under TRITON_INTERPRET=1 kernels run on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ Ptr: TypeAlias = tl.tensor  # where a tensor starts in device memory
 Val: TypeAlias = tl.tensor  # a tile, or a number known on the device only
 
 INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
-_WIDEN = tl.constexpr(INTERPRETED)
 
 
 class Kernel(Protocol):
@@ -55,19 +53,7 @@ def tile_size(size: int, least: int = 1) -> int:
 @inline
 def dot(a: Val, b: Val, acc: Val) -> Val:
     """a · b + acc, accumulated in fp32."""
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@inline
-def dot_e4m3(a: Val, b: Val) -> Val:
-    """a · b of e4m3 tiles, accumulated in fp32."""
-    zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-    if _WIDEN:
-        return tl.dot(from_e4m3(a), from_e4m3(b), zero, input_precision="ieee")
-    return tl.dot(a, b, zero)
 
 
 @inline
@@ -110,34 +96,11 @@ def ue8m0(amax: Val) -> Val:
 
 @inline
 def to_e4m3(x: Val) -> Val:
-    """fp32 → e4m3, rounded to nearest even and clamped to ±448; bits (uint8) when interpreted."""
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    if _WIDEN:
-        bits = x.to(tl.int32, bitcast=True)
-        size = bits & 0x7FFFFFFF
-        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-        magnitude = size.to(tl.float32, bitcast=True)
-        tiny = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
-        code = tl.where(magnitude < 0.015625, tiny, normal)
-        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-    return x.to(tl.float8e4nv)
-
-
-@inline
-def from_e4m3(x: Val) -> Val:
-    """e4m3 (bits when interpreted) → fp32."""
-    if _WIDEN:
-        code = x.to(tl.int32)
-        size = code & 0x7F
-        normal = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
-        value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-        return tl.where(code >= 0x80, -value, value)
-    return x.to(tl.float32)
+    """fp32 → e4m3, clamped to ±448: the format has no infinity, larger values would become NaN."""
+    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
 
 
 @inline
 def e4m3_ptr(at: Ptr) -> Ptr:
-    """A byte pointer as one to e4m3 values (or their bits, when interpreted)."""
-    if _WIDEN:
-        return at.to(tl.pointer_type(tl.uint8))
+    """A byte pointer as one to e4m3 values."""
     return at.to(tl.pointer_type(tl.float8e4nv))

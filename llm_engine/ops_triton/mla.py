@@ -25,7 +25,6 @@ from llm_engine.ops_triton.lang import (
     ceil_div,
     dot,
     e4m3_ptr,
-    from_e4m3,
     inline,
     kernel,
     load_angles,
@@ -70,9 +69,9 @@ def mla_attend(
     absorbed_RhC = query_RhD.new_empty(rows, heads, rank + width - plain)
     heads_product(query_RhD[..., :plain], kv_b.absorb_hLD, absorbed_RhC[..., :rank], kv_b.numerics)
     pairs = plan.cos_RJ.shape[1]
-    _turn_rest[(rows, heads)](
-        query_RhD, plan.cos_RJ, plan.sin_RJ, absorbed_RhC, *query_RhD.stride()[:2], heads, plain, rank,
-        pairs, tile_size(pairs), num_warps=1,
+    _turn_rest[(rows,)](
+        query_RhD, plan.cos_RJ, plan.sin_RJ, absorbed_RhC, *query_RhD.stride()[:2], heads, tile_size(heads), plain,
+        rank, pairs, tile_size(pairs), num_warps=4,
     )  # fmt: skip
     latent_RhL = query_RhD.new_empty(rows, heads, rank)
     latent_RhL[plan.num_rows :] = 0
@@ -134,21 +133,25 @@ def _turn_rest(
     row_stride: int,
     head_stride: int,
     HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
     D: tl.constexpr,
     L: tl.constexpr,
     J: tl.constexpr,
     J_TILE: tl.constexpr,
 ) -> None:
     """Rotate the last 2J columns of a query into its place behind the absorbed ones."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEAD_TILE)[:, None]
     source = query + row * row_stride + head * head_stride + D
     target = out + (row * HEADS + head) * (L + 2 * J) + L
     c, s = load_angles(cos, sin, row, J, J_TILE)
+    c, s = c[None, :], s[None, :]
     even, odd = pair_columns(J, J_TILE, True)
-    a = tl.load(source + even, mask=even < 2 * J, other=0.0).to(tl.float32)
-    b = tl.load(source + odd, mask=odd < 2 * J, other=0.0).to(tl.float32)
-    tl.store(target + even, (a * c - b * s).to(out.dtype.element_ty), mask=even < 2 * J)
-    tl.store(target + odd, (b * c + a * s).to(out.dtype.element_ty), mask=odd < 2 * J)
+    even, odd = even[None, :], odd[None, :]
+    mask = (head < HEADS) & (even < 2 * J)
+    a = tl.load(source + even, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + odd, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + even, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(target + odd, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
 
 
 @inline
@@ -162,6 +165,7 @@ def _load_keys(
     E_TILE: tl.constexpr,
     FP8: tl.constexpr,
     GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
 ) -> tuple[Val, Val]:
     """Latents [KEYS, L] and rotated keys [KEYS, E] of cache rows, zero where not seen."""
     column, rest = tl.arange(0, L_TILE), tl.arange(0, E_TILE)
@@ -169,16 +173,17 @@ def _load_keys(
     if FP8:
         groups: tl.constexpr = L // GROUP
         at = plane + slot * (L + 4 * groups + 2 * E)
-        value = from_e4m3(tl.load(e4m3_ptr(at)[:, None] + column[None, :], mask=latent_mask, other=0.0))
+        value = tl.load(e4m3_ptr(at)[:, None] + column[None, :], mask=latent_mask, other=0.0).to(tl.float32)
         scale_at = (at + L).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, groups)[None, :]
         scale = tl.load(scale_at, mask=seen[:, None], other=0.0)
-        keys: tl.constexpr = slot.shape[0]
-        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], (keys, groups, GROUP)), (keys, L))
+        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], (KEYS, groups, GROUP)), (KEYS, L))
+        latent = (value * spread).to(tl.bfloat16)
         rope_at = (at + L + 4 * groups).to(tl.pointer_type(tl.bfloat16))[:, None] + rest[None, :]
-        return (value * spread).to(tl.bfloat16), tl.load(rope_at, mask=rest_mask, other=0.0)
-    at = plane + slot[:, None] * (L + E)
-    latent = tl.load(at + column[None, :], mask=latent_mask, other=0.0)
-    return latent, tl.load(at + L + rest[None, :], mask=rest_mask, other=0.0)
+    else:
+        at = plane + slot[:, None] * (L + E)
+        latent = tl.load(at + column[None, :], mask=latent_mask, other=0.0)
+        rope_at = at + L + rest[None, :]
+    return latent, tl.load(rope_at, mask=rest_mask, other=0.0)
 
 
 @kernel
@@ -232,7 +237,7 @@ def _attend(
             position = tl.load(sel + row * K + position, mask=seen, other=-1)
             seen = position >= 0
         slot = row_slots(table, position, seen, P)
-        latent, rope = _load_keys(plane, slot, seen, L, L_TILE, E, E_TILE, FP8, GROUP)
+        latent, rope = _load_keys(plane, slot, seen, L, L_TILE, E, E_TILE, FP8, GROUP, KEYS)
         score = dot(q_rest, tl.trans(rope), dot(q_latent, tl.trans(latent), tl.zeros((HEAD_TILE, KEYS), tl.float32)))
         score = tl.where(seen[None, :], score * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))

@@ -49,7 +49,7 @@ def pack_mlp(gate_up_2FH: Tensor, down_HF: Tensor, *, dtype: torch.dtype, fp8: b
 
 
 def pack_experts(
-    gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None, fp8: bool, numerics: Numerics
+    gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None, fp8: bool, numerics: Numerics
 ) -> PackedExperts:
     """See `llm_engine.ops.spec.PackExperts`."""
     gate_up, down = _packed(gate_up_E2FH, fp8), _packed(down_EHF, fp8)

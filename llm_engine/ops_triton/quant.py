@@ -14,12 +14,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import INTERPRETED, Ptr, e4m3_ptr, kernel, to_e4m3, ue8m0
+from llm_engine.ops_triton.lang import Ptr, kernel, to_e4m3, ue8m0
 
 BLOCK: Final = 128
 _E4M3_MAX: Final = 448.0
 _MIN_AMAX: Final = 1e-4
-_VALUES: Final = torch.uint8 if INTERPRETED else torch.float8_e4m3fn  # the interpreter sees bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ def can_be_fp8(weight_OI: Tensor) -> bool:
 def quantise_rows(x_RI: Tensor) -> Fp8Rows:
     """Activations in groups of 1×128, quantised on the fly. Rows may be strided."""
     rows, depth = x_RI.shape
-    values_RI = x_RI.new_empty(rows, depth, dtype=_VALUES)
+    values_RI = x_RI.new_empty(rows, depth, dtype=torch.float8_e4m3fn)
     scales_RG = x_RI.new_empty(rows, depth // BLOCK, dtype=torch.float32)
     if rows:
         grid = (rows, depth // BLOCK)
@@ -68,7 +67,7 @@ def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
     scales = torch.ldexp(torch.ones_like(fraction), exponent - (fraction == 0.5).int())
     values = (tiles / scales[..., :, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
     values_OI = values.reshape(padded.shape)[..., :out, :].to(torch.float8_e4m3fn).contiguous()
-    return Fp8Weight(values_OI.view(torch.uint8) if INTERPRETED else values_OI, scales.contiguous())
+    return Fp8Weight(values_OI, scales.contiguous())
 
 
 @kernel
@@ -77,5 +76,5 @@ def _quantise_rows(x: Ptr, values: Ptr, scales: Ptr, x_stride: int, DEPTH: tl.co
     column = group * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + column).to(tl.float32)
     scale = ue8m0(tl.max(tl.abs(value), 0))
-    tl.store(e4m3_ptr(values) + row * DEPTH + column, to_e4m3(value / scale))
+    tl.store(values + row * DEPTH + column, to_e4m3(value / scale))
     tl.store(scales + row * (DEPTH // BLOCK) + group, scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_engine.ops import AttentionPlan, ForwardBatch, Ops
 
 PAIRS = 8
-MAX_POSITIONS = 512
+MAX_POSITIONS = 2048
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Paged:
     def random(
         cls, lengths: Sequence[int], width: int, dtype: torch.dtype, *, block_tokens: int = 8, seed: int = 0
     ) -> Paged:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         needed = [-(-length // block_tokens) for length in lengths]
         ids = random.Random(seed).sample(range(sum(needed) + 3), sum(needed))
         plane = torch.full((sum(needed) + 3, block_tokens, width), torch.nan, dtype=dtype)

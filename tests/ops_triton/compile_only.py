@@ -1,0 +1,154 @@
+"""Compile what passes of the real model launch: `python -m tests.ops_triton.compile_only [--once] exact/bf16/decode …`.
+
+Prints a JSON list with what the assembler says of every kernel: registers, bytes spilled, shared memory. With `--once`
+a kernel is compiled for its first launch only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from llm_engine.ops import ForwardBatch, GateConfig, Ops
+from llm_engine.ops_triton import build_on
+
+META = torch.device("meta")
+BLOCK_TOKENS, HIDDEN, TOPK = 64, 7168, 2048
+
+
+class CompileOnly:
+    """A driver for a card that is not there."""
+
+    compiled: list[Any]
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.compiled = []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+    def load_binary(self, *_args: Any) -> tuple[int, ...]:
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Any:
+        return lambda *_args, **_kwargs: None
+
+    def watch(self, *, once: bool) -> None:
+        """Keep every kernel that is compiled from now on; `once`: let its first form stand for all."""
+        compile_kernel = triton.runtime.jit.JITFunction._do_compile
+
+        def keep(function: Any, *args: Any, **kwargs: Any) -> Any:
+            known = [kernel for kernel in self.compiled if kernel.metadata.name == function.__name__]
+            if once and known:
+                return known[0]
+            kernel = compile_kernel(function, *args, **kwargs)
+            self.compiled.append(kernel)
+            return kernel
+
+        triton.runtime.jit.JITFunction._do_compile = keep
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def batch(num_seqs: int, rows: int, context: int) -> ForwardBatch:
+    """`rows` rows of each of some sequences."""
+    total = num_seqs * rows
+    return ForwardBatch(
+        token_ids_R=tensor(total, dtype=torch.int64),
+        positions_R=tensor(total, dtype=torch.int64),
+        slots_N=tensor(total, dtype=torch.int64),
+        block_tables_SB=tensor(num_seqs, context // BLOCK_TOKENS, dtype=torch.int32),
+        row_starts=tuple(range(0, total + 1, rows)),
+        context_lens=(context,) * num_seqs,
+    )
+
+
+def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
+    """Attention, experts and a dense MLP of the real model."""
+    fp32 = torch.float32
+    x, norm = tensor(len(step.token_ids_R), HIDDEN), tensor(HIDDEN)
+    angles = tensor(163840, 32, dtype=fp32)
+    plan = ops.plan(step, block_tokens=BLOCK_TOKENS, cos_TJ=angles, sin_TJ=angles)
+    x, _ = ops.add_rms_norm(ops.rms_norm(x, norm, 1e-6), x, norm, 1e-6)
+    query, kv, key = ops.linear(x, ops.pack_linear(tensor(2240, HIDDEN))).split([1536, 576, 128], dim=-1)
+    widths, dtype = ((656, 132), torch.uint8) if fp8_pages else ((576, 128), torch.bfloat16)
+    latent, index = (tensor(2000, BLOCK_TOKENS, width, dtype=dtype) for width in widths)
+    ops.write_latent(latent, kv, tensor(512), 1e-6, plan)
+    ops.write_index_keys(index, key, tensor(128, dtype=fp32), tensor(128, dtype=fp32), 1e-6, plan)
+    query = ops.rms_norm(query, tensor(1536), 1e-6)
+    index_query = ops.linear(query, ops.pack_linear(tensor(8192, 1536))).view(-1, 64, 128)
+    weights = ops.linear(x, ops.pack_linear(tensor(64, HIDDEN), fp32=True))
+    sel = ops.index_topk(index_query, weights, index, plan, TOPK)
+    heads = ops.linear(query, ops.pack_linear(tensor(24576, 1536))).view(-1, 128, 192)
+    kv_b = ops.pack_kv_b(tensor(128, 128, 512), tensor(128, 128, 512))
+    for selection in (sel, None):
+        attended = ops.mla_attend(heads, latent, plan, selection, kv_b, 0.135)
+    ops.linear(attended.flatten(1), ops.pack_linear(tensor(HIDDEN, 16384)))
+    logits = ops.linear(x, ops.pack_linear(tensor(256, HIDDEN), fp32=True))
+    config = GateConfig(top_k=8, num_groups=8, top_groups=4, scale=2.5)
+    ids, shares = ops.gate(logits, tensor(256, dtype=fp32), config)
+    shared = ops.pack_mlp(tensor(4096, HIDDEN), tensor(HIDDEN, 2048))
+    ops.moe(x, ids, shares, ops.pack_experts(tensor(256, 4096, HIDDEN), tensor(256, HIDDEN, 2048), shared=shared))
+    ops.mlp(x, ops.pack_mlp(tensor(36864, HIDDEN), tensor(HIDDEN, 18432)))
+    ops.linear(x[:8], ops.pack_linear(tensor(129280, HIDDEN), fp32=True))
+
+
+def report(kernel: Any) -> dict[str, Any]:
+    """What the assembler says."""
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = next(assembler / name for name in ("ptxas-blackwell", "ptxas") if (assembler / name).exists())
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(kernel.asm["ptx"])
+        source.flush()
+        command = [str(tool), "-v", "--gpu-name", "sm_90a", source.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    numbers = [re.search(pattern, said) for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers")]
+    spilled, registers = (int(found.group(1)) for found in numbers if found)
+    return {
+        "name": kernel.metadata.name,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "registers": registers,
+        "spilled": spilled,
+        "tensor_cores": "mma" in kernel.asm["ptx"],
+    }
+
+
+def main(cases: list[str], *, once: bool) -> None:
+    card = CompileOnly()
+    driver.set_active(card)
+    card.watch(once=once)
+    for case in cases:
+        numerics, weights, phase = case.split("/")
+        ops = build_on(META, numerics, torch.bfloat16, fp8=weights == "fp8")  # type: ignore[arg-type]
+        step = batch(16, 2, 65536) if phase == "decode" else batch(1, 4096, 65536)
+        run_layer(ops, step, fp8_pages=weights == "fp8")
+    json.dump([report(kernel) for kernel in card.compiled], sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    main([word for word in words if word != "--once"], once="--once" in words)

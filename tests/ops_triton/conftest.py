@@ -1,0 +1,47 @@
+"""The Triton table under test: interpreted on the CPU, or native with TRITON_INTERPRET=0 on a machine with a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from llm_engine.ops import Ops, load_ops
+from llm_engine.ops_triton.lang import INTERPRETED
+from tests.ops_triton import interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Where the tensors of a test are made unless it says otherwise."""
+    chosen = torch.device("cpu") if INTERPRETED else torch.accelerator.current_accelerator()
+    assert chosen is not None, "TRITON_INTERPRET=0 needs an accelerator"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_device(chosen)
+    with torch.inference_mode():
+        yield chosen
+    torch.set_default_device(None)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=["exact/fp32", "fast/bf16"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    numerics, dtype = request.param.split("/")
+    return load_ops("triton", numerics, dtype)
+
+
+@pytest.fixture(scope="session")
+def exact() -> Ops:
+    return load_ops("triton", "exact", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exact_bf16() -> Ops:
+    return load_ops("triton", "exact", "bf16")
