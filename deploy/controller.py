@@ -77,7 +77,7 @@ class Controller:
         """`launch_router` None: routers run elsewhere. `store`: of the desired state (default: the run directory)."""
         self._config, self._run_dir = config, run_dir
         self._launch_router = launch_router
-        self._pools = Pools(config.pools, store or run_dir)
+        self._pools = Pools(config.pools, store or run_dir, max_cards=config.autoscaler.max_cards)
         self._fleet = Fleet(config, launch_worker)
         self._router = RouterStatus(ready=launch_router is None)
         self._autoscaler = Autoscaler(config.autoscaler, self._pools, self._fleet, lambda: self._router.url)
@@ -135,7 +135,8 @@ class Controller:
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             self._pools.changed.clear()
-            steps = desired.plan(self._pools.sizes, self._fleet.present())
+            pools = self._pools
+            steps = desired.plan(pools.sizes, self._fleet.present(), pools.cards, pools.max_cards)
             for name in steps.drain:
                 self._fleet.drain(name, self._config.worker.drain_timeout_s)
             for _, name in steps.start:

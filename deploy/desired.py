@@ -107,14 +107,35 @@ def scaled(desired: Mapping[str, int], pool: str, replicas: int, pools: PoolsCon
     return {**desired, pool: replicas}
 
 
-def plan(desired: Mapping[str, int], present: Collection[Present]) -> Plan:
-    """Fill each pool with the lowest free names; shrink it from the highest."""
+def cards_of(sizes: Mapping[str, int], pools: PoolsConfig) -> int:
+    """Cards that pools of these sizes hold."""
+    return sum(size * int(getattr(pools, pool).cards) for pool, size in sizes.items())
+
+
+def plan(
+    desired: Mapping[str, int],
+    present: Collection[Present],
+    cards: Mapping[str, int] | None = None,
+    max_cards: int | None = None,
+) -> Plan:
+    """Fill each pool with the lowest free names; shrink it from the highest.
+
+    With a budget, a worker starts only once its `cards` are free: one that still drains holds its own, so a replica
+    that changes pools drains first and comes back in its new role afterwards.
+    """
+    free = None
+    if max_cards is not None and cards is not None:
+        free = max_cards - sum(cards.get(worker.pool, 0) for worker in present)
     taken = {worker.name for worker in present}
     start: list[tuple[str, str]] = []
     drain: list[str] = []
     for pool, wanted in desired.items():
         active = sorted((w.name for w in present if w.pool == pool and not w.draining), key=index_of)
-        start.extend((pool, name) for name in itertools.islice(_free_names(pool, taken), max(0, wanted - len(active))))
+        missing = max(0, wanted - len(active))
+        if free is not None and cards is not None and cards.get(pool, 0) > 0:
+            missing = max(0, min(missing, free // cards[pool]))
+            free -= missing * cards[pool]
+        start.extend((pool, name) for name in itertools.islice(_free_names(pool, taken), missing))
         drain.extend(reversed(active[wanted:]))
     return Plan(tuple(start), tuple(drain))
 

@@ -11,6 +11,7 @@ from deploy import desired
 from deploy.desired import Desired, DesiredStore
 from llm_engine.api.config import PoolConfig, PoolsConfig
 from llm_engine.api.control import Change, PoolStatus
+from llm_engine.api.errors import RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -18,7 +19,16 @@ _log = logging.getLogger(__name__)
 class Pools:
     """Sizes of the pools, their bounds, and the store that keeps them. Belongs to one asyncio loop."""
 
-    def __init__(self, configured: PoolsConfig, store: DesiredStore, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        configured: PoolsConfig,
+        store: DesiredStore,
+        clock: Callable[[], float] = time.time,
+        *,
+        max_cards: int | None = None,
+    ) -> None:
+        """`max_cards`: of all pools together; None: no budget."""
+        self.max_cards = max_cards
         self._configured = configured
         self._store = store
         self._clock = clock
@@ -30,6 +40,11 @@ class Pools:
     def sizes(self) -> Mapping[str, int]:
         """Replicas wanted, by pool."""
         return self._desired.replicas
+
+    @property
+    def cards(self) -> Mapping[str, int]:
+        """Cards per replica, by pool."""
+        return {pool: self.settings(pool).cards for pool in desired.POOLS}
 
     @property
     def changes(self) -> list[Change]:
@@ -50,9 +65,16 @@ class Pools:
             await self._save(wanted)
 
     async def scale(self, pool: str, replicas: int, *, by: str, reason: str = "") -> None:
-        """Resize one pool within its bounds. Raises RequestError."""
+        """Resize one pool within its bounds and the card budget. Raises RequestError."""
         async with self._writing:
             sizes = desired.scaled(self._desired.replicas, pool, replicas, self._configured)
+            needed = desired.cards_of(sizes, self._configured)
+            if self.max_cards is not None and self.max_cards < needed > desired.cards_of(self.sizes, self._configured):
+                raise RequestError(
+                    f"replicas={replicas}: the pools would hold {needed} cards, autoscaler.max_cards={self.max_cards}; "
+                    "scale another pool down first",
+                    param="replicas",
+                )
             await self._save(desired.resized(self._desired, sizes, at=self._clock(), by=by, reasons={pool: reason}))
 
     async def move(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.e2e.conftest import MAX_CARDS
 from tests.e2e.site import Json, Site, worker_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -71,6 +72,21 @@ def members(status: Json, pool: str) -> list[str]:
     return [worker["name"] for worker in status["workers"] if worker["role"] == pool]
 
 
+def flip(site: Site) -> None:
+    """With every card in use, a prefill worker becomes a decode worker: drained first, back in its new role after."""
+    refused = put(site, "decode", 3)
+    assert refused.status_code == 409
+    assert f"autoscaler.max_cards={MAX_CARDS}" in refused.json()["error"]["message"]
+    assert site.baton("scale", "prefill", "1", "--no-wait").returncode == 0
+    assert put(site, "decode", 3, reason="role flip").status_code == 200
+
+    def flipped(now: Json) -> bool:
+        assert len(now["workers"]) <= MAX_CARDS, now["workers"]
+        return bool(now["ready"] and now["pools"]["decode"]["ready"] == 3 and members(now, "prefill") == ["prefill-0"])
+
+    site.until(flipped)
+
+
 def test_pools_scale_apart_under_traffic(shared_site: Site) -> None:
     traffic = Traffic(shared_site)
     with traffic:
@@ -79,20 +95,20 @@ def test_pools_scale_apart_under_traffic(shared_site: Site) -> None:
         assert (up.returncode, up.stdout) == (0, "prefill: 2 ready\n"), up.stderr
         both = shared_site.until(lambda now: now["ready"] and now["pools"]["decode"]["ready"] == 2)
         assert members(both, "prefill") == ["prefill-0", "prefill-1"]
+        flip(shared_site)
         assert put(shared_site, "decode", 1).status_code == 200
         shared_site.until(lambda now: members(now, "decode") == ["decode-0"])
-        down = shared_site.baton("scale", "prefill", "1")
-        assert down.returncode == 0, down.stderr
         texts = traffic.texts()
     assert len(texts) >= STREAMS
     assert set(texts) == {traffic.expected}
     status = shared_site.status()
-    changes = status["changes"][-4:]
+    changes = status["changes"][-5:]
     assert [(c["pool"], c["before"], c["after"], c["by"]) for c in changes] == [
         ("decode", 1, 2, "admin"),
         ("prefill", 1, 2, "cli"),
-        ("decode", 2, 1, "admin"),
         ("prefill", 2, 1, "cli"),
+        ("decode", 2, 3, "admin"),
+        ("decode", 3, 1, "admin"),
     ]
     assert changes[0]["reason"] == "more streams"
     left = worker_of(status, "decode-0")

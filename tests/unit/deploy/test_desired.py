@@ -45,6 +45,31 @@ def test_no_pool_shrinks_and_grows_at_once(desired: dict[str, int], present: lis
     assert not any(worker.draining for worker in present if worker.name in steps.drain)
 
 
+@given(sizes, workers, st.integers(0, 20), st.fixed_dictionaries({pool: st.integers(0, 3) for pool in POOLS}))
+def test_a_budget_is_never_exceeded_and_is_used_once_drained_workers_are_gone(
+    desired: dict[str, int], present: list[Present], budget: int, cards: dict[str, int]
+) -> None:
+    def held(workers: list[Present]) -> int:
+        return sum(cards[worker.pool] for worker in workers)
+
+    after = carried_out(present, plan(desired, present, cards, budget))
+    assert held(after) <= max(budget, held(present))
+    if sum(cards[pool] * size for pool, size in desired.items()) <= budget:
+        left = [worker for worker in after if not worker.draining]
+        left = carried_out(left, plan(desired, left, cards, budget))
+        assert all(sum(w.pool == pool for w in left) == size for pool, size in desired.items())
+
+
+def test_a_replica_that_changes_pools_drains_before_it_comes_back() -> None:
+    present = [Present(name=name, pool=name[:-2], draining=False) for name in ("prefill-0", "prefill-1", "decode-0")]
+    cards = {"prefill": 1, "decode": 1}
+    flip = {"prefill": 1, "decode": 2}
+    assert plan(flip, present, cards, 3) == Plan((), ("prefill-1",))
+    present[1] = Present(name="prefill-1", pool="prefill", draining=True)
+    assert plan(flip, present, cards, 3) == Plan((), ())
+    assert plan(flip, [present[0], present[2]], cards, 3) == Plan((("decode", "decode-1"),), ())
+
+
 def test_a_pool_shrinks_from_the_highest_number_and_fills_the_lowest() -> None:
     present = [Present(name=f"decode-{n}", pool="decode", draining=False) for n in (0, 2, 10)]
     assert plan({"decode": 1}, present).drain == ("decode-10", "decode-2")
