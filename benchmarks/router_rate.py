@@ -1,7 +1,9 @@
-"""What the router costs: requests per second, relayed tokens per second, added latency, gaps in a stream.
+"""What the router costs: requests per second, its share of TTFT, relayed tokens per second, gaps in a stream.
 
-`python -m benchmarks.router_rate [--sglang-python VENV/bin/python]`. The workers are fakes that answer at once: ours
-over the request plane, the HTTP twin for sglang-router. Load comes from `wrk`. Everything shares the machine's cores.
+`python -m benchmarks.router_rate [--sglang-python VENV/bin/python] [--rounds 3]`. For requests per second and TTFT the
+workers cost next to nothing: stubs that answer over the request plane, the HTTP twin for sglang-router. Relayed tokens
+and gaps are measured with fakes that decode step by step. Load comes from `wrk`. Everything shares the machine's cores,
+so both routers take turns, `--rounds` times.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from typing import Any
 
 import httpx
 
+from benchmarks.added_ttft import added_ttft
 from benchmarks.report import machine
 from benchmarks.stream_gaps import stream_gaps
 from deploy.processes import Child, ProcessCluster, free_port
 
+PLAIN = {"model": "fake", "prompt": "hello", "max_tokens": 2, "seed": 1}
+STREAM_TOKENS = 256
 _DURATION = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -125,18 +130,19 @@ def _wait_status(url: str, timeout_s: float) -> None:
     raise RuntimeError(f"{url} did not answer 200 within {timeout_s} s")
 
 
-def measure(url: str, seconds: int, scratch: Path, *, streams: Sequence[int] = ()) -> dict[str, Any]:
-    """Plain requests at 1 and 32 connections; with `streams`, relayed tokens per second of endless decode."""
-    plain = {"model": "fake", "prompt": "hello", "max_tokens": 2, "seed": 1}
+def rates(url: str, seconds: int, scratch: Path) -> dict[str, Any]:
+    """Plain requests at 1 and 32 connections."""
     target = f"{url}/v1/completions"
-    report: dict[str, Any] = {
-        f"connections_{n}": wrk(target, plain, connections=n, seconds=seconds, scratch=scratch) for n in (1, 32)
-    }
-    for n in streams:
-        tokens = 256
-        body = plain | {"stream": True, "max_tokens": tokens, "ignore_eos": True}
-        run = wrk(target, body, connections=n, seconds=seconds, scratch=scratch)
-        report[f"streams_{n}"] = {"tokens_per_s": round(run["requests_per_s"] * tokens)}
+    return {f"connections_{n}": wrk(target, PLAIN, connections=n, seconds=seconds, scratch=scratch) for n in (1, 32)}
+
+
+def relay(url: str, seconds: int, scratch: Path) -> dict[str, Any]:
+    """Relayed tokens per second of long streams."""
+    report: dict[str, Any] = {}
+    for n in (64, 256):
+        body = PLAIN | {"stream": True, "max_tokens": STREAM_TOKENS, "ignore_eos": True}
+        run = wrk(f"{url}/v1/completions", body, connections=n, seconds=seconds, scratch=scratch)
+        report[f"streams_{n}"] = {"tokens_per_s": round(run["requests_per_s"] * STREAM_TOKENS)}
     return report
 
 
@@ -145,24 +151,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.router_rate", description=__doc__)
     parser.add_argument("--sglang-python", type=Path, help="interpreter of a venv with sglang-router")
     parser.add_argument("--seconds", type=int, default=5, help="length of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the routers take turns")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="router processes to try")
+    parser.add_argument("--rates-only", action="store_true", help="requests per second only")
     args = parser.parse_args(argv)
     if shutil.which("wrk") is None:
         print("wrk is not installed (Debian: apt-get install wrk)", file=sys.stderr)
         return 2
-    report: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix="baton-router-") as directory:
-        scratch = Path(directory)
-        for processes in args.processes:
-            with baton_router(scratch, processes) as url:
-                report[f"baton_{processes}"] = measure(url, args.seconds, scratch, streams=(64, 256))
-        with baton_router(scratch, workers=paced_fakes(5.0)) as url:
-            report["baton_stream_at_5_ms"] = stream_gaps(url, "fake", tokens=100, repeats=3)
-        if args.sglang_python:
-            with sglang_router(scratch, args.sglang_python) as url:
-                report["sglang_router"] = measure(url, args.seconds, scratch)
+        report = measure(args, Path(directory))
     print(json.dumps(report, indent=2))
     return 0
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Everything."""
+    report: dict[str, Any] = {"machine": machine(), "rounds": []}
+    for _ in range(args.rounds):
+        turn: dict[str, Any] = {}
+        report["rounds"].append(turn)
+        for processes in args.processes:
+            with baton_router(scratch, processes) as url:
+                turn[f"baton_{processes}"] = rates(url, args.seconds, scratch)
+        if args.sglang_python:
+            with sglang_router(scratch, args.sglang_python) as url:
+                turn["sglang_router"] = rates(url, args.seconds, scratch)
+    if args.rates_only:
+        return report
+    with baton_router(scratch) as url:
+        report["added_ttft"] = {f"connections_{n}": added_ttft(url, "fake", connections=n) for n in (1, 8)}
+    for processes in args.processes:
+        with baton_router(scratch, processes, paced_fakes(0.0)) as url:
+            report[f"relay_{processes}"] = relay(url, args.seconds, scratch)
+    with baton_router(scratch, workers=paced_fakes(5.0)) as url:
+        report["stream_at_5_ms"] = stream_gaps(url, "fake", tokens=100, repeats=3)
+    return report
 
 
 if __name__ == "__main__":
