@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_engine.api.config import ClusterConfig
+from router.metrics import RouterMetrics
 
 FILE = Path(__file__).parent / "values.schema.json"
 
@@ -81,6 +82,13 @@ POOL = record(
     env={"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}},
     **PLACEMENT,
 )
+
+
+def bounds(histogram: str) -> dict[str, Any]:
+    """Bounds of a histogram's buckets: an objective between two of them could not be judged."""
+    [family] = [found for found in RouterMetrics().registry.collect() if found.name == histogram]
+    les = [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
+    return one_of(*(int(le) if le.is_integer() else le for le in les if le != float("inf")))
 
 
 def values() -> dict[str, Any]:
@@ -181,8 +189,8 @@ def values() -> dict[str, Any]:
             labels=LABELS,
             interval={"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
             slo=record(
-                ttftSeconds=POSITIVE,
-                tpotSeconds=POSITIVE,
+                ttftSeconds=bounds("baton_ttft_seconds"),
+                tpotSeconds=bounds("baton_tpot_seconds"),
                 objective={"type": "number", "minimum": 0.5, "exclusiveMaximum": 1},
             ),
             dashboards=record(enabled=BOOL, label=STRING, labelValue=STRING, folderAnnotation=STRING, folder=STRING),

@@ -1,7 +1,7 @@
 """The chart's containers without Kubernetes: what each pod runs, started by hand on a host of its own.
 
-Real: the chart's configuration, Ray's head and a Ray node, controller, workers, router, a ConfigMap as the store (on the
-stand-in API server). The kubelet's and the operator's parts are played here.
+Real are the configuration, the head and a node of Ray, controller, workers, router, and the store in a ConfigMap of the
+stand-in API server. The parts of the kubelet and of the operator are played here.
 """
 
 from __future__ import annotations
