@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests-per-stream", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="threads of Baton's worker")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="fast")
+    parser.add_argument("--step-tokens", type=int, default=1024, help="prefill rows of one step; vLLM takes 2048")
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--disaggregated", action="store_true", help="prefill and decode workers instead of one")
     args = parser.parse_args(argv)
@@ -94,6 +95,7 @@ def compare(args: argparse.Namespace, model_dir: Path, scratch: Path) -> dict[st
         "engine.num_drafts": args.drafts,
         "engine.threads": args.threads,
         "kv.prefix_cache": False,
+        "scheduler.max_step_tokens": args.step_tokens,
     }
     ours = measure_baton(settings, levels, aggregated=not args.disaggregated)
     with vllm_server(args.vllm_python, model_dir, scratch / "vllm.log") as url:

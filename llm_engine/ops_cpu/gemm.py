@@ -38,7 +38,7 @@ class Gemm(Protocol):
     def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct: ...
 
     def heads(self, weight_hIO: Tensor) -> PackedProduct:
-        """One matrix a head; the result is fp32."""
+        """One matrix a head; the result is of `inner_dtype`."""
         ...
 
 
@@ -143,13 +143,13 @@ class OneDnnLinear:
 
 
 class FreeHeads:
-    """A matrix a head in fp32, all rows at once."""
+    """A matrix a head, all rows at once."""
 
-    def __init__(self, weight_hIO: Tensor) -> None:
-        self._weight_hIO = weight_hIO.float().contiguous()
+    def __init__(self, weight_hIO: Tensor, dtype: torch.dtype) -> None:
+        self._weight_hIO = weight_hIO.to(dtype).contiguous()
 
     def __call__(self, x_RhI: Tensor) -> Tensor:
-        return torch.bmm(x_RhI.float().transpose(0, 1), self._weight_hIO)
+        return torch.bmm(x_RhI.to(self._weight_hIO.dtype).transpose(0, 1), self._weight_hIO)
 
 
 class FreeGemm:
@@ -165,7 +165,7 @@ class FreeGemm:
         return FreeLinear(weight_OI, out_dtype)
 
     def heads(self, weight_hIO: Tensor) -> PackedProduct:
-        return FreeHeads(weight_hIO)
+        return FreeHeads(weight_hIO, self.inner_dtype)
 
 
 def _onednn_has_bf16() -> bool:

@@ -123,18 +123,19 @@ def _slots(plan: CpuPlan, seqs_n: Longs, positions_nT: Longs) -> Tensor:
 
 def _groups(plan: CpuPlan, rows: Longs, sel_NK: Longs | None) -> list[Group]:
     """Deal rows into groups of at most _GROUP_KEYS keys, padding included."""
+    if not len(rows):
+        return []
     counts = plan.visible_N[rows] if sel_NK is None else (sel_NK[rows] >= 0).sum(axis=1)
-    if len(rows) * counts.max(initial=0) > _GROUP_KEYS:  # rows with about as many keys together
-        order = counts.argsort(kind="stable")
-        rows, counts = rows[order], counts[order]
-    groups, first = [], 0
-    while first < len(rows):
-        end = first + 1
-        while end < len(rows) and (end + 1 - first) * max(counts[first : end + 1].max(), 1) <= _GROUP_KEYS:
-            end += 1
-        groups.append(_group(plan, rows[first:end], counts[first:end], sel_NK))
-        first = end
-    return groups
+    if len(rows) * counts.max() <= _GROUP_KEYS:
+        return [_group(plan, rows, counts, sel_NK)]
+    order = counts.argsort(kind="stable")  # rows with about as many keys together
+    rows, counts = rows[order], counts[order]
+    bounds = [0]
+    for row, count in enumerate(counts.tolist()):
+        if row > bounds[-1] and (row + 1 - bounds[-1]) * count > _GROUP_KEYS:
+            bounds.append(row)
+    spans = pairwise([*bounds, len(rows)])
+    return [_group(plan, rows[first:end], counts[first:end], sel_NK) for first, end in spans]
 
 
 def _group(plan: CpuPlan, rows_n: Longs, counts_n: Longs, sel_NK: Longs | None) -> Group:
