@@ -71,6 +71,14 @@ def parser() -> argparse.ArgumentParser:
     _waiting(drain)
     _run_dir(drain)
 
+    rollout = _add(commands, "rollout", "replace every worker by a new one, one at a time", "rollout")
+    rollout.add_argument("--config", type=Path, metavar="FILE", help="configuration of the new workers (TOML)")
+    rollout.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override one setting"
+    )
+    _waiting(rollout)
+    _run_dir(rollout)
+
     preflight = _add(commands, "preflight", "check that this host can run a worker or a router", "preflight")
     preflight.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration (TOML; default: a tiny CPU cluster)"

@@ -16,7 +16,7 @@ import msgspec
 from deploy import supervisor
 from deploy.actors import last_line
 from deploy.cli import EXIT_FAILED, EXIT_NOT_READY, EXIT_OK
-from deploy.control import ClusterStatus, DrainWorker, ScalePool
+from deploy.control import ClusterStatus, DrainWorker, RollOut, ScalePool
 from deploy.report import banner, table
 from deploy.rundir import RunDir
 from llm_engine.api.config import Resolved, load
@@ -72,6 +72,21 @@ def drain(args: argparse.Namespace) -> int:
     with supervisor.connect(run_dir) as client:
         client.ask(DrainWorker(worker=args.worker))
     return _wait(args, run_dir, lambda now: all(w.name != args.worker for w in now.workers), f"{args.worker}: drained")
+
+
+def rollout(args: argparse.Namespace) -> int:
+    """Without a configuration, the new workers get the one of the old ones: for new code or new weights."""
+
+    def replaced(current: ClusterStatus) -> bool:
+        return current.ready and all(w.state == "ready" and w.revision == revision for w in current.workers)
+
+    run_dir = RunDir(args.run_dir)
+    with supervisor.connect(run_dir) as client:
+        config = ""
+        if args.config is not None or args.overrides:
+            config = _load(args.config or run_dir.config, args.overrides).config.model_dump_json()
+        revision = client.ask(RollOut(config=config)).revision
+    return _wait(args, run_dir, replaced, f"every worker is of revision {revision}")
 
 
 def preflight(args: argparse.Namespace) -> int:

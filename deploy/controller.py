@@ -31,6 +31,7 @@ from deploy.control import (
     DrainWorker,
     GetStatus,
     Reply,
+    RollOut,
     RouterStatus,
     ScalePool,
     StopCluster,
@@ -40,15 +41,17 @@ from deploy.feed import MembershipFeed
 from deploy.fleet import RESTART_PAUSE_S, Fleet, Launch, one_line, wait_event
 from deploy.pool_metrics import PoolMetrics
 from deploy.pools import Pools
+from deploy.rollout import next_drain, with_surge
 from deploy.rundir import ControlRecord, RunDir
 from llm_engine.api.config import ClusterConfig, PoolsConfig, cluster_key
-from llm_engine.api.errors import ServingError
+from llm_engine.api.errors import ConfigError, ServingError
 
 _log = logging.getLogger(__name__)
 
 _ROUTER_MARGIN_S = 2.0  # beyond its own drain
 _STOP_S = 10.0
 _PROBE_S = 1.0
+_WORKER_SECTIONS = ("model", "engine", "kv", "scheduler", "transfer", "worker")  # what a rollout may change
 
 
 class RouterHandle(Protocol):
@@ -128,16 +131,22 @@ class Controller:
         addresses = {"membership": record.feed_addr, "controller": record.control_addr, "workers": ()}
         router = self._config.router.model_copy(update=addresses)
         self._config = self._config.model_copy(update={"router": router})
+        self._write_config()
+        self._run_dir.write(record)
+
+    def _write_config(self) -> None:
+        """For routers, and for the next controller."""
         tree = self._config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
         self._run_dir.config.write_text(tomli_w.dumps(tree), encoding="utf-8")
-        self._run_dir.write(record)
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             self._pools.changed.clear()
-            pools = self._pools
-            steps = desired.plan(pools.sizes, self._fleet.present(), pools.cards, pools.max_cards)
-            for name in steps.drain:
+            pools, members = self._pools, self._fleet.rolling()
+            sizes = with_surge(pools.sizes, members, pools.cards, pools.max_cards)
+            steps = desired.plan(sizes, self._fleet.present(), pools.cards, pools.max_cards)
+            old = next_drain(sizes, members)
+            for name in (*steps.drain, *([old] if old is not None else [])):
                 self._fleet.drain(name, self._config.worker.drain_timeout_s)
             for _, name in steps.start:
                 task = tasks.create_task(self._fleet.add(name))
@@ -197,11 +206,30 @@ class Controller:
                         raise ServingError(f"no worker is called {name!r}: `baton status` lists them")
                     self._fleet.drain(name, self._config.worker.drain_timeout_s)
                     self._pools.changed.set()
+                case RollOut(config=text):
+                    self._roll_out(text)
                 case StopCluster():
                     self._stopping.set()
         except (ServingError, ValidationError) as exc:
             error = " ".join(str(exc).split())
         return Reply(status=self.status(), error=error)
+
+    def _roll_out(self, text: str) -> None:
+        """New workers get the new configuration, as far as it is theirs. Raises ServingError, ValidationError."""
+        config = self._config
+        if text:
+            new = ClusterConfig.model_validate_json(text)
+            if new.model.served_name != config.model.served_name:
+                raise ConfigError(
+                    f"model.name={new.model.served_name!r}: routers serve {config.model.served_name!r}, and a rollout "
+                    "keeps that name"
+                )
+            config = config.model_copy(update={section: getattr(new, section) for section in _WORKER_SECTIONS})
+        self._config = config
+        self._write_config()
+        self._fleet.adopt(config)
+        self._pools.changed.set()
+        _log.info("rolling out revision %d", self._fleet.revision)
 
     def status(self) -> ClusterStatus:
         """The cluster now."""
@@ -214,6 +242,7 @@ class Controller:
             workers=self._fleet.status(),
             changes=self._pools.changes,
             autoscaler=self._config.autoscaler.mode,
+            revision=self._fleet.revision,
         )
 
     async def _stop(self) -> None:

@@ -47,6 +47,7 @@ class Present:
     name: str
     pool: str
     draining: bool
+    current: bool = True  # of the newest revision; others go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ def plan(
     start: list[tuple[str, str]] = []
     drain: list[str] = []
     for pool, wanted in desired.items():
-        active = sorted((w.name for w in present if w.pool == pool and not w.draining), key=index_of)
+        staying = [worker for worker in present if worker.pool == pool and not worker.draining]
+        active = [worker.name for worker in sorted(staying, key=lambda w: (not w.current, index_of(w.name)))]
         missing = max(0, wanted - len(active))
         if free is not None and cards is not None and cards.get(pool, 0) > 0:
             missing = max(0, min(missing, free // cards[pool]))

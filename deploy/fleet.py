@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from deploy.actors import WorkerReport
 from deploy.control import WorkerStatus
 from deploy.desired import Present, pool_of
+from deploy.rollout import Member
 from llm_engine.api.config import ClusterConfig
 from llm_engine.api.messages import Role, WorkerInfo
 
@@ -57,7 +58,7 @@ class WorkerHandle(Protocol):
     def kill(self, *, restart: bool) -> None: ...
 
 
-Launch = Callable[[str], WorkerHandle]  # name → its actor: the living one of that name, or a new one
+Launch = Callable[[str, ClusterConfig], WorkerHandle]  # name → its actor: the living one of that name, or a new one
 
 
 @dataclass(slots=True)
@@ -65,6 +66,8 @@ class Slot:
     """One worker of the desired state."""
 
     name: str
+    config: ClusterConfig
+    revision: int = 0
     state: State = State.STARTING
     info: WorkerInfo | None = None
     pid: int = 0
@@ -133,11 +136,35 @@ class Fleet:
         self._config = config
         self._launch = launch
         self._slots: dict[str, Slot] = {}
+        self.revision = 0
         self.changed = asyncio.Event()
+
+    def adopt(self, config: ClusterConfig) -> None:
+        """What is started from now on has this configuration; what runs is of an older revision."""
+        self._config = config
+        self.revision += 1
 
     def present(self) -> list[Present]:
         return [
-            Present(name=slot.name, pool=pool_of(slot.name), draining=slot.drain_requested.is_set())
+            Present(
+                name=slot.name,
+                pool=pool_of(slot.name),
+                draining=slot.drain_requested.is_set(),
+                current=slot.revision == self.revision,
+            )
+            for slot in self._slots.values()
+        ]
+
+    def rolling(self) -> list[Member]:
+        """The workers as a rollout sees them."""
+        return [
+            Member(
+                name=slot.name,
+                pool=pool_of(slot.name),
+                current=slot.revision == self.revision,
+                ready=slot.state is State.READY,
+                draining=slot.drain_requested.is_set(),
+            )
             for slot in self._slots.values()
         ]
 
@@ -171,14 +198,14 @@ class Fleet:
 
     def add(self, name: str) -> Coroutine[None, None, None]:
         """A new worker; the caller runs the coroutine, which starts it and looks after it until it has been drained."""
-        slot = self._slots[name] = Slot(name)
+        slot = self._slots[name] = Slot(name, self._config, self.revision)
         return self._tend(slot)
 
     async def _tend(self, slot: Slot) -> None:
         failures = 0
         try:
             while not slot.drain_requested.is_set():
-                handle = self._launch(slot.name)
+                handle = self._launch(slot.name, slot.config)
                 served_s = await self._one_actor(slot, handle)
                 handle.kill(restart=False)
                 if slot.drain_requested.is_set():
@@ -286,6 +313,7 @@ def _status(slot: Slot) -> WorkerStatus:
         metrics_addr=info.metrics_addr if info else "",
         sequences=slot.sequences,
         pending_handoffs=slot.pending_handoffs,
+        revision=slot.revision,
         error=slot.error,
     )
 

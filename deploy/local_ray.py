@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.actors import RouterActor, WorkerActor, redirect_output
 from deploy.desired import pool_of
-from llm_engine.api.config import SECRET_ENV, ClusterConfig
+from deploy.rundir import RunDir
+from llm_engine.api.config import SECRET_ENV, ClusterConfig, load
 from llm_engine.api.errors import ServingError
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class ControllerActor:
     def __init__(self, config_json: str, run_dir: str) -> None:
         self._run_dir = Path(run_dir)
         redirect_output(Path(self._log(CONTROLLER)))
-        self._config = ClusterConfig.model_validate_json(config_json)
+        known = RunDir(self._run_dir)  # a controller before this one may have rolled out another configuration
+        restarted = known.control() is not None
+        self._config = load(known.config).config if restarted else ClusterConfig.model_validate_json(config_json)
 
     async def run(self) -> None:
         """Reconcile until stopped."""
@@ -103,16 +106,15 @@ class ControllerActor:
 
     def _controller(self) -> Controller:
         from deploy.controller import Controller
-        from deploy.rundir import RunDir
 
         return Controller(self._config, RunDir(self._run_dir), self._launch_worker, self._launch_router)
 
-    def _launch_worker(self, name: str) -> RayHandle:
-        pool = getattr(self._config.pools, pool_of(name))
+    def _launch_worker(self, name: str, config: ClusterConfig) -> RayHandle:
+        pool = getattr(config.pools, pool_of(name))
         resources = dict(pool.resources)
         gpus = resources.pop("GPU", 0)  # Ray knows this one by an option of its own
         options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, num_gpus=gpus, resources=resources)
-        return RayHandle(WorkerActor, options, self._config.model_dump_json(), pool_of(name), name, self._log(name))
+        return RayHandle(WorkerActor, options, config.model_dump_json(), pool_of(name), name, self._log(name))
 
     def _launch_router(self) -> RayHandle:
         config_file = str(self._run_dir / "config.toml")

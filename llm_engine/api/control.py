@@ -28,6 +28,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     metrics_addr: str = ""
     sequences: int = 0  # live requests; 0 and no hand-off pending: a draining worker may go
     pending_handoffs: int = 0
+    revision: int = 0  # of its configuration
     error: str = ""  # why the last start failed
 
 
@@ -73,6 +74,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     pools: dict[str, PoolStatus]
     workers: list[WorkerStatus]
     changes: list[Change] = []  # the last ones, oldest first
+    revision: int = 0  # workers of older ones are being replaced
     autoscaler: str = "off"  # off | recommend | act
 
 
@@ -101,6 +103,12 @@ class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
     worker: str
 
 
+class RollOut(Message, frozen=True, kw_only=True, tag="roll_out"):
+    """Replace every worker, one at a time. `config`: for the new ones, as JSON; "": what it was."""
+
+    config: str = ""
+
+
 class StopCluster(Message, frozen=True, kw_only=True, tag="stop_cluster"):
     """Stop the router, then the workers."""
 
@@ -112,7 +120,7 @@ class Reply(Message, frozen=True, kw_only=True, tag="reply"):
     error: str = ""
 
 
-ControlRequest = GetStatus | ScalePool | ConfigurePools | DrainWorker | StopCluster
+ControlRequest = GetStatus | ScalePool | ConfigurePools | DrainWorker | RollOut | StopCluster
 
 
 class ControlRefused(ServingError):

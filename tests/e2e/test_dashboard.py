@@ -13,7 +13,7 @@ import pytest
 
 from deploy.scaling_signals import parse, percentile
 from tests.e2e.site import Site
-from tests.e2e.test_scale import URL, stream
+from tests.e2e.traffic import URL, stream
 
 MISSING = [tool for tool in ("chromium", "chromedriver") if shutil.which(tool) is None]
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]

@@ -22,6 +22,7 @@ SURFACE = {
     "baton status": ["--json", "--run-dir"],
     "baton scale": ["POOL", "N", "--timeout", "--no-wait", "--run-dir"],
     "baton drain": ["WORKER", "--timeout", "--no-wait", "--run-dir"],
+    "baton rollout": ["--config", "--set", "--timeout", "--no-wait", "--run-dir"],
     "baton preflight": ["--config", "--set", "--role"],
     "baton model": [],
     "baton model make": ["SIZE", "--out", "--seed", "--dtype", "--fp8", "--random"],
@@ -106,6 +107,7 @@ def test_help_imports_nothing_heavy(heavy: str) -> None:
         (["status"], 3, "no cluster is running"),
         (["scale", "decode", "2"], 3, "no cluster is running"),
         (["drain", "decode-0"], 3, "no cluster is running"),
+        (["rollout"], 3, "no cluster is running"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(words: list[str], code: int, said: str, baton: Baton) -> None:

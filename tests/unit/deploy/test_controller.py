@@ -19,12 +19,13 @@ from deploy.control import (
     ControlRequest,
     DrainWorker,
     GetStatus,
+    RollOut,
     ScalePool,
     StopCluster,
 )
 from deploy.controller import Controller
 from deploy.rundir import RunDir
-from llm_engine.api.config import SECRET_ENV, load
+from llm_engine.api.config import SECRET_ENV, ClusterConfig, PoolConfig, load
 from llm_engine.api.errors import ServingError
 from llm_engine.api.messages import Codec, Members
 from tests.unit.deploy.stand_ins import StandInRouter, StandInWorker, config
@@ -58,6 +59,7 @@ class Site:
     def __init__(self, run_dir: Path, port: int) -> None:
         self.run_dir = RunDir(run_dir)
         self.workers: dict[str, StandInWorker] = {}
+        self.configs: dict[str, ClusterConfig] = {}
         self.routers: list[StandInRouter] = []
         self._port = port
         self.begin()
@@ -84,8 +86,11 @@ class Site:
                     return status
                 await asyncio.wait({self.task}, timeout=0.01)
 
-    def _worker(self, name: str) -> StandInWorker:
-        worker = self.workers[name] = self.workers.get(name) or StandInWorker(name)
+    def _worker(self, name: str, config: ClusterConfig) -> StandInWorker:
+        worker = self.workers.get(name)
+        if worker is None or worker.run().done():
+            worker = self.workers[name] = StandInWorker(name)
+        self.configs[name] = config
         worker.serves()
         return worker
 
@@ -174,6 +179,28 @@ async def test_a_drained_worker_is_replaced(site: Site) -> None:
     await site.ask(DrainWorker(worker="decode-0"))
     status = await site.until(lambda now: now.ready and all(w.name != "decode-0" for w in now.workers))
     assert [worker.name for worker in status.workers] == ["decode-1", "prefill-0"]
+
+
+async def test_a_rollout_replaces_every_worker_and_only_their_configuration(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(ScalePool(pool="decode", replicas=2))
+    before = await site.until(lambda now: now.ready and len(now.workers) == 3)
+    new = config(drain_timeout_s=7.0)
+    new = new.model_copy(update={"pools": new.pools.model_copy(update={"prefill": PoolConfig(replicas=9)})})
+    assert (await site.ask(RollOut(config=new.model_dump_json()))).revision == 1
+    after = await site.until(lambda now: now.ready and [worker.revision for worker in now.workers] == [1, 1, 1])
+    assert {worker.pid for worker in after.workers}.isdisjoint(worker.pid for worker in before.workers)
+    assert {pool: status.desired for pool, status in after.pools.items()} == {"prefill": 1, "decode": 2}
+    assert {site.configs[worker.name].worker.drain_timeout_s for worker in after.workers} == {7.0}
+    assert load(site.run_dir.config).config.worker.drain_timeout_s == 7.0, "a restarted controller goes on with it"
+
+
+async def test_a_rollout_to_another_model_name_is_refused(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    other = config().model_copy(update={"model": config().model.model_copy(update={"name": "other"})})
+    with pytest.raises(ControlRefused, match="keeps that name"):
+        await site.ask(RollOut(config=other.model_dump_json()))
+    assert {worker.revision for worker in (await site.ask(GetStatus())).workers} == {0}
 
 
 @pytest.mark.parametrize(

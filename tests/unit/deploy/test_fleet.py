@@ -7,6 +7,7 @@ import pytest
 
 from deploy import fleet as fleet_module
 from deploy.fleet import Fleet
+from llm_engine.api.config import ClusterConfig
 from llm_engine.api.errors import ConfigError
 from tests.unit.deploy.stand_ins import StandInWorker, config
 
@@ -20,7 +21,7 @@ class Yard:
         self.fleet = Fleet(config(**worker), self._launch)
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def _launch(self, name: str) -> StandInWorker:
+    def _launch(self, name: str, config: ClusterConfig) -> StandInWorker:
         self.launched.append(StandInWorker(name, busy=self.busy))
         return self.launched[-1]
 
