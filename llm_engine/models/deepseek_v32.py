@@ -31,8 +31,9 @@ class CausalLM:
         self.spec = spec
         self.max_len = max_len
         self._ops = ops
-        self._rope_tables = rope_tables(spec.rope, max_len)
         self._embedding_VH = weights.tensors[EMBED]
+        cos_TJ, sin_TJ = rope_tables(spec.rope, max_len)
+        self._rope_tables = cos_TJ.to(self._embedding_VH.device), sin_TJ.to(self._embedding_VH.device)
         self._layers = [
             DecoderLayer(spec, ops, LayerWeights(weights.tensors, layer_prefix(layer)), layer)
             for layer in range(spec.num_layers)

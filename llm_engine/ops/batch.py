@@ -5,8 +5,9 @@ Shapes: R rows including padding, N real rows (the first N of R), S sequences, B
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -18,11 +19,12 @@ class ForwardBatch:
     They are computed and ignored: nothing is written to a cache for them. Repeating a row keeps them from waking
     experts that no real row has chosen.
     A row sees the cache positions up to and including its own, which is written before it is read.
+    `context_lens` may be upper bounds where a batch stands for others of its shape, in a captured graph.
     """
 
     token_ids_R: Tensor  # int64
     positions_R: Tensor  # int64
-    slots_N: Tensor  # int64, block * block_tokens + offset of the cache row that a real row writes
+    slots_N: Tensor  # int64, block * block_tokens + offset of the cache row that a real row writes; -1: it writes none
     block_tables_SB: Tensor  # int32, padded with -1
     row_starts: tuple[int, ...]  # S + 1 entries: sequence s has rows row_starts[s] .. row_starts[s + 1] - 1
     context_lens: tuple[int, ...]  # S entries: tokens of the sequence in the cache after this pass
@@ -36,6 +38,13 @@ class ForwardBatch:
     def num_seqs(self) -> int:
         """S."""
         return len(self.context_lens)
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same batch on a device. Copies are asynchronous where the host's memory is pinned."""
+        if device == self.token_ids_R.device:
+            return self
+        names = ("token_ids_R", "positions_R", "slots_N", "block_tables_SB")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def check(self, block_tokens: int) -> None:
         """Raise ValueError when a promise above is broken. For tests and debugging: it synchronises with the device."""

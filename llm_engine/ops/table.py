@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from llm_engine.ops import spec
+
+_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,7 @@ class Ops:
     name: str  # "cpu/exact/fp32": for logs
     dtype: torch.dtype  # compute dtype: activations, weights, caches
     row_tile: int  # a batch holds a multiple of this many rows
+    device: torch.device = _CPU  # where weights, caches and batches must lie
 
     pack_linear: spec.PackLinear
     linear: spec.Linear

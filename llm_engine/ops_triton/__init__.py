@@ -5,20 +5,18 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops
 from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.cache import write_index_keys, write_latent
 from llm_engine.ops_triton.gate import gate
-from llm_engine.ops_triton.gemm import PackedLinear, linear
+from llm_engine.ops_triton.gemm import linear, pack_linear
 from llm_engine.ops_triton.index_topk import index_topk
 from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.ops_triton.moe import mlp, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
 from llm_engine.ops_triton.plan import plan
-from llm_engine.ops_triton.quant import can_be_fp8, quantise_weight
 from llm_engine.ops_triton.tiles import Numerics
 
 
@@ -29,18 +27,13 @@ def build(numerics: Numerics, dtype: torch.dtype) -> Ops:
 
 def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp8: bool = False) -> Ops:
     """The table for tensors on `device`. `fp8`: weights whose shape allows it are kept in fp8 blocks."""
-
-    def pack_linear(weight_OI: Tensor, *, fp32: bool = False) -> PackedLinear:
-        quantise = fp8 and not fp32 and can_be_fp8(weight_OI)
-        weight = quantise_weight(weight_OI) if quantise else weight_OI.contiguous()
-        return PackedLinear(weight, torch.float32 if fp32 else dtype, numerics)
-
     name = str(dtype).removeprefix("torch.")
     return Ops(
         name=f"triton/{numerics}/{name}{'+fp8' if fp8 else ''}",
         dtype=dtype,
         row_tile=1,
-        pack_linear=pack_linear,
+        device=device,
+        pack_linear=partial(pack_linear, dtype=dtype, fp8=fp8, numerics=numerics),
         linear=linear,
         pack_mlp=partial(pack_mlp, dtype=dtype, fp8=fp8, numerics=numerics),
         mlp=mlp,

@@ -12,26 +12,51 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, dot, inline, kernel
-from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, quantise_rows
+from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight [O, I] in the dtype it is read in, and the dtype of the result."""
+    """A weight [O, I] in the dtype it is read in, and the dtype of the result.
+
+    `in_two`: the weight is [2 · O, I], two bf16 terms over each other whose sum is the fp32 weight to 16 bits.
+    """
 
     weight_OI: Tensor | Fp8Weight
     out_dtype: torch.dtype
     numerics: Numerics
+    in_two: bool = False
 
     @property
     def out(self) -> int:
-        """O."""
+        """Columns of the product."""
         return self.weight_OI.shape[0]
+
+
+def pack_linear(
+    weight_OI: Tensor, *, fp32: bool = False, dtype: torch.dtype, fp8: bool, numerics: Numerics
+) -> PackedLinear:
+    """See `llm_engine.ops.spec.PackLinear`. `fp8`: keep what may be quantised in fp8 blocks."""
+    if fp32 and weight_OI.dtype == torch.float32 and dtype == torch.bfloat16:
+        # Tensor cores multiply no fp32. Products of bf16 are exact in fp32, so two bf16 terms lose next to nothing.
+        high = weight_OI.bfloat16()
+        return PackedLinear(torch.cat([high, (weight_OI - high).bfloat16()]), torch.float32, numerics, in_two=True)
+    if fp8 and not fp32 and can_be_fp8(weight_OI):
+        return PackedLinear(quantise_weight(weight_OI), dtype, numerics)
+    return PackedLinear(weight_OI.contiguous(), torch.float32 if fp32 else dtype, numerics)
 
 
 def linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:
     """See `llm_engine.ops.spec.Linear`."""
+    y_RO = _linear(x_RI, packed)
+    if not packed.in_two:
+        return y_RO
+    high_RO, low_RO = y_RO.chunk(2, dim=1)
+    return high_RO + low_RO
+
+
+def _linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:
     rows, depth = x_RI.shape
     out_RO = x_RI.new_empty(rows, packed.out, dtype=packed.out_dtype)
     if not rows:
@@ -136,8 +161,6 @@ def _product(
             inner = (split * steps + step) * STEP + tl.arange(0, STEP)
             a = tl.load(x_at + inner[None, :], mask=row_mask & (inner[None, :] < DEPTH), other=0.0)
             b = tl.load(weight_at + inner[:, None], mask=column_mask & (inner[:, None] < DEPTH), other=0.0)
-            if a.dtype != b.dtype:
-                a, b = a.to(tl.float32), b.to(tl.float32)
             part = dot(a, b, part)
         total += part
     if PARALLEL:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_engine.ops_triton.deal import Deal, deal
 from llm_engine.ops_triton.gemm import PackedLinear, linear, scaled_group
 from llm_engine.ops_triton.lang import Ptr, ceil_div, dot, kernel, sigmoid
-from llm_engine.ops_triton.quant import BLOCK, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight
+from llm_engine.ops_triton.quant import BLOCK, Fp8Weight, can_be_fp8, quantise_rows, quantise_stack, quantise_weight
 from llm_engine.ops_triton.tiles import Numerics, Tile, expert_tile
 
 _COMBINE_TILE = 1024
@@ -63,7 +63,7 @@ def pack_experts(
 def _packed(weight: Tensor, fp8: bool) -> Tensor | Fp8Weight:
     # The seam between gate and up rows must fall between blocks.
     if fp8 and can_be_fp8(weight) and weight.shape[-2] % (2 * BLOCK) == 0:
-        return quantise_weight(weight)
+        return quantise_stack(weight) if weight.dim() == 3 else quantise_weight(weight)
     return weight.contiguous()
 
 

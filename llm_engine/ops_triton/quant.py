@@ -58,16 +58,27 @@ def quantise_rows(x_RI: Tensor) -> Fp8Rows:
 
 
 def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
-    """A weight [..., O, I] in 128×128 blocks. Weights that were dequantised from such blocks come back exactly."""
-    *stack, out, depth = weight_OI.shape
+    """A weight [O, I] in 128×128 blocks. Weights that were dequantised from such blocks come back exactly."""
+    out, depth = weight_OI.shape
     padded = torch.nn.functional.pad(weight_OI, (0, 0, 0, -out % BLOCK)) if out % BLOCK else weight_OI
-    tiles = padded.reshape(*stack, -1, BLOCK, depth // BLOCK, BLOCK)
-    amax = tiles.abs().amax(dim=(-3, -1)).float().clamp_min(_MIN_AMAX)
+    tiles = padded.reshape(-1, BLOCK, depth // BLOCK, BLOCK)
+    amax = tiles.abs().amax(dim=(1, 3)).float().clamp_min(_MIN_AMAX)
     fraction, exponent = torch.frexp(amax / _E4M3_MAX)  # fraction in [½, 1)
     scales = torch.ldexp(torch.ones_like(fraction), exponent - (fraction == 0.5).int())
-    values = (tiles / scales[..., :, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
-    values_OI = values.reshape(padded.shape)[..., :out, :].to(torch.float8_e4m3fn).contiguous()
-    return Fp8Weight(values_OI, scales.contiguous())
+    values = (tiles / scales[:, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
+    values_OI = values.reshape(padded.shape)[:out].to(torch.float8_e4m3fn)
+    return Fp8Weight(values_OI.contiguous(), scales.contiguous())
+
+
+def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
+    """Several weights of one shape, one at a time: a stack of experts in full is many gigabytes."""
+    experts, out, depth = weights_EOI.shape
+    values = weights_EOI.new_empty(experts, out, depth, dtype=torch.float8_e4m3fn)
+    scales = weights_EOI.new_empty(experts, -(-out // BLOCK), depth // BLOCK, dtype=torch.float32)
+    for expert in range(experts):
+        packed = quantise_weight(weights_EOI[expert])
+        values[expert], scales[expert] = packed.values_OI, packed.scales
+    return Fp8Weight(values, scales)
 
 
 @kernel

@@ -35,15 +35,15 @@ def _as_order(score: Val) -> Val:
 
 
 @inline
-def _count_digits(scores: Ptr, count: Val, lowest: Val, SHIFT: tl.constexpr, TILE: tl.constexpr) -> Val:
-    """How many entries have each digit at SHIFT, among those that equal `lowest` above it. Digit 256: all others."""
+def _count_digits(scores: Ptr, count: Val, lowest: Val, shift: Val, TILE: tl.constexpr) -> Val:
+    """How many entries have each digit at bit `shift`, of those that equal `lowest` above it. Digit 256: all others."""
     counts = tl.zeros((512,), tl.int32)
     for start in range(0, count, TILE):
         position = start + tl.arange(0, TILE)
         order = _as_order(tl.load(scores + position, mask=position < count, other=0.0))
         # Shifting by 8 and by the rest: a shift by all 32 bits is undefined.
-        alive = (position < count) & ((order >> SHIFT >> 8) == (lowest >> SHIFT >> 8))
-        counts += tl.histogram(tl.where(alive, ((order >> SHIFT) & 255).to(tl.int32), 256), 512)
+        alive = (position < count) & ((order >> shift >> 8) == (lowest >> shift >> 8))
+        counts += tl.histogram(tl.where(alive, ((order >> shift) & 255).to(tl.int32), 256), 512)
     return counts
 
 
@@ -68,12 +68,13 @@ def _choose(
     lane, digits = tl.arange(0, TILE), tl.arange(0, 512)
     lowest = tl.full((), 0, tl.uint32)
     spare = tl.full((), K, tl.int32)  # how many entries equal to `lowest`, as far as it is known, are chosen
-    for byte in tl.static_range(4):
-        counts = tl.where(digits < 256, _count_digits(scores, count, lowest, 24 - 8 * byte, TILE), 0)
+    for byte in range(4):
+        shift = 24 - 8 * byte
+        counts = tl.where(digits < 256, _count_digits(scores, count, lowest, shift, TILE), 0)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # entries with a larger digit
         found = tl.max(tl.where((above + counts >= spare) & (digits < 256), digits, 0), 0)
         spare -= tl.sum(tl.where(digits == found, above, 0), 0)
-        lowest = lowest | (found.to(tl.uint32) << (24 - 8 * byte))
+        lowest = lowest | (found.to(tl.uint32) << shift)
     placed = tl.full((), 0, tl.int32)
     for start in range(0, count, TILE):
         position = start + lane
