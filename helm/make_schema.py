@@ -138,6 +138,7 @@ def values() -> dict[str, Any]:
         worker=record(
             ports=record(required=("request", "control", "metrics"), request=PORT, control=PORT, metrics=PORT),
             drainSeconds=SECONDS,
+            preflight=BOOL,
             hostNetwork=BOOL,
             hostIPC=BOOL,
             podSecurityContext=ANY_OBJECT,

@@ -59,6 +59,21 @@ template:
     {{- include "baton.placement" $p | nindent 4 }}
     initContainers:
       {{- include "baton.modelInit" (dict "root" .root "weights" true) | nindent 6 }}
+      {{- if $values.worker.preflight }}
+      - name: preflight
+        {{- include "baton.container" .root | nindent 8 }}
+        command: [baton, preflight, --config, /etc/baton/config.toml, --role, {{ .pool }}, --set, worker.host=$(BATON_HOST)]
+        resources: {{- include "baton.workerResources" (dict "values" $values "pool" $p) | nindent 10 }}
+        env:
+          {{- include "baton.env" .root | nindent 10 }}
+          - name: BATON_HOST
+            valueFrom: {fieldRef: {fieldPath: status.podIP}}
+        volumeMounts:
+          {{- include "baton.volumeMounts" .root | nindent 10 }}
+          {{- include "baton.modelMount" .root | nindent 10 }}
+          - {name: shm, mountPath: /dev/shm}
+          {{- include "baton.driverMounts" .root | nindent 10 }}
+      {{- end }}
     containers:
       - name: ray-worker
         {{- include "baton.container" .root | nindent 8 }}
