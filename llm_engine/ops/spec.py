@@ -11,6 +11,7 @@ alone: bit for bit the same in any batch, in any chunk, at any place. `fast` pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -176,3 +177,18 @@ class SelfCheck(Protocol):
     """Verify once, at start-up, that this machine's libraries keep the promise of `exact`. Raises ConfigError."""
 
     def __call__(self) -> None: ...
+
+
+class Capture(Protocol):
+    """Record what `function` launches, and return a call that launches it again over the same memory.
+
+    `function` reads its input from tensors that stay, has no other effect, and is called once or more meanwhile.
+    The call returns the same tensor every time, with new contents. Without recording it is `function` itself.
+    """
+
+    def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
+
+
+def run_again(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The capture of backends that record nothing."""
+    return function

@@ -39,3 +39,4 @@ class Ops:
     mla_attend: spec.MlaAttend
 
     self_check: spec.SelfCheck
+    capture: spec.Capture = spec.run_again

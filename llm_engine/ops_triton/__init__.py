@@ -8,8 +8,10 @@ import torch
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops
+from llm_engine.ops.spec import run_again
 from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.cache import write_index_keys, write_latent
+from llm_engine.ops_triton.capture import CudaCapture
 from llm_engine.ops_triton.gate import gate
 from llm_engine.ops_triton.gemm import linear, pack_linear
 from llm_engine.ops_triton.index_topk import index_topk
@@ -49,6 +51,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         pack_kv_b=partial(mla.pack_kv_b, numerics=numerics),
         mla_attend=mla.mla_attend,
         self_check=_nothing_to_check,
+        capture=CudaCapture() if device.type == "cuda" else run_again,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_engine.ops import Ops
+from llm_engine.ops import Ops, load_ops
 from tests.ops.test_index_topk import (  # noqa: F401
     check_selection,
     test_a_sequence_of_nan_keeps_to_itself,
@@ -41,3 +41,15 @@ from tests.ops.test_table import test_an_empty_batch_passes_through  # noqa: F40
 def test_selection_matches_float64_up_to_rounding(ops: Ops, heads: int) -> None:
     """Rotated queries are rounded to the compute dtype, because products run in it."""
     check_selection(ops, heads, near=1e-4 if ops.dtype == torch.float32 else 0.1)
+
+
+def test_fp32_weights_keep_their_precision_beside_bf16_rows() -> None:
+    ops = load_ops("triton", "exact", "bf16")
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 300).bfloat16(), torch.randn(20, 300)
+    got = ops.linear(x, ops.pack_linear(weight, fp32=True))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), x.double() @ weight.double().T, atol=2e-3, rtol=1e-5)
+    stored = weight.bfloat16().float()
+    got = ops.linear(x, ops.pack_linear(stored, fp32=True))
+    torch.testing.assert_close(got.double(), x.double() @ stored.double().T, atol=1e-5, rtol=1e-5)

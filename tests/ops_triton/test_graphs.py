@@ -1,0 +1,71 @@
+"""Recorded passes of decode. On the CPU the recording is the function itself; the padding and the bounds are real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_engine.ops import ForwardBatch, Ops, load_ops
+from llm_engine.ops_triton.lang import INTERPRETED
+from llm_engine.runtime.graphs import DecodeGraphs
+from tests.models.harness import Harness, random_tokens
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the harness keeps its tensors on the CPU")
+
+
+def graphs(harness: Harness, shapes: list[tuple[int, int]]) -> DecodeGraphs:
+    """Over two rows a sequence; `shapes` notes what is recorded: (sequences, context bound)."""
+
+    def forward(batch: ForwardBatch) -> Tensor:
+        shapes.append((batch.num_seqs, max(batch.context_lens)))
+        return harness.model.forward(batch, harness.store)
+
+    ladder = {"num_seqs": [1, 4], "max_contexts": [12, 48]}
+    return DecodeGraphs(forward, harness.ops, rows_per_seq=2, block_tokens=harness.store.block_tokens, **ladder)
+
+
+def test_a_padded_recording_equals_the_plain_pass(nano_dir: Path, exact: Ops) -> None:
+    """Three sequences on the place of four, under a bound that makes short rows select from everything they see."""
+    harness = Harness.load(nano_dir, exact, num_seqs=3, max_len=48)
+    tokens = [random_tokens(harness.model.spec, length, seed=length) for length in (18, 3, 4)]
+    harness.run([(seq, 0, ids[:-2]) for seq, ids in enumerate(tokens)])
+    before = harness.store.arena.clone()
+    batch = harness.batch([(seq, len(ids) - 2, ids[-2:]) for seq, ids in enumerate(tokens)])
+    plain, arena = harness.model.forward(batch, harness.store), harness.store.arena.clone()
+    harness.store.arena.copy_(before)
+    shapes: list[tuple[int, int]] = []
+    recorded = graphs(harness, shapes).run(batch)
+    assert recorded is not None
+    assert torch.equal(recorded, plain)
+    assert torch.equal(harness.store.arena, arena), "padding rows write nothing"
+    assert shapes == [(4, 48)]
+
+
+def test_the_smallest_recording_that_holds_a_batch_is_chosen(nano_dir: Path, exact: Ops) -> None:
+    harness = Harness.load(nano_dir, exact, num_seqs=5, max_len=64)
+    shapes: list[tuple[int, int]] = []
+    ladder = graphs(harness, shapes)
+    assert ladder.run(harness.batch([(0, 0, [3, 4])])) is not None
+    assert ladder.run(harness.batch([(0, 2, [5, 6])])) is not None
+    assert shapes == [(1, 12), (1, 12)]
+    for unfit in (
+        [(seq, 0, [3, 4]) for seq in range(5)],  # too many sequences
+        [(0, 47, [3, 4])],  # too long a context
+        [(0, 4, [3])],  # another number of rows
+        [(0, 4, [3, 4]), (1, 0, [3])],
+    ):
+        assert ladder.run(harness.batch(unfit)) is None
+    assert len(shapes) == 2
+
+
+def test_impossible_ladders_are_refused(exact: Ops) -> None:
+    options = {"rows_per_seq": 1, "num_seqs": [1, 2], "max_contexts": [64], "block_tokens": 16}
+    for name in ("num_seqs", "max_contexts"):
+        for ladder in ([], [2, 2], [4, 1]):
+            with pytest.raises(ValueError, match="ascends"):
+                DecodeGraphs(lambda batch: batch.positions_R, exact, **{**options, name: ladder})
+    with pytest.raises(ValueError, match="cpu/exact/float32 pads batches to 8 rows"):
+        DecodeGraphs(lambda batch: batch.positions_R, load_ops("cpu"), **options)
