@@ -1,8 +1,9 @@
 """The head pod's main process: Ray's head with the controller in it.
 
 KubeRay passes the command that starts Ray in an environment variable; this process runs it, starts the controller as an
-actor pinned to this node, and hands it the pools of the mounted configuration whenever they change. Routers and workers
-are pods of their own. When Ray ends, so does this process; a lost controller is restarted by Ray.
+actor pinned to this node, and tells it when the mounted configuration changes: new pool sizes, or new settings of
+workers, which are then replaced one by one. Routers and workers are pods of their own. When Ray ends, so does this
+process; a lost controller is restarted by Ray.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy import local_ray
-from deploy.control import ConfigurePools, ControlClient, ControlRefused, ControlTimeout
+from deploy.control import ConfigurePools, ControlClient, ControlRefused, ControlTimeout, RollOut
 from deploy.controller import Controller
 from deploy.fleet import one_line
 from deploy.kube.api import KubeApi
 from deploy.kube.desired_map import DesiredMap
 from deploy.rundir import DEFAULT_RUN_DIR, RunDir
-from llm_engine.api.config import ClusterConfig, PoolsConfig, cluster_key, load
+from llm_engine.api.config import ClusterConfig, cluster_key, load
 from llm_engine.api.errors import ConfigError, ServingError
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ RAY_COMMAND_ENV = "KUBERAY_GEN_RAY_START_CMD"
 NAMESPACE_ENV = "BATON_NAMESPACE"
 DESIRED_ENV = "BATON_DESIRED"  # name of the ConfigMap that holds the desired state; "": in the run directory
 CONTAINER_LOG = "/proc/1/fd/1"  # what `kubectl logs` shows
-_HEAD_RESOURCE = "node:__internal_head__"
+_NOT_OF_WORKERS = ("pools", "router", "controller", "autoscaler")
 _RAY_START_S = 120.0
 _RAY_STOP_S = 20.0
 _LOOK_S = 2.0
@@ -64,7 +65,9 @@ def run(config_file: Path, run_dir: RunDir | None = None) -> int:
         signal.signal(number, lambda *_: ray_head.terminate())
     try:
         _connect(ray_head)
-        controller = local_ray.start_controller(config, run_dir.path, KubeController, resources={_HEAD_RESOURCE: 0.001})
+        controller = local_ray.start_controller(
+            config, run_dir.path, KubeController, resources={"node:__internal_head__": 0.001}
+        )
         return _watch(ray_head, controller, _Configured(config_file, config), run_dir)
     finally:
         ray_head.terminate()
@@ -76,29 +79,33 @@ def run(config_file: Path, run_dir: RunDir | None = None) -> int:
 
 
 class _Configured:
-    """Pools of the mounted file, which the kubelet replaces a while after the ConfigMap has changed."""
+    """The mounted file, which the kubelet replaces a while after the ConfigMap has changed."""
 
     def __init__(self, file: Path, config: ClusterConfig) -> None:
         self._file = file
         self._told = config
         self._text = file.read_bytes()
 
-    def changed(self) -> PoolsConfig | None:
-        """The pools, if they differ from what `accepted` was told. A file that can't be read changes nothing."""
+    def news(self) -> list[ConfigurePools | RollOut]:
+        """What the controller has to hear since the last call. A file that can't be read changes nothing."""
         try:
             text = self._file.read_bytes()
             if text == self._text:
-                return None
+                return []
             config = load(self._file).config
         except (OSError, ConfigError) as exc:
             _log.error("%s is not used: %s", self._file, exc)
-            return None
-        if config == self._told:
-            return None
-        if config.model_copy(update={"pools": self._told.pools}) != self._told:
-            _log.warning("%s changed beyond its pools: that takes effect when the head restarts", self._file)
-        self._text, self._told = text, config
-        return config.pools
+            return []
+        before, self._text, self._told = self._told, text, config
+        requests: list[ConfigurePools | RollOut] = []
+        if config.pools != before.pools:
+            requests.append(ConfigurePools(pools=config.pools.model_dump(mode="json")))
+        own = {name: getattr(before, name) for name in _NOT_OF_WORKERS}
+        if config.model_copy(update=own) != before:
+            requests.append(RollOut(config=config.model_dump_json()))
+        if (config.controller, config.autoscaler) != (before.controller, before.autoscaler):
+            _log.warning("%s: controller and autoscaler settings take effect when the head restarts", self._file)
+        return requests
 
 
 def _connect(ray_head: subprocess.Popen[bytes]) -> None:
@@ -118,27 +125,30 @@ def _connect(ray_head: subprocess.Popen[bytes]) -> None:
 
 
 def _watch(ray_head: subprocess.Popen[bytes], controller: Any, configured: _Configured, run_dir: RunDir) -> int:
-    pools: PoolsConfig | None = None
+    waiting: list[ConfigurePools | RollOut] = []
     while ray_head.poll() is None:
         if controller.done():
             error = controller.exception()
             raise ServingError(f"the controller ended: {'it was told to stop' if error is None else one_line(error)}")
-        pools = configured.changed() or pools
-        if pools is not None and _tell(pools, run_dir):
-            pools = None
+        waiting.extend(configured.news())
+        while waiting and _tell(waiting[0], run_dir):
+            del waiting[0]
         time.sleep(_LOOK_S)
     return ray_head.returncode
 
 
-def _tell(pools: PoolsConfig, run_dir: RunDir) -> bool:
-    """Whether the controller has heard of the pools. It may be starting, or unable to store the desired state."""
+def _tell(request: ConfigurePools | RollOut, run_dir: RunDir) -> bool:
+    """Whether the request is settled. The controller may be starting, or unable to store the desired state."""
     record = run_dir.control()
     if record is None:
         return False
     try:
         with ControlClient(record.control_addr, run_dir.key()) as client:
-            client.ask(ConfigurePools(pools=pools.model_dump(mode="json")))
-    except (ControlTimeout, ControlRefused) as exc:
-        _log.warning("the new pool sizes are not in force yet: %s", exc)
+            client.ask(request)
+    except ControlTimeout as exc:
+        _log.warning("a new configuration is not in force yet: %s", exc)
         return False
+    except ControlRefused as exc:
+        _log.error("a new configuration is refused: %s", exc)
+        return isinstance(request, RollOut)  # sizes are asked for again: storing them may have failed
     return True

@@ -8,7 +8,7 @@
 groupName: {{ .pool }}
 {{- if $values.autoscaling.enabled }}
 minReplicas: {{ int $p.minReplicas }}
-maxReplicas: {{ int $p.maxReplicas }}
+maxReplicas: {{ add (int $p.maxReplicas) 1 }} # a rollout starts one worker before it drains another
 idleTimeoutSeconds: {{ int $p.idleSeconds }}
 {{- else }}
 replicas: {{ int $p.maxReplicas }}

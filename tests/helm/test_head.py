@@ -60,13 +60,13 @@ class Pods:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
-    def mount(self, **decode: int) -> None:
+    def mount(self, *, memory_mb: int = 16, **decode: int) -> None:
         """Write the chart's configuration, as far as it can be the same on one host: pods share ports, hosts do not."""
         tree = tomllib.loads(config_text(rendered("cpu")))
         tree["model"] = {"path": str(self._model), "name": "nano"}
         tree["router"] |= {"membership": "tcp://127.0.0.1:7001", "controller": CONTROL, "drain_timeout_s": 2}
         tree["worker"] |= {"request_port": 0, "control_port": 0, "metrics_port": 0, "drain_timeout_s": 5}
-        tree["kv"] = {"memory_mb": 16}
+        tree["kv"] = {"memory_mb": memory_mb}
         tree["pools"]["decode"] |= decode
         draft = self.config.with_suffix(".new")
         draft.write_text(tomli_w.dumps(tree), encoding="utf-8")
@@ -153,6 +153,10 @@ def test_the_containers_of_the_chart_make_a_cluster(pods: Pods) -> None:
         again = pods.run("python", "-m", "deploy.kube", "leave", *words)
         assert again.returncode == 0, "a pod without a worker leaves at once"
 
+        pods.mount(memory_mb=17, replicas=2)  # a setting of workers: they are replaced, one by one
+        status = pods.until(lambda now: now.ready and all(worker.revision == 1 for worker in now.workers))
+        assert len(status.workers) == 3
+
         scaled = pods.run("baton", "scale", "decode", "1")
         assert (scaled.returncode, scaled.stdout) == (0, "decode: 1 ready\n"), scaled.stderr
         head.send_signal(signal.SIGTERM)
@@ -165,7 +169,7 @@ def start(pods: Pods, api: ApiServer) -> subprocess.Popen[bytes]:
     ray = f"ray start --head --num-cpus=0 --port=6379 --include-dashboard=False {_RAY}"
     words = ("python", "-m", "deploy.kube", "head", "--config", str(pods.config))
     head = pods.start("head", *words, **{RAY_COMMAND_ENV: ray, SERVER_ENV: api.url})
-    resources = '{"baton_prefill": 1, "baton_decode": 2}'
+    resources = '{"baton_prefill": 2, "baton_decode": 3}'
     node = f"until ray health-check --address={ADDRESS}:6379; do sleep 0.3; done; exec ray start "
     node += f"--address={ADDRESS}:6379 --num-cpus=2 --resources='{resources}' {_RAY}"
     pods.start("node", "bash", "-c", node)
