@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from decode_worker.intake import Intake, is_probe
 from kv_transfer.memory import Arena
-from kv_transfer.metrics import HandoffReport
+from kv_transfer.metrics import HandoffReport, links_of
 from kv_transfer.receiver import HandoffServer
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LeaseRevoked, TransferError
@@ -125,4 +125,4 @@ class DecodeWorker(Worker[Reservation]):
 
     def _peers(self) -> PeerReport:
         stats = self._server.stats()
-        return PeerReport(pending=stats.pending, failed=stats.failed)
+        return PeerReport(pending=stats.pending, failed=stats.failed, links=links_of(stats.peers))

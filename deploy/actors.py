@@ -22,6 +22,7 @@ import msgspec
 
 from deploy.fate import bound_command
 from llm_engine.api.config import ClusterConfig, on_this_host
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.errors import ServingError
 from llm_engine.api.messages import Role, WorkerInfo
 
@@ -45,6 +46,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     info: WorkerInfo | None = None
     sequences: int = 0  # live requests
     pending_handoffs: int = 0
+    links: list[LinkStatus] = []
 
 
 class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +92,12 @@ class WorkerActor:
     async def report(self) -> WorkerReport:
         sequences, handoffs = self._worker.held if self._stage == "serving" else (0, 0)
         return WorkerReport(
-            pid=os.getpid(), stage=self._stage, info=self._info, sequences=sequences, pending_handoffs=handoffs
+            pid=os.getpid(),
+            stage=self._stage,
+            info=self._info,
+            sequences=sequences,
+            pending_handoffs=handoffs,
+            links=self._worker.links if self._stage == "serving" else [],
         )
 
     async def stop(self, drain_s: float) -> None:

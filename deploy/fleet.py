@@ -26,6 +26,7 @@ from deploy.control import WorkerStatus
 from deploy.desired import Present, pool_of
 from deploy.rollout import Member
 from llm_engine.api.config import ClusterConfig
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.messages import Role, WorkerInfo
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Slot:
     restarts: int = 0
     sequences: int = 0
     pending_handoffs: int = 0
+    links: list[LinkStatus] = field(default_factory=list)
     error: str = ""
     since: float = field(default_factory=time.monotonic)
     drain_requested: asyncio.Event = field(default_factory=asyncio.Event)
@@ -255,7 +257,7 @@ class Fleet:
     def _hear(self, slot: Slot, report: WorkerReport) -> None:
         before = slot.info
         slot.pid, slot.info = report.pid, report.info
-        slot.sequences, slot.pending_handoffs = report.sequences, report.pending_handoffs
+        slot.sequences, slot.pending_handoffs, slot.links = report.sequences, report.pending_handoffs, report.links
         if report.info is not None:
             slot.error = ""
             if before is not None and before.incarnation != report.info.incarnation:
@@ -314,6 +316,7 @@ def _status(slot: Slot) -> WorkerStatus:
         sequences=slot.sequences,
         pending_handoffs=slot.pending_handoffs,
         revision=slot.revision,
+        links=slot.links,
         error=slot.error,
     )
 

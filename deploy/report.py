@@ -9,6 +9,7 @@ from typing import TextIO
 
 from deploy.control import ClusterStatus, WorkerStatus
 from llm_engine.api.config import ClusterConfig
+from llm_engine.api.control import LinkStatus
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -49,6 +50,12 @@ def table(status: ClusterStatus) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     pools = ", ".join(f"{name} {pool.ready}/{pool.desired}" for name, pool in status.pools.items())
+    links = [
+        f"{worker.name} → {_link(link)}"
+        for worker in status.workers
+        if worker.role == "prefill"
+        for link in worker.links
+    ]
     errors = [f"{worker.name}: {worker.error}" for worker in status.workers if worker.error]
     head = f"{status.model}: {'ready' if status.ready else 'not ready'} at {status.router.url}/v1 ({pools})"
     advice = [
@@ -56,7 +63,7 @@ def table(status: ClusterStatus) -> str:
         for name, pool in status.pools.items()
         if pool.recommended is not None and pool.recommended != pool.desired
     ]
-    return "\n".join([head, *lines, *errors, *advice])
+    return "\n".join([head, *lines, *links, *errors, *advice])
 
 
 class Say:
@@ -97,6 +104,12 @@ def _state(worker: WorkerStatus) -> str:
     if worker.state != "draining":
         return worker.state
     return f"draining ({worker.sequences} sequences, {worker.pending_handoffs} hand-offs)"
+
+
+def _link(link: LinkStatus) -> str:
+    """A peer and how it is reached. The reason of a link begins with its transport."""
+    trouble = "" if link.healthy else f", not healthy: {link.detail}"
+    return f"{link.peer}: {link.reason or 'not connected'}{trouble}"
 
 
 def _number(pid: int) -> str:

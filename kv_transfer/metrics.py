@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from llm_engine.api.control import LinkStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +29,15 @@ class HandoffReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStats:
-    """The writer's view of one receiver."""
+    """One end's view of the other. A receiver sees connected writers only, and leaves health to their canaries."""
 
     name: str
     incarnation: str
     transport: str  # "" until connected
     reason: str  # why this transport
-    healthy: bool
-    detail: str  # why not healthy
-    pending: int
+    healthy: bool = True
+    detail: str = ""  # why not healthy
+    pending: int = 0  # the writer's count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,21 @@ class ReceiverStats:
     dropped_frames: int
     undeliverable: int  # messages for writers that were gone
     refused_connections: Mapping[str, int]  # data plane, by cause
-    peers: tuple[str, ...]  # name/incarnation, transport
+    peers: tuple[PeerStats, ...]
+
+
+def links_of(peers: Sequence[PeerStats]) -> list[LinkStatus]:
+    """The peers of either end as status and metrics show them; peers that were never connected say what is wrong."""
+    return [
+        LinkStatus(
+            peer=f"{peer.name}/{peer.incarnation}",
+            transport=peer.transport,
+            reason=peer.reason,
+            healthy=peer.healthy,
+            detail=peer.detail,
+        )
+        for peer in peers
+    ]
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ class Pair:
     incarnation: str
     inlet: Inlet
     ticket: str
+    reason: str  # why this transport
     connection: int | None = None
     seen_at: float = field(default_factory=time.monotonic)
 
@@ -82,7 +83,7 @@ class Pairs:
         pair = self._by_identity.get(identity)
         if pair is None:
             inlet = self._inlets[link.transport]
-            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16))
+            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why)
             self._by_identity[identity] = self._by_ticket[pair.ticket] = pair
         return Connected(info=info, layout=self._layout, link=link, reason=why, region=self._region, ticket=pair.ticket)
 

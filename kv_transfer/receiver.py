@@ -19,7 +19,7 @@ from kv_transfer.layout import check_layout
 from kv_transfer.link import Inlet
 from kv_transfer.local import LocalInlet, LocalNetwork
 from kv_transfer.memory import Arena
-from kv_transfer.metrics import ReceiverStats, Tally
+from kv_transfer.metrics import PeerStats, ReceiverStats, Tally
 from kv_transfer.pairs import Pair, Pairs
 from kv_transfer.reserver import BlockReserver, R, ReservedBlocks
 from kv_transfer.shm import ShmInlet
@@ -167,7 +167,13 @@ class HandoffServer(Generic[R]):
             dropped_frames=tally.dropped_frames,
             undeliverable=tally.undeliverable,
             refused_connections=dict(self._refused),
-            peers=tuple(f"{pair} {pair.inlet.transport}" for pair in self._pairs if pair.connection is not None),
+            peers=tuple(
+                PeerStats(
+                    name=pair.name, incarnation=pair.incarnation, transport=pair.inlet.transport, reason=pair.reason
+                )
+                for pair in self._pairs
+                if pair.connection is not None
+            ),
         )
 
     # Events of the inlets, from their threads.

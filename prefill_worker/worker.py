@@ -17,6 +17,7 @@ from typing import Any, Self
 import msgspec
 
 from kv_transfer.memory import Arena
+from kv_transfer.metrics import links_of
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LayoutMismatch, Overloaded, TransferError, TransferTimeout
@@ -201,7 +202,9 @@ class PrefillWorker(Worker[Outbound]):
         if self._client is None:
             return PeerReport()
         stats = self._client.stats()
-        return PeerReport(pending=stats.pending, bad=self._client.bad_peers(), failed=stats.failed)
+        return PeerReport(
+            pending=stats.pending, bad=self._client.bad_peers(), failed=stats.failed, links=links_of(stats.peers)
+        )
 
 
 def _post(loop: asyncio.AbstractEventLoop, callback: Any, *args: Any) -> None:

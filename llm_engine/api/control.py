@@ -14,6 +14,16 @@ from llm_engine.api.errors import ServingError
 from llm_engine.api.messages import Message, Role
 
 
+class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One live data link of a worker to a peer: what it runs over, why, and what its canary says."""
+
+    peer: str
+    transport: str  # "" until connected
+    reason: str  # why this transport
+    healthy: bool = True
+    detail: str = ""  # why not healthy
+
+
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as the controller sees it."""
 
@@ -29,6 +39,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int = 0  # live requests; 0 and no hand-off pending: a draining worker may go
     pending_handoffs: int = 0
     revision: int = 0  # of its configuration
+    links: list[LinkStatus] = []
     error: str = ""  # why the last start failed
 
 

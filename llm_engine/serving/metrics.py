@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.messages import Load, WorkerInfo
 from llm_engine.sched import StepResult
 from llm_engine.serving.step_loop import StepReport
@@ -53,9 +54,11 @@ class WorkerMetrics:
         self._tokens_in, self._tokens_out = self._tokens.labels("in"), self._tokens.labels("out")
         self._device_hits = self._hits.labels("device")
 
-    def watch(self, info: WorkerInfo, load: Callable[[], Load]) -> None:
-        """Export the gauges of `load` and the worker's identity."""
-        self.registry.register(_LoadCollector(info, load))
+    def watch(
+        self, info: WorkerInfo, load: Callable[[], Load], links: Callable[[], Sequence[LinkStatus]] = lambda: ()
+    ) -> None:
+        """Export the gauges of `load`, the worker's identity and its links."""
+        self.registry.register(_LoadCollector(info, load, links))
 
     def accepted(self, num_tokens: int) -> None:
         """A request of `num_tokens` tokens was taken."""
@@ -98,9 +101,10 @@ class WorkerMetrics:
 
 
 class _LoadCollector(Collector):
-    def __init__(self, info: WorkerInfo, load: Callable[[], Load]) -> None:
+    def __init__(self, info: WorkerInfo, load: Callable[[], Load], links: Callable[[], Sequence[LinkStatus]]) -> None:
         self._info = info
         self._load = load
+        self._links = links
 
     def collect(self) -> Iterable[Metric]:
         load, info = self._load(), self._info
@@ -129,6 +133,12 @@ class _LoadCollector(Collector):
         identity = GaugeMetricFamily("baton_worker_info", "Identity of this worker", labels=list(labels))
         identity.add_metric(list(labels.values()), 1.0)
         yield identity
+        link = GaugeMetricFamily(
+            "baton_link_info", "Data link to a peer; 1 while it is healthy", labels=["peer", "transport", "reason"]
+        )
+        for one in self._links():
+            link.add_metric([one.peer, one.transport, one.reason], float(one.healthy))
+        yield link
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

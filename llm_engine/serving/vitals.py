@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.messages import Load
 from llm_engine.serving.step_loop import StepLoop
 
@@ -17,11 +18,12 @@ _STEP_WEIGHT = 0.1  # of the newest step in the moving average
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerReport:
-    """Hand-offs of one worker: open ones (an exact count), peers not to be used, failures so far by cause."""
+    """Hand-offs of one worker: open ones (an exact count), peers not to be used, failures so far by cause, links."""
 
     pending: int = 0
     bad: list[str] = field(default_factory=list)
     failed: Mapping[str, int] = field(default_factory=dict)
+    links: Sequence[LinkStatus] = ()
 
 
 class Vitals:

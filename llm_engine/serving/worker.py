@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from typing import Any, Generic, TypeVar
 
 from llm_engine.api.config import ClusterConfig
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.messages import Cancel, Drain, Failed, Load, Role, Submit, WorkerInfo
 from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Failure, Prefilled, StepResult
@@ -86,7 +87,7 @@ class Worker(ABC, Generic[D]):
             self._info = info = self._bind()
             self._steps.start()
             await self._steps.call(lambda engine: None)  # the thread runs, and the first load is known
-            self._metrics.watch(info, lambda: self._vitals.load)
+            self._metrics.watch(info, lambda: self._vitals.load, lambda: self.links)
             services = (self._plane.run(info), *self._peer_services(info))
             self._services = [asyncio.create_task(service) for service in services]
         except BaseException:
@@ -129,6 +130,11 @@ class Worker(ABC, Generic[D]):
     def held(self) -> tuple[int, int]:
         """Live requests and open hand-offs: exact counts."""
         return len(self._ledger), self._peers().pending
+
+    @property
+    def links(self) -> list[LinkStatus]:
+        """Data links to peers, with the transport of each and the reason for it."""
+        return list(self._peers().links)
 
     @property
     def drained(self) -> bool:

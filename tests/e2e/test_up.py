@@ -106,6 +106,18 @@ def test_a_second_cluster_in_the_same_directory_is_refused(cluster: Site) -> Non
     assert cluster.status()["ready"]
 
 
+def test_status_and_metrics_say_how_the_workers_are_linked(cluster: Site, api: OpenAI) -> None:
+    complete(api, 4)
+    status = cluster.until(lambda now: now["ready"] and bool(worker_of(now, "prefill-0")["links"]))
+    (link,) = worker_of(status, "prefill-0")["links"]
+    assert (link["transport"], link["healthy"]) == ("shm", True)
+    assert link["reason"].startswith("shm: ")
+    assert f"prefill-0 → {link['peer']}: {link['reason']}" in cluster.baton("status").stdout
+    wanted = f'baton_link_info{{peer="{link["peer"]}",reason="{link["reason"]}",transport="shm"}} 1.0'
+    with cluster.host.network(), httpx.Client(trust_env=False) as http:
+        assert wanted in http.get(worker_of(status, "prefill-0")["metrics_addr"]).text
+
+
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 def test_a_killed_worker_costs_a_stream_nothing_and_comes_back(cluster: Site, api: OpenAI, name: str) -> None:
     undisturbed = complete(api, 400)

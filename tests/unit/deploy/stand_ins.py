@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.actors import RouterReport, WorkerReport
 from deploy.desired import pool_of
 from llm_engine.api.config import ClusterConfig, build
+from llm_engine.api.control import LinkStatus
 from llm_engine.api.messages import Role, WorkerInfo
 
 _pids = itertools.count(100)
@@ -33,6 +34,7 @@ class StandInWorker:
         self.killed: list[bool] = []
         self.stopped_with: list[float] = []
         self.silent = False
+        self.links: list[LinkStatus] = []
         self.reports = 0
         self._run: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._starts()
@@ -77,7 +79,7 @@ class StandInWorker:
         answer: asyncio.Future[WorkerReport] = asyncio.get_running_loop().create_future()
         if not self.silent:
             stage = "starting" if self.info is None else "serving"
-            answer.set_result(WorkerReport(pid=self.pid, stage=stage, info=self.info))
+            answer.set_result(WorkerReport(pid=self.pid, stage=stage, info=self.info, links=self.links))
         return answer
 
     def stop(self, drain_s: float) -> asyncio.Future[None]:

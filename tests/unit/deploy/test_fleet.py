@@ -7,7 +7,9 @@ import pytest
 
 from deploy import fleet as fleet_module
 from deploy.fleet import Fleet
+from deploy.report import table
 from llm_engine.api.config import ClusterConfig
+from llm_engine.api.control import ClusterStatus, LinkStatus, RouterStatus
 from llm_engine.api.errors import ConfigError
 from tests.unit.deploy.stand_ins import StandInWorker, config
 
@@ -58,6 +60,21 @@ async def test_a_worker_becomes_a_member_when_it_serves(yard: Yard) -> None:
     assert yard.fleet.members() == [worker.info]
     assert yard.fleet.ready("decode") == 1
     assert yard.fleet.changed.is_set()
+
+
+async def test_the_status_shows_how_each_peer_is_reached_and_why(yard: Yard) -> None:
+    worker = await yard.add("prefill-0")
+    worker.links = [
+        LinkStatus(peer="decode-0/a", transport="tcp", reason="tcp: best of both offers (d does not offer shm)"),
+        LinkStatus(peer="decode-1/b", transport="", reason="", healthy=False, detail="connection refused"),
+    ]
+    worker.serves()
+    await yard.until(lambda: yard.fleet.ready("prefill") == 1)
+    status = ClusterStatus(ready=True, model="m", router=RouterStatus(), pools={}, workers=yard.fleet.status())
+    assert status.workers[0].links == worker.links
+    shown = table(status).splitlines()
+    assert "prefill-0 → decode-0/a: tcp: best of both offers (d does not offer shm)" in shown
+    assert "prefill-0 → decode-1/b: not connected, not healthy: connection refused" in shown
 
 
 async def test_a_killed_worker_leaves_the_members_until_it_serves_again(yard: Yard) -> None:

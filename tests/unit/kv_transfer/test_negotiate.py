@@ -3,6 +3,7 @@ import pytest
 from kv_transfer import negotiate
 from kv_transfer.host import host_id
 from kv_transfer.memory import Arena
+from kv_transfer.metrics import links_of
 from kv_transfer.receiver import HandoffServer
 from kv_transfer.writer import HandoffClient
 from llm_engine.api.config import TransferConfig
@@ -55,7 +56,10 @@ async def test_pairs_settle_on_a_transport(writer: str, receiver: str, chosen: s
         peer = rig.client.stats().peers[0]
         assert (peer.transport, peer.healthy) == (chosen, True)
         assert peer.reason.startswith(f"{chosen}: ")
-        assert rig.server.stats().peers == (f"prefill-0/prefill-0-1 {chosen}",)
+        (writer_link,) = links_of(rig.server.stats().peers)
+        assert (writer_link.peer, writer_link.transport) == ("prefill-0/prefill-0-1", chosen)
+        (link,) = links_of(rig.client.stats().peers)
+        assert link.reason == writer_link.reason == peer.reason
 
 
 async def test_a_pair_without_a_common_transport_is_refused() -> None:
