@@ -77,12 +77,13 @@ class StubSide:
     def take(self) -> list[Submit]:
         """Handle everything that has arrived; returns the submits."""
         submits: list[Submit] = []
+        recv = self.socket.recv
         while True:
             try:
-                route, frame = self.socket.recv_multipart(zmq.NOBLOCK)
+                route = recv(zmq.NOBLOCK)
             except zmq.Again:
                 return submits
-            message = self._codec.decode(frame)
+            message = self._codec.decode(recv())
             if isinstance(message, Submit):
                 submits.append(message)
             elif isinstance(message, Hello) and route not in self._routes:
@@ -100,7 +101,8 @@ class StubSide:
 
     def send(self, route: bytes, message: Message) -> None:
         """To a router that is gone it goes nowhere."""
-        self.socket.send_multipart((route, self._codec.encode(message)), zmq.NOBLOCK)
+        self.socket.send(route, zmq.NOBLOCK | zmq.SNDMORE)
+        self.socket.send(self._codec.encode(message), zmq.NOBLOCK)
 
 
 class StubPair:
@@ -124,14 +126,16 @@ class StubPair:
         poller.register(self.decode.socket, zmq.POLLIN)
         next_beat = time.monotonic()
         while self._running:
-            poller.poll(round(HEARTBEAT_S * 1e3))
+            ready = [socket for socket, _ in poller.poll(round(HEARTBEAT_S * 1e3))]
             now = time.monotonic()
-            by_router: defaultdict[str, list[Submit]] = defaultdict(list)
-            for submit in self.prefill.take():
-                by_router[submit.router_id].append(submit)
-            self.decode.take()
-            for router_id, submits in by_router.items():
-                self._answer(router_id.encode(), submits, now)
+            if self.decode.socket in ready:
+                self.decode.take()
+            if self.prefill.socket in ready:
+                by_router: defaultdict[str, list[Submit]] = defaultdict(list)
+                for submit in self.prefill.take():
+                    by_router[submit.router_id].append(submit)
+                for router_id, submits in by_router.items():
+                    self._answer(router_id.encode(), submits, now)
             if now >= next_beat:
                 next_beat = now + HEARTBEAT_S
                 self.prefill.beat()

@@ -45,9 +45,10 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None  # serves them
         self._idle: asyncio.Future[None] | None = None  # what the task waits for while there is nothing to serve
         self._incoming: Exchange | None = None  # whose body is arriving
-        self._last = False  # no request is begun after the open one
+        self._last = False  # nothing that arrives from now on is read as a request
         self._in_head = False  # a head has begun and is not complete
         self._completed = False  # a request ended in the data being handled
+        self._unparsed = 0  # bytes left of a body that the parser does not see, because the request asks for an upgrade
         self._head_bytes = 0
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -77,11 +78,15 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._last and self._incoming is None:
             return  # nothing that follows the last request is read
+        if self._unparsed:
+            self._feed_unparsed(data)
+            return
         self._completed = False
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
+        except httptools.HttpParserUpgrade as exc:
             self._last = True  # no other protocol is spoken here: the request is answered in this one
+            self._feed_unparsed(data[exc.args[0] :])
         except httptools.HttpParserError as exc:
             self._refuse(f"not HTTP: {exc}")
             return
@@ -135,9 +140,11 @@ class Connection(asyncio.Protocol):
             unquote(path) if "%" in path else path,
             query,
             self._headers,
-            keeps_alive=parser.should_keep_alive(),
+            keeps_alive=parser.should_keep_alive() and not parser.should_upgrade(),
             chunks=parser.get_http_version() == "1.1",
         )
+        if parser.should_upgrade():
+            self._unparsed = sum([int(value) for name, value in self._headers if name == b"content-length"])
         self._queue.append(exchange)
         if self._task is None:
             self._task = self._loop.create_task(self._serve())
@@ -155,7 +162,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._completed = True
-        if self._incoming is not None:
+        if self._incoming is not None and not self._unparsed:
             self._incoming.feed_end()
             self._incoming = None
 
@@ -169,9 +176,8 @@ class Connection(asyncio.Protocol):
     def answered(self, exchange: Exchange) -> None:
         """The open exchange has its whole answer."""
         self._open = None
-        if self._last or not exchange.keeps_alive or self.server.draining:
-            self._last = True
-            self.transport.close()
+        if not exchange.keeps_alive or self.server.draining or (self._last and not self._queue):
+            self.finish()
         else:
             self.deadline = self.server.now + (HEAD_TIMEOUT_S if self._in_head else KEEP_ALIVE_S)
 
@@ -202,6 +208,14 @@ class Connection(asyncio.Protocol):
             self.deadline = math.inf
             self._open = self._queue.popleft()
             await self.server.application(self._open)
+
+    def _feed_unparsed(self, data: bytes) -> None:
+        if self._incoming is not None and self._unparsed:
+            piece = data[: self._unparsed]
+            self._unparsed -= len(piece)
+            self._incoming.feed(piece)
+            if not self._unparsed:
+                self.on_message_complete()
 
     def _bound_head(self, num_bytes: int) -> None:
         if not self._completed:  # else an unknown part of the data belonged to the previous request

@@ -75,6 +75,7 @@ class ClusterDispatcher:
             max_queued=-(-settings.max_queued // settings.processes),
             queue_timeout_s=settings.queue_timeout_s,
         )
+        self.model_names = (config.model.served_name,)
         self.max_model_len = 0
         self._lifecycle = Lifecycle(
             self._placer,
@@ -96,10 +97,6 @@ class ClusterDispatcher:
         )
 
     # Dispatcher
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.config.model.served_name,)
 
     def ready(self) -> bool:
         return self._placer.has_pair()

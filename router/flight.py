@@ -25,6 +25,8 @@ from router.journal import AttemptRecord, Journal
 from router.ledger import Booking
 from router.worker import Worker
 
+HASH_AT_ONCE_TOKENS = 4096  # half a millisecond; longer prompts are hashed in pieces
+
 
 class Phase(enum.Enum):
     """What a request owns."""
@@ -45,6 +47,12 @@ class PrefixChain:
         self._format_id = ""
         self._block_tokens = 0
         self._digests: list[bytes] = []
+
+    async def fill(self, tokens: list[int], format_id: str, block_tokens: int) -> None:
+        """Prepare `digests` of a long prompt; the event loop gets its turn in between."""
+        for end in range(HASH_AT_ONCE_TOKENS, len(tokens), HASH_AT_ONCE_TOKENS):
+            self.digests(tokens[:end], format_id, block_tokens)
+            await asyncio.sleep(0)
 
     def digests(self, tokens: list[int], format_id: str, block_tokens: int) -> list[bytes]:
         """Digests of all full blocks. `tokens` only ever grows."""
@@ -68,7 +76,8 @@ class Flight:
         "progress", "request_id", "stages", "started", "strikes", "tokens", "whole",
     )  # fmt: skip
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, chain: PrefixChain | None = None) -> None:
+        """`chain`: of the prompt, if it has been begun."""
         self.request_id = request.request_id
         self.whole = request.whole
         self.journal = Journal(
@@ -82,7 +91,7 @@ class Flight:
             logprobs=[] if request.sampling.logprobs is not None else None,
         )
         self.tokens = request.prompt_tokens  # the current attempt's input; not to be changed in place
-        self.chain = PrefixChain(request.salt)
+        self.chain = chain or PrefixChain(request.salt)
         self.arrived = request.arrived
         self.deadline = request.arrived + request.deadline_s
         self.enqueued = 0.0
@@ -143,7 +152,10 @@ class Flight:
 class StreamOwner(Protocol):
     """What a stream needs from the dispatcher."""
 
-    def open(self, request: GenerationRequest) -> Flight:
+    async def hash_ahead(self, request: GenerationRequest) -> PrefixChain:
+        """The block digests of a long prompt, without holding up the event loop."""
+
+    def open(self, request: GenerationRequest, chain: PrefixChain | None = None) -> Flight:
         """Admit. Raises Overloaded or RequestError."""
 
     def abort(self, flight: Flight) -> None:
@@ -169,7 +181,7 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
     async def __anext__(self) -> OutputChunk:
         flight = self._flight
         if flight is None or self._first_pending or self._done:
-            flight = self._begin()
+            flight = await self._begin()
         try:
             while not flight.over and (flight.whole or len(flight.journal.output) == self._cursor):
                 await flight.change()
@@ -178,7 +190,7 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
             raise
         return self._take(flight)
 
-    def _begin(self) -> Flight:
+    async def _begin(self) -> Flight:
         """What has to be done at the first two reads. Raises StopAsyncIteration after the last chunk."""
         flight = self._flight
         if self._first_pending and flight is not None:
@@ -186,10 +198,16 @@ class OutputStream(AsyncGenerator[OutputChunk, None]):
             self._owner.first_chunk_written(flight)
         if self._done:
             raise StopAsyncIteration
-        if flight is None:
-            self._done = True  # until it is admitted
-            flight = self._flight = self._owner.open(self._request)
-            self._done = False
+        if flight is not None:
+            return flight
+        chain = None
+        if len(self._request.prompt_tokens) > HASH_AT_ONCE_TOKENS:
+            chain = await self._owner.hash_ahead(self._request)
+            if self._done:  # closed meanwhile
+                raise StopAsyncIteration
+        self._done = True  # until it is admitted
+        flight = self._flight = self._owner.open(self._request, chain)
+        self._done = False
         return flight
 
     def _take(self, flight: Flight) -> OutputChunk:

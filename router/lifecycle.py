@@ -16,7 +16,7 @@ from llm_engine.api.errors import Overloaded, PromptTooLong, RequestError, Servi
 from llm_engine.api.request import FinishReason
 from router.admission import Admission
 from router.dispatch_api import GenerationRequest
-from router.flight import Flight, Phase, deadline_error
+from router.flight import Flight, Phase, PrefixChain, deadline_error
 from router.metrics import RouterMetrics
 from router.placement import Placement, Placer
 from router.policy import Shortage
@@ -59,10 +59,18 @@ class Lifecycle:
 
     # StreamOwner
 
-    def open(self, request: GenerationRequest) -> Flight:
+    async def hash_ahead(self, request: GenerationRequest) -> PrefixChain:
+        """The block digests of a long prompt as the workers that are up now need them."""
+        chain = PrefixChain(request.salt)
+        cache = self._placer.cache_in_use()
+        if cache is not None:
+            await chain.fill(request.prompt_tokens, *cache)
+        return chain
+
+    def open(self, request: GenerationRequest, chain: PrefixChain | None = None) -> Flight:
         """Queue a request, and send it if there is a place. Raises Overloaded, DeadlineExceeded or RequestError."""
         now = self._clock()
-        flight = Flight(request)
+        flight = Flight(request, chain)
         if self._closing:
             self._metrics.refusal("closing")
             raise Overloaded("the router is shutting down", request_id=request.request_id)

@@ -48,6 +48,13 @@ class Placer:
             worker.info.max_num_seqs for worker in self._membership.workers if worker.usable and worker.info is not None
         )
 
+    def cache_in_use(self) -> tuple[str, int] | None:
+        """Format id and block size of the prefix caches; None without one. There are several during a rollout only."""
+        for role in (Role.PREFILL, Role.AGGREGATED):
+            for worker in self._membership.pool(role):
+                return worker.known.format_id, worker.known.block_tokens
+        return None
+
     def longest_sequence(self) -> int | None:
         """Most tokens any known decoding worker, alive or not, can hold; None while none is known."""
         infos = (worker.info for worker in self._membership.workers)

@@ -42,6 +42,8 @@ def open_source(dispatcher: Dispatcher, requests: Sequence[GenerationRequest]) -
 class SingleSource:
     """One sequence: no task, no queue."""
 
+    __slots__ = ("_chunks",)
+
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
 

@@ -84,7 +84,7 @@ class TextStream:
     ) -> None:
         """`table`: the bytes each token id shows. Text of the first `min_tokens` tokens can't stop the stream."""
         self._table = table
-        self._decoder = _utf8_decoder("replace")
+        self._decoder: codecs.IncrementalDecoder | None = None  # between two chunks
         self._stops = StopStrings(stops, include_stop) if stops else None
         self._include_stop = include_stop
         self._unchecked = min_tokens
@@ -114,7 +114,15 @@ class TextStream:
             data = b"".join([table[token] for token in tokens])
         else:
             data = b"".join([table[token] for token in self._shown(tokens, finish)])
-        return Piece(self._decoder.decode(data, finish is not None), tokens, chunk.logprobs, None, finish)
+        return Piece(self._text(data, finish is not None), tokens, chunk.logprobs, None, finish)
+
+    def _text(self, data: bytes, last: bool) -> str:
+        """What is complete of the text so far and was not returned before; bytes that are not UTF-8 become U+FFFD."""
+        if self._decoder is None:
+            if last:
+                return data.decode("utf-8", "replace")
+            self._decoder = _utf8_decoder("replace")
+        return self._decoder.decode(data, last)
 
     def _feed_each(self, chunk: OutputChunk, finish: Finish | None) -> Piece:
         """Token by token: needed when the place of each token in the text matters."""
@@ -124,11 +132,11 @@ class TextStream:
         for i, token in enumerate(chunk.tokens):
             offsets.append(self._num_chars)
             self.num_tokens += 1
-            text = self._decoder.decode(self._table[token]) if i < num_shown else ""
+            text = self._text(self._table[token], False) if i < num_shown else ""
             if self._show(text, shown):
                 return self._piece(shown, chunk, i + 1, offsets, "stop")
         if finish is not None:
-            if self._show(self._decoder.decode(b"", True), shown):
+            if self._show(self._text(b"", True), shown):
                 finish = "stop"
             elif self._stops is not None:
                 shown.append(self._stops.flush())

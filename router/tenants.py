@@ -35,6 +35,8 @@ LOOK_PERIOD_S = 1.0  # between two looks at the file
 _HASHED = "sha256:"
 _MIN_KEY_CHARS = 16
 
+_NO_TENANT = contextlib.nullcontext("")
+
 Headers = Sequence[tuple[bytes, bytes]]
 Key = Annotated[str, msgspec.Meta(min_length=_MIN_KEY_CHARS)]
 
@@ -120,16 +122,16 @@ class Tenants:
             self._stamp = _stamp(path)
             self._adopt(read(path))
 
-    @contextlib.contextmanager
-    def admit(self, headers: Headers) -> Iterator[str]:
+    def admit(self, headers: Headers) -> contextlib.AbstractContextManager[str]:
         """One request of a tenant, which counts until the end of the block; gives the salt of its prefix cache.
 
         Raises Unauthorized or TooManyRequests.
         """
         tenant = self.check(headers)
-        if tenant is None:
-            yield ""
-            return
+        return _NO_TENANT if tenant is None else self._count(tenant)
+
+    @contextlib.contextmanager
+    def _count(self, tenant: Tenant) -> Iterator[str]:
         tenant.take(self._clock())
         try:
             yield tenant.salt
