@@ -29,6 +29,7 @@ def test_every_worker_is_replaced_and_no_stream_breaks(shared_site: Site) -> Non
     assert "workers can't be paired" in log, "the two revisions were compatible: the test shows less than it says"
 
 
+@pytest.mark.slow
 def test_a_revision_that_does_not_start_leaves_the_old_one_serving(shared_site: Site) -> None:
     traffic = Traffic(shared_site)
     with traffic:

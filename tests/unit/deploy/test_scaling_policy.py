@@ -174,13 +174,12 @@ def test_the_split_of_a_budget_is_the_best_there_is(
     assert all(size >= low for size in got.values())
 
 
-def test_a_tenfold_load_is_followed_within_two_minutes_and_given_back() -> None:
+def test_a_tenfold_load_is_followed_within_three_minutes_and_given_back() -> None:
     cluster = Cluster(config=config(up_after_s=10.0))
     cluster.run(600, lambda now: 1.0, Mix())
     assert cluster.met()
     small = dict(cluster.sizes)
-    cluster.run(120, lambda now: 10.0, Mix())
-    cluster.run(60, lambda now: 10.0, Mix())
+    cluster.run(180, lambda now: 10.0, Mix())
     assert cluster.met(), (cluster.sizes, cluster.signals)
     large = dict(cluster.sizes)
     assert min(large.values()) > max(small.values())
