@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 _ROUTER_MARGIN_S = 2.0  # beyond its own drain
 _STOP_S = 10.0
 _PROBE_S = 1.0
-_WORKER_SECTIONS = ("model", "engine", "kv", "scheduler", "transfer", "worker")  # what a rollout may change
+_WORKER_SECTIONS = ("model", "engine", "kv", "scheduler", "transfer", "worker", "pools")  # what a rollout may change
 
 
 class RouterHandle(Protocol):

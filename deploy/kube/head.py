@@ -32,7 +32,6 @@ RAY_COMMAND_ENV = "KUBERAY_GEN_RAY_START_CMD"
 NAMESPACE_ENV = "BATON_NAMESPACE"
 DESIRED_ENV = "BATON_DESIRED"  # name of the ConfigMap that holds the desired state; "": in the run directory
 CONTAINER_LOG = "/proc/1/fd/1"  # what `kubectl logs` shows
-_NOT_OF_WORKERS = ("pools", "router", "controller", "autoscaler")
 _RAY_START_S = 120.0
 _RAY_STOP_S = 20.0
 _LOOK_S = 2.0
@@ -100,12 +99,18 @@ class _Configured:
         requests: list[ConfigurePools | RollOut] = []
         if config.pools != before.pools:
             requests.append(ConfigurePools(pools=config.pools.model_dump(mode="json")))
-        own = {name: getattr(before, name) for name in _NOT_OF_WORKERS}
-        if config.model_copy(update=own) != before:
+        if _of_workers(config) != _of_workers(before):
             requests.append(RollOut(config=config.model_dump_json()))
         if (config.controller, config.autoscaler) != (before.controller, before.autoscaler):
             _log.warning("%s: controller and autoscaler settings take effect when the head restarts", self._file)
         return requests
+
+
+def _of_workers(config: ClusterConfig) -> tuple[object, ...]:
+    """What a worker runs with: its settings, and what it takes of a node."""
+    pools = (config.pools.prefill, config.pools.decode, config.pools.aggregated)
+    settings = config.model, config.engine, config.kv, config.scheduler, config.transfer, config.worker
+    return *settings, *((pool.cpus, pool.resources) for pool in pools)
 
 
 def _connect(ray_head: subprocess.Popen[bytes]) -> None:

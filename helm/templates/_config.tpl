@@ -20,7 +20,7 @@
 {{- $pools := dict -}}
 {{- range $pool := list "prefill" "decode" "aggregated" -}}
 {{- $p := index $.Values $pool -}}
-{{- $resources := dict (printf "baton_%s" $pool) 1 -}}
+{{- $resources := dict (include "baton.rayResource" (dict "root" $ "pool" $pool)) 1 -}}
 {{- if gt (int $p.cards) 0 -}}{{- $_ := set $resources (index $rayCards $.Values.accelerator.type) (int $p.cards) -}}{{- end -}}
 {{- $size := dict "replicas" (int $p.replicas) "min_replicas" (int $p.minReplicas) "max_replicas" (int $p.maxReplicas) "cards" (max 1 (int $p.cards)) "resources" $resources -}}
 {{- $_ := set $pools $pool $size -}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -126,3 +127,10 @@ def pod_specs(docs: Sequence[Manifest]) -> dict[str, Manifest]:
             specs["head"] = doc["spec"]["headGroupSpec"]["template"]["spec"]
             specs.update({g["groupName"]: g["template"]["spec"] for g in doc["spec"]["workerGroupSpecs"]})
     return specs
+
+
+def ray_resource(docs: Sequence[Manifest], pool: str) -> str:
+    """The Ray resource that a pool's pods have one of, and its workers take one of."""
+    params: str = groups(docs)[pool]["rayStartParams"]["resources"]
+    [name] = [name for name in json.loads(params[1:-1].replace("\\", "")) if name.startswith(f"baton_{pool}_")]
+    return name

@@ -24,6 +24,7 @@ from tests.helm.charts import (
     only,
     options,
     pod_specs,
+    ray_resource,
     refusal,
     rendered,
     run,
@@ -106,7 +107,7 @@ def test_baton_loads_the_configuration(helm: str, hardware: str, sets: tuple[str
         container = group["template"]["spec"]["containers"][0]
         limits = container["resources"]["limits"]
         card = {"cpu": None, "gpu": ("GPU", "nvidia.com/gpu"), "ascend": ("NPU", "huawei.com/Ascend910")}[hardware]
-        assert pool.resources[f"baton_{name}"] == 1, "a worker takes a pod of its own pool, and all of it"
+        assert pool.resources[ray_resource(docs, name)] == 1, "a worker takes a pod of its own pool, and all of it"
         if card:
             assert pool.resources[card[0]] == float(limits[card[1]])
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -122,6 +123,18 @@ def test_baton_loads_the_configuration(helm: str, hardware: str, sets: tuple[str
     assert config.router.membership == f"tcp://baton-controller:{ports['feed']}"
     assert config.router.controller == f"tcp://baton-controller:{ports['control']}"
     assert config.controller.metrics_port == ports["baton-metrics"]
+
+
+def test_workers_of_a_new_release_fit_only_its_pods() -> None:
+    """Another image, another Ray resource; another size or setting, the same pods."""
+    before = rendered("gpu")
+    for pool in ("prefill", "decode"):
+        old = ray_resource(before, pool)
+        assert ray_resource(rendered("gpu", False, True, "image.tag=next"), pool) != old
+        assert ray_resource(rendered("gpu", False, True, f"{pool}.replicas=3", "config.kv.memory_mb=9"), pool) == old
+    only_decode = rendered("gpu", False, True, "decode.shm=1Gi")
+    assert ray_resource(only_decode, "prefill") == ray_resource(before, "prefill")
+    assert ray_resource(only_decode, "decode") != ray_resource(before, "decode")
 
 
 def test_configuration_sections_of_the_user_reach_baton() -> None:

@@ -7,6 +7,7 @@ stand-in API server. The parts of the kubelet and of the operator are played her
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -26,9 +27,9 @@ from deploy.kube.api import SERVER_ENV
 from deploy.kube.head import RAY_COMMAND_ENV
 from tests.e2e import netns
 from tests.helm.api_server import ApiServer
-from tests.helm.charts import NAMESPACE, config_text, groups, rendered
+from tests.helm.charts import NAMESPACE, config_text, groups, ray_resource, rendered
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 ADDRESS = "192.0.2.1"
 SECRET = "test-secret-0123456789"
@@ -60,9 +61,9 @@ class Pods:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
-    def mount(self, *, memory_mb: int = 16, **decode: int) -> None:
+    def mount(self, *sets: str, memory_mb: int = 16, **decode: int) -> None:
         """Write the chart's configuration, as far as it can be the same on one host: pods share ports, hosts do not."""
-        tree = tomllib.loads(config_text(rendered("cpu")))
+        tree = tomllib.loads(config_text(rendered("cpu", False, True, *sets)))
         tree["model"] = {"path": str(self._model), "name": "nano"}
         tree["router"] |= {"membership": "tcp://127.0.0.1:7001", "controller": CONTROL, "drain_timeout_s": 2}
         tree["worker"] |= {"request_port": 0, "control_port": 0, "metrics_port": 0, "drain_timeout_s": 5}
@@ -157,6 +158,11 @@ def test_the_containers_of_the_chart_make_a_cluster(pods: Pods) -> None:
         status = pods.until(lambda now: now.ready and all(worker.revision == 1 for worker in now.workers))
         assert len(status.workers) == 3
 
+        pods.mount("image.tag=next", memory_mb=17, replicas=2)  # another image: workers move to new pods
+        start_node(pods, "image.tag=next")
+        status = pods.until(lambda now: now.ready and all(worker.revision == 2 for worker in now.workers))
+        assert len(status.workers) == 3
+
         scaled = pods.run("baton", "scale", "decode", "1")
         assert (scaled.returncode, scaled.stdout) == (0, "decode: 1 ready\n"), scaled.stderr
         head.send_signal(signal.SIGTERM)
@@ -169,12 +175,18 @@ def start(pods: Pods, api: ApiServer) -> subprocess.Popen[bytes]:
     ray = f"ray start --head --num-cpus=0 --port=6379 --include-dashboard=False {_RAY}"
     words = ("python", "-m", "deploy.kube", "head", "--config", str(pods.config))
     head = pods.start("head", *words, **{RAY_COMMAND_ENV: ray, SERVER_ENV: api.url})
-    resources = '{"baton_prefill": 2, "baton_decode": 3}'
-    node = f"until ray health-check --address={ADDRESS}:6379; do sleep 0.3; done; exec ray start "
-    node += f"--address={ADDRESS}:6379 --num-cpus=2 --resources='{resources}' {_RAY}"
-    pods.start("node", "bash", "-c", node)
+    start_node(pods)
     pods.start("router", "python", "-m", "router", "--config", str(pods.config))
     return head
+
+
+def start_node(pods: Pods, *sets: str) -> None:
+    """A node with room for all pods of one release."""
+    docs = rendered("cpu", False, True, *sets)
+    room = {ray_resource(docs, "prefill"): 2, ray_resource(docs, "decode"): 3}
+    node = f"until ray health-check --address={ADDRESS}:6379; do sleep 0.3; done; exec ray start "
+    node += f"--address={ADDRESS}:6379 --num-cpus=2 --resources='{json.dumps(room)}' {_RAY}"
+    pods.start(f"node{len(sets)}", "bash", "-c", node)
 
 
 def knows(status: ClusterStatus, incarnation: str) -> bool:

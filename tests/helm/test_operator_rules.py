@@ -11,7 +11,18 @@ import re
 import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from tests.helm.charts import CASES, NAMESPACE, VALUES, Manifest, config_tree, groups, only, pod_specs, rendered
+from tests.helm.charts import (
+    CASES,
+    NAMESPACE,
+    VALUES,
+    Manifest,
+    config_tree,
+    groups,
+    only,
+    pod_specs,
+    ray_resource,
+    rendered,
+)
 
 _TAKEN_BY_KUBERAY = {"metrics"}  # a container port of this name is replaced by the operator's own
 
@@ -68,17 +79,19 @@ def test_the_autoscaler_finds_a_node_type_for_every_worker(hardware: str) -> Non
         asked = pool["resources"]
         fitting = [kind for kind, found in types.items() if asked.items() <= found["resources"].items()]
         assert fitting == [name]
-        assert 2 * asked[f"baton_{name}"] > node["resources"][f"baton_{name}"], "two workers would share a pod's ports"
+        own = ray_resource(docs, name)
+        assert 2 * asked[own] > node["resources"][own], "two workers would share a pod's ports"
 
 
 def test_cards_reach_ray() -> None:
     def params(hardware: str) -> dict[str, str]:
-        found: dict[str, str] = groups(rendered(hardware))["decode"]["rayStartParams"]
-        return found
+        docs = rendered(hardware)
+        given = groups(docs)["decode"]["rayStartParams"].items()
+        return {key: value.replace(ray_resource(docs, "decode"), "OWN") for key, value in given}
 
-    assert params("ascend")["resources"] == r'"{\"NPU\":8,\"baton_decode\":1}"'
-    assert params("gpu") == {"num-gpus": "8", "resources": r'"{\"baton_decode\":1}"'}
-    assert params("cpu") == {"resources": r'"{\"baton_decode\":1}"'}
+    assert params("ascend") == {"resources": r'"{\"NPU\":8,\"OWN\":1}"'}
+    assert params("gpu") == {"num-gpus": "8", "resources": r'"{\"OWN\":1}"'}
+    assert params("cpu") == {"resources": r'"{\"OWN\":1}"'}
 
 
 @pytest.mark.parametrize("hardware", VALUES)
