@@ -32,6 +32,7 @@ _STRUCTS = (
 )
 _ERRORS = {
     400: "The request can't be served as written.",
+    401: "No API key, or one that is not valid here.",
     404: "The model is not served here.",
     405: "The method is not served here; see Allow.",
     408: "The body stopped coming.",
@@ -42,8 +43,8 @@ _ERRORS = {
     503: "No capacity now; come back after Retry-After seconds.",
     504: "The request was not finished within its deadline.",
 }
-_BODY_ERRORS = (400, 404, 408, 413, 415, 503)
-_GENERATION_ERRORS = (400, 404, 408, 413, 415, 429, 500, 503, 504)
+_BODY_ERRORS = (400, 401, 404, 408, 413, 415, 503)
+_GENERATION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 Json = dict[str, Any]
 
@@ -92,9 +93,9 @@ def _paths(model_names: Sequence[str]) -> Json:
                 event=answers.ChatChunk,
             )
         },
-        "/v1/models": {"get": _operation("listModels", "Served names.", answer=answers.ModelList)},
+        "/v1/models": {"get": _operation("listModels", "Served names.", answer=answers.ModelList, errors=(401,))},
         "/v1/models/{model}": {
-            "get": _operation("getModel", "One served name.", answer=answers.ModelCard, errors=(404,))
+            "get": _operation("getModel", "One served name.", answer=answers.ModelCard, errors=(401, 404))
             | {"parameters": [model_parameter]}
         },
         "/tokenize": {
