@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_engine.ops import GateConfig, Ops, load_ops
+from llm_engine.ops_cpu.moe_free import FreeExperts
 from tests.ops import reference
 
 HIDDEN, WIDTH = 48, 32
@@ -114,3 +117,19 @@ def test_rows_do_not_feel_their_neighbours(data: st.DataObject) -> None:
     together = x[order].clone()
     got = ops.moe(together, ids[order], weights[order], moe.packed)
     assert torch.equal(got, alone[order])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("rows", "experts"), [(1, 16), (70, 8)])
+def test_both_forms_of_free_experts_match_float64(wide: bool, rows: int, experts: int) -> None:
+    ops = load_ops("cpu", "fast", "bf16")
+    moe = Experts(ops, experts, WIDTH)
+    if not isinstance(moe.packed, FreeExperts):
+        pytest.skip("this CPU has no bf16 products")
+    packed = moe.packed if wide else replace(moe.packed, wide=None)
+    x = torch.randn(rows, HIDDEN).to(ops.dtype)
+    ids = torch.stack([torch.randperm(experts)[:3] for _ in range(rows)])
+    got = ops.moe(x, ids, torch.full((rows, 3), 0.5), packed)
+    for row in range(rows):
+        expected = moe.expected(x[row], ids[row].tolist(), [0.5] * 3)
+        torch.testing.assert_close(got[row].double(), expected, atol=3e-2, rtol=3e-2)
