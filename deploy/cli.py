@@ -28,7 +28,7 @@ _EPILOG = """exit codes:
 """
 _POOLS = ("prefill", "decode", "aggregated")
 _ROLES = (*_POOLS, "router")
-_BENCHMARKS = ("replay", "serve")
+_BENCHMARKS = ("engine", "replay", "serve")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -126,6 +126,9 @@ def _model(model: argparse.ArgumentParser) -> None:
 
 def _bench(bench: argparse.ArgumentParser) -> None:
     kinds = bench.add_subparsers(metavar="KIND", required=True)
+    kinds.add_parser(
+        "engine", help="time a slice of the model on this machine's card (see `baton bench engine --help`)"
+    )
     kinds.add_parser("replay", help="replay the arrivals and prefixes of a trace (see `baton bench replay --help`)")
     kinds.add_parser("serve", help="keep a number of streams running (see `baton bench serve --help`)")
 

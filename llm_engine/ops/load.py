@@ -13,15 +13,20 @@ from llm_engine.ops.table import Ops
 Numerics = Literal["exact", "fast"]
 
 _BACKENDS: Final = {"cpu": "llm_engine.ops_cpu", "triton": "llm_engine.ops_triton"}
-_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def load_ops(backend: str, numerics: Numerics = "exact", dtype: str = "fp32") -> Ops:
-    """Build the table of `backend`. Raises ConfigError naming an unknown or unsupported choice."""
+    """Build the table of `backend`. Raises ConfigError naming an unknown or unsupported choice.
+
+    `dtype` fp8: weights in fp8 blocks where they allow it, everything else in bf16.
+    """
     if backend not in _BACKENDS:
         raise ConfigError(f"engine.backend={backend!r}: expected one of {', '.join(_BACKENDS)}")
     if dtype not in _DTYPES:
         raise ConfigError(f"engine.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
+    if backend == "cpu" and dtype == "fp8":
+        raise ConfigError(f"engine.dtype={dtype!r}: expected one of fp32, bf16 with engine.backend='cpu'")
     if numerics not in ("exact", "fast"):
         raise ConfigError(f"engine.numerics={numerics!r}: expected exact or fast")
     return cast(Ops, importlib.import_module(_BACKENDS[backend]).build(numerics, _DTYPES[dtype]))

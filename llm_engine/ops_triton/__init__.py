@@ -23,8 +23,12 @@ from llm_engine.ops_triton.tiles import Numerics
 
 
 def build(numerics: Numerics, dtype: torch.dtype) -> Ops:
-    """The Triton table on this machine's accelerator. Raises ConfigError where there is none to run on."""
-    return build_on(_device(), numerics, dtype)
+    """The Triton table on this machine's accelerator. Raises ConfigError where there is none to run on.
+
+    `dtype` fp8: bf16, with weights in fp8 blocks.
+    """
+    fp8 = dtype == torch.float8_e4m3fn
+    return build_on(_device(), numerics, torch.bfloat16 if fp8 else dtype, fp8=fp8)
 
 
 def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp8: bool = False) -> Ops:

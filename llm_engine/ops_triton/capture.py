@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ class CudaCapture:
     """See `llm_engine.ops.spec.Capture`. All recordings share one pool: what one leaves in it the next overwrites."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self._warm_up(function)

@@ -28,6 +28,7 @@ SURFACE = {
     "baton model make": ["SIZE", "--out", "--seed", "--dtype", "--fp8", "--random"],
     "baton model inspect": ["DIR", "--json"],
     "baton bench": [],
+    "baton bench engine": [],
     "baton bench replay": [],
     "baton bench serve": [],
 }
@@ -71,7 +72,7 @@ def test_every_option_is_known() -> None:
     assert dict(options(cli.parser())) == SURFACE
 
 
-@pytest.mark.parametrize("command", [*SURFACE, "baton bench replay", "baton bench serve"])
+@pytest.mark.parametrize("command", [*SURFACE, "baton bench engine", "baton bench replay", "baton bench serve"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split()[1:], "--help"])

@@ -1,0 +1,105 @@
+"""The engine benchmark: its floors, its slice, and a run at the size of a test model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import engine
+from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds
+from benchmarks.engine_slice import DrawnTensors, SliceCaches, routed, slice_spec
+from llm_engine.models.sizes import size_config
+from llm_engine.models.spec import ModelSpec
+from llm_engine.ops import GateConfig, Ops, load_ops
+
+NANO = ModelSpec.from_config(size_config("nano"))
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    return load_ops("cpu", "fast", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "milliseconds"),
+    [(1, 1024, 1.56), (1, 65536, 1.58), (16, 8192, 8.4), (64, 4096, 17.3), (128, 2048, 19.5)],
+)
+def test_floor_of_eight_layers(batch: int, context: int, milliseconds: float) -> None:
+    floor = decode_bytes(slice_spec(8), batch, context) / Card().bytes_per_s * 1e3
+    assert floor == pytest.approx(milliseconds, rel=0.02)
+
+
+def test_floor_of_a_long_prefill() -> None:
+    assert prefill_seconds(slice_spec(8), Card(), 1, 65536) == pytest.approx(1.06, rel=0.02)
+
+
+def test_drafts_wake_more_experts() -> None:
+    spec = slice_spec(8)
+    assert decode_bytes(spec, 1, 1024, 4) > 1.5 * decode_bytes(spec, 1, 1024)
+
+
+def test_drawn_tensors_are_the_same_every_time(ops: Ops) -> None:
+    tensors = DrawnTensors(NANO, ops, with_mtp=True)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert torch.equal(tensors[name], tensors[name])
+    assert tensors[name].dtype == torch.bfloat16
+    assert tensors["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    assert set(tensors["model.norm.weight"].tolist()) == {1.0}
+
+
+def test_pages_have_the_real_formats(ops: Ops) -> None:
+    caches = SliceCaches.allocate(slice_spec(1), ops, 2, 64, fp8=True, mtp=False)
+    assert caches.layers[0].latent.shape == (2, 64, 656)
+    assert caches.layers[0].index is not None
+    assert caches.layers[0].index.shape == (2, 64, 132)
+    assert caches.mtp is None
+
+
+def test_routing_is_spread_or_follows_the_trace(ops: Ops) -> None:
+    config = GateConfig(top_k=2, num_groups=4, top_groups=2)
+    logits, bias = torch.zeros(64, 8), torch.zeros(8)
+    logits[:, 5] = 9.0  # what the model itself would choose
+    ids, _ = routed(ops, NANO, 64, None).gate(logits, bias, config)
+    assert max(Counter(ids.flatten().tolist()).values()) < 40
+    ids, weights = routed(ops, NANO, 64, torch.tensor([[1, 6], [2, 3]])).gate(logits, bias, config)
+    assert {tuple(sorted(row)) for row in ids.tolist()} == {(1, 6), (2, 3)}
+    assert torch.allclose(weights, torch.full_like(weights, 0.5))
+
+
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_measures_prefill_and_decode(ops: Ops, mtp: int) -> None:
+    options = engine.Options(batch=3, context=40, mtp=mtp, steps=2, chunk=50, fp8=False)
+    result = engine.measure(NANO, ops, options, Card())
+    assert result["prefill_s"] > 0
+    assert result["tpot_ms"] == pytest.approx(
+        result["step_ms"] / (1 + sum(0.85**k for k in range(1, mtp + 1))), rel=0.01
+    )
+    assert result["step_over_floor"] > 1
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_sequences_are_prefilled_whole(ops: Ops) -> None:
+    """Chunks of 50 rows over three prompts of 40: the caches equal those of a pass over everything."""
+    with torch.inference_mode():
+        slices = [
+            engine.Slice(NANO, ops, engine.Options(batch=3, context=40, chunk=chunk, fp8=False)) for chunk in (50, 120)
+        ]
+        for part in slices:
+            part.prefill()
+        planes = [torch.stack([layer.latent for layer in part.caches.layers[:1]]) for part in slices]
+    torch.testing.assert_close(*planes, atol=2e-2, rtol=2e-2)
+    written = planes[0].abs().amax(-1).flatten() > 0
+    assert int(written.sum()) == 3 * 40
+
+
+def test_a_trace_needs_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "trace.npy", np.zeros((4, 8), np.int64))
+    for words in (["--routing", "trace"], ["--trace", str(tmp_path / "trace.npy")]):
+        with pytest.raises(SystemExit):
+            engine.main(words)
+        assert "go together" in capsys.readouterr().err
