@@ -196,7 +196,7 @@ def values() -> dict[str, Any]:
             ),
             dashboards=record(enabled=BOOL, label=STRING, labelValue=STRING, folderAnnotation=STRING, folder=STRING),
         ),
-        tests=record(enabled=BOOL),
+        tests=record(enabled=BOOL, apiKeySecret=STRING),
         **{"global": ANY_OBJECT},  # Helm passes it to every chart
     )
 

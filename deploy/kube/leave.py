@@ -1,6 +1,6 @@
 """Before a worker's pod ends: take its worker out by the exact count of what it still holds.
 
-    the pod's own /metrics: which worker → controller: drain it → until nothing runs, waits or is being handed over
+    the pod's own /metrics: which worker → controller: drain it → until it holds no request and no hand-off
 
 The controller starts a replacement meanwhile. After the bound the worker gives its remaining sequences back to
 the routers, which go on with them on another worker: no stream breaks, some pause.
@@ -21,12 +21,12 @@ from llm_engine.api.config import cluster_key
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_HELD = ("baton_running_sequences", "baton_queue_depth", "baton_pending_handoffs")
+_HELD = ("baton_live_requests", "baton_pending_handoffs")
 
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a worker says about itself. `held`: sequences running or waiting plus hand-offs that are open."""
+    """What a worker says about itself. `held`: live requests plus open hand-offs, both exact."""
 
     name: str
     held: int
@@ -38,7 +38,7 @@ def leave(metrics_url: str, controller: str, timeout_s: float) -> bool:
     worker = look(metrics_url)
     if worker is None:
         return True  # no worker runs in this pod (any more)
-    _log.info("%s: leaving with %d sequences and hand-offs", worker.name, worker.held)
+    _log.info("%s: leaving with %d requests and hand-offs", worker.name, worker.held)
     deadline = time.monotonic() + timeout_s
     asked = False
     while time.monotonic() < deadline:

@@ -39,6 +39,7 @@ EVERYTHING = (
     "router.gateway.enabled=true",
     "router.gateway.parentRefs[0].name=gateway",
     "security.tenantsSecret=tenants",
+    "tests.apiKeySecret=tenant",
     "decode.minReplicas=2",
     "decode.replicas=3",
     "aggregated.maxReplicas=2",
