@@ -33,6 +33,7 @@ _WORKERS = {
     Role.DECODE: ("decode_worker.worker", "DecodeWorker"),
     Role.AGGREGATED: ("decode_worker.aggregated", "AggregatedWorker"),
 }
+_DEVICES_ENV = ("ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 _READY_PREFIX = b"READY "
 _QUICK_DEATH_S = 5.0  # a router that lived shorter than this waits before the next start
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0)
@@ -77,6 +78,8 @@ class WorkerActor:
         await asyncio.shield(self._task)
 
     async def _serve(self) -> None:
+        assigned = [f"{name}={os.environ[name]}" for name in _DEVICES_ENV if os.environ.get(name)]
+        _log.info("%s: devices assigned by Ray: %s", self._name, ", ".join(assigned) or "none")
         module, kind = _WORKERS[self._role]
         worker_class = getattr(importlib.import_module(module), kind)
         self._worker = await asyncio.to_thread(worker_class.build, self._config, self._name)
@@ -86,6 +89,9 @@ class WorkerActor:
             self._worker.stop(drain_s=self._stop_after)
         try:
             await self._worker.serve()
+        except Exception:
+            _log.exception("%s failed", self._name)
+            raise
         finally:
             self._stage, self._info = "stopped", None
 

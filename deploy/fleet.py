@@ -297,6 +297,8 @@ def _hopeless(slot: Slot, watch: _Watch) -> str:
 def one_line(error: BaseException) -> str:
     """The innermost message of an exception that crossed Ray, on one line."""
     cause = getattr(error, "cause", None) or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
     text = " ".join(str(cause).split())
     return text if type(cause).__module__.startswith("llm_engine") else f"{type(cause).__name__}: {text}"
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NAMESPACE = "baton"
 CONTROLLER = "controller"
 ROUTER = "router"
+HEAD_RESOURCE = "node:__internal_head__"
 RAY_FILES = "ray"  # Ray opens this directory to everybody; the private one above it keeps them out
 _WORKER_PREFIX = "worker:"
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no object of ours is ever put there
@@ -118,7 +119,8 @@ class ControllerActor:
 
     def _launch_router(self) -> RayHandle:
         config_file = str(self._run_dir / "config.toml")
-        return RayHandle(RouterActor, _actor_options(ROUTER, num_cpus=0), config_file, self._log(ROUTER))
+        options = _actor_options(ROUTER, num_cpus=0, resources={HEAD_RESOURCE: 0.001})  # other nodes come and go
+        return RayHandle(RouterActor, options, config_file, self._log(ROUTER))
 
     def _log(self, name: str) -> str:
         return str(self._run_dir / "logs" / f"{name}.log")
