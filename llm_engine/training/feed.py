@@ -117,7 +117,9 @@ def _documents(tokenizer: Tokenizer, shape: Shape, rng: random.Random, texts: Se
     while True:
         behind = min(range(len(made)), key=lambda i: made[i] / (*wanted, TEXT_SHARE)[i])
         if behind == len(skills):
-            found = text_document(rng.choice(texts)[: 2 * shape.length], tokenizer)
+            text = rng.choice(texts)
+            start = rng.randrange(max(1, len(text) - shape.length))
+            found = text_document(text[start : start + shape.length], tokenizer)
         else:
             found = document(draw(skills[behind], rng), tokenizer)
         made[behind] += len(found.ids)

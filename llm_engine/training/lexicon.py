@@ -46,6 +46,7 @@ STRING_FIELDS: Final = {
     "name": NAMES, "city": CITIES, "colour": COLOURS, "animal": ANIMALS, "item": THINGS, "food": FOODS, "owner": NAMES,
     "place": CITIES, "target": THINGS, "pet": ANIMALS,
 }  # fmt: skip
+TEXT_FIELDS: Final = ("text", "title", "subject")  # several words
 INTEGER_FIELDS: Final = ("age", "days", "guests", "count", "level", "size", "hours", "price", "year", "limit")
 BOOLEAN_FIELDS: Final = ("urgent", "public", "paid", "quiet")
 ORDINALS: Final = ("first", "second", "third", "fourth", "fifth", "sixth")

@@ -67,8 +67,9 @@ class Optimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on."""
-        return {"moments": self._moments, "adam": self._adam.state_dict()}
+        """Everything needed to go on, momentum rounded to bf16."""
+        moments = [[moment.bfloat16() for moment in held] for held in self._moments]
+        return {"moments": moments, "adam": self._adam.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""

@@ -126,7 +126,7 @@ def _attachments(sample: Sample) -> str:
 
 
 def _called(call: Mapping[str, Any]) -> Call:
-    return Call(call["function"]["name"], call["function"]["arguments"])
+    return Call(call["function"]["name"], json.loads(call["function"]["arguments"]))
 
 
 def _calls(calls: Sequence[Call]) -> str:

@@ -5,6 +5,7 @@ Training and evaluation never meet: a sample whose key falls into the held-out t
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
 from collections.abc import Callable, Mapping
@@ -81,7 +82,7 @@ def assistant(answer: Answer) -> Message:
             {
                 "id": f"call_{i}",
                 "type": "function",
-                "function": {"name": call.name, "arguments": dict(call.arguments)},
+                "function": {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)},
             }
             for i, call in enumerate(answer.calls)
         ]

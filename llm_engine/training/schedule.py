@@ -9,7 +9,7 @@ from llm_engine.training.feed import Shape
 
 PEAK_RATE: Final = 4e-3
 LENGTHS: Final = (512, 1024, 3072)  # short rows first; long ones are dear
-_TEXT_OF: Final = {512: 260, 1024: 640, 3072: 2700}
+_TEXT_OF: Final = {512: 260, 1024: 640, 3072: 2550}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Schedule:
     peak_rate: float = PEAK_RATE
     warm_up: int = 150
     medium_from: float = 0.2
-    sparse_from: float = 0.45
+    sparse_from: float = 0.5
     decay_from: float = 0.55
     lengths: tuple[int, ...] = LENGTHS
     long_every: int = 5

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from llm_engine.training import skills_retrieval, skills_text, skills_tools
+from llm_engine.training import skills_chat, skills_retrieval, skills_text, skills_tools
 from llm_engine.training.samples import Sample, Skill
 
 INDEX_TOPK: Final = 64  # distances of the retrieval skills are multiples of what a query may select
@@ -32,17 +32,19 @@ def retrieval_of(longest: int) -> Skill:
 
 
 MIXTURE: Final = (
-    Share("retrieval", retrieval_of(300), 0.24),
-    Share("arithmetic", skills_text.arithmetic, 0.16),
-    Share("strings", skills_text.strings, 0.10),
-    Share("system", skills_text.system_instruction, 0.07),
-    Share("turns", skills_text.turns, 0.08),
-    Share("thinking", skills_text.derivation, 0.08),
-    Share("tool_call", skills_tools.tool_call, 0.11),
-    Share("tool_result", skills_tools.tool_result, 0.06),
-    Share("json", skills_tools.json_answer, 0.06),
+    Share("retrieval", retrieval_of(300), 0.22),
+    Share("arithmetic", skills_text.arithmetic, 0.14),
+    Share("strings", skills_text.strings, 0.09),
+    Share("system", skills_text.system_instruction, 0.06),
+    Share("turns", skills_text.turns, 0.06),
+    Share("thinking", skills_text.derivation, 0.06),
+    Share("tool-call", skills_tools.tool_choice, 0.11),
+    Share("tool-result", skills_tools.tool_result, 0.05),
+    Share("json", skills_tools.json_answer, 0.05),
+    Share("talk", skills_chat.small_talk, 0.02),
+    Share("conversation", skills_chat.conversation, 0.04),
 )
-TEXT_SHARE: Final = 0.04  # the rest of the tokens: documentation that ships with Python
+TEXT_SHARE: Final = 0.10  # the rest of the tokens: documentation that ships with Python
 
 EVALUATION: Final[Mapping[str, Skill]] = {
     "retrieval-2x": skills_retrieval.far(2 * INDEX_TOPK),

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from llm_engine.training.lexicon import ANIMALS, ATTRIBUTES, CITIES, COLOURS, NAMES, THINGS, VERBS
+from llm_engine.training.lexicon import ANIMALS, ATTRIBUTES, CITIES, COLOURS, FOODS, NAMES, THINGS, VERBS
 from llm_engine.training.samples import Answer, Message, Sample, assistant, user
 
-_PIECE: Final = re.compile(r"\d|\w+|[^\w\s]")
-_TOKENS_PER_PIECE: Final = 1.25
+_PIECE: Final = re.compile(r" (?=\d)|\d|[A-Z]|[a-z]+|[^\w\s]")
+_TOKENS_PER_PIECE: Final = 1.1
+_SKIPPED: Final = 90  # more tokens than a query may select
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,14 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a text looks like: about `num_tokens` long, with the last facts asked for in its first `within` part."""
+    """What a text looks like: about `num_tokens` long.
+
+    The facts that are asked for last lie in its first `within` part, but not in the first `skipped` tokens.
+    """
 
     num_tokens: int
     within: float = 1.0
+    skipped: int = 0
     questions: int = 1
     needles: int = 1
 
@@ -43,7 +48,7 @@ def retrieval(rng: random.Random, shape: Shape) -> Sample:
     lines = _lines(rng, facts, shape.num_tokens)
     asked = [rng.sample(facts, min(shape.needles, len(facts))) for _ in range(shape.questions)]
     if shape.within < 1:
-        _move_forward(rng, lines, [fact.said for fact in asked[-1]], shape.within)
+        _move_forward(rng, lines, [fact.said for fact in asked[-1]], shape)
     messages: list[Message] = []
     text = rng.choice(("\n", " ")).join(lines)
     opening = f"{rng.choice(('Read this', 'Here is a text', 'Notes', 'Remember this'))}:\n{text}\n\n"
@@ -69,21 +74,23 @@ def training(rng: random.Random, longest: int) -> Sample:
 
 def far(distance: int, needles: int = 1) -> Callable[[random.Random], Sample]:
     """A skill whose answers lie at least `distance` tokens before the question."""
-    shape = Shape(num_tokens=int(distance * 1.2) + 40, within=0.03 if needles == 1 else 0.08, needles=needles)
+    part = 0.03 if needles == 1 else 0.08
+    total = int(distance * 1.2) + 20 + _SKIPPED
+    shape = Shape(num_tokens=total, within=part + _SKIPPED / total, skipped=_SKIPPED, needles=needles)
     return lambda rng: retrieval(rng, shape)
 
 
 def _keyed(rng: random.Random) -> Fact:
     key, value, what = f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)}", str(rng.randrange(100, 10000)), "code"
     said = f"The {what} of the {key} is {value}."
-    return Fact(key, said, f"What is the {what} of the {key}?", said, value)
+    return Fact(key, said, _what(rng, what, key), said, value)
 
 
 def _attributes(rng: random.Random) -> Fact:
     what, key = rng.choice(ATTRIBUTES), f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
     value = str(rng.randrange(10, 1000))
     said = f"The {what} of the {key} is {value}."
-    return Fact(f"{what} {key}", said, f"What is the {what} of the {key}?", said, value)
+    return Fact(f"{what} {key}", said, _what(rng, what, key), said, value)
 
 
 def _people(rng: random.Random) -> Fact:
@@ -104,6 +111,17 @@ def _table(rng: random.Random) -> Fact:
     return Fact(key, f"{key}: {value}", f"What stands at {key}?", f"{key}: {value}", value)
 
 
+def _what(rng: random.Random, what: str, key: str) -> str:
+    return rng.choice(
+        (
+            f"What is the {what} of the {key}?",
+            f"Tell me the {what} of the {key}.",
+            f"Which {what} has the {key}?",
+            f"Find the {what} of the {key}.",
+        )
+    )
+
+
 _STYLES: Final = (_keyed, _keyed, _attributes, _people, _places, _table)
 
 
@@ -122,23 +140,42 @@ def _lines(rng: random.Random, facts: Sequence[Fact], num_tokens: int) -> list[s
     lines = [fact.said for fact in facts]
     budget = num_tokens - sum(map(_length, lines))
     while budget > 0:
-        filler = (
-            f"The {rng.choice(COLOURS)} {rng.choice(ANIMALS)} and the {rng.choice(ANIMALS)} "
-            f"{rng.choice(VERBS)} the {rng.choice(THINGS)} near the {rng.choice(THINGS)}."
-        )
+        filler = _filler(rng)
         lines.append(filler)
         budget -= _length(filler)
     rng.shuffle(lines)
     return lines
 
 
-def _move_forward(rng: random.Random, lines: list[str], wanted: Sequence[str], within: float) -> None:
+def _filler(rng: random.Random) -> str:
+    """A sentence that says nothing of what is asked."""
+    colour, animal, other = rng.choice(COLOURS), rng.choice(ANIMALS), rng.choice(ANIMALS)
+    thing, near, name, food = rng.choice(THINGS), rng.choice(THINGS), rng.choice(NAMES), rng.choice(FOODS)
+    return rng.choice(
+        (
+            f"The {colour} {animal} and the {other} {rng.choice(VERBS)} the {thing} near the {near}.",
+            f"{name} likes {food} but not {rng.choice(FOODS)}.",
+            f"Nobody has seen the {animal} since the {thing} was painted {colour}.",
+            f"There are {rng.randrange(2, 100)} pieces of {food} in the {thing}.",
+            f"When it rains, {name} sits by the {thing} and reads about the {animal}.",
+            f"It took {rng.randrange(2, 60)} minutes to carry the {thing} to the {near}.",
+            f"A {colour} {thing} is not a {near}.",
+            f"The {animal} sleeps, the {other} eats {food}.",
+        )
+    )
+
+
+def _move_forward(rng: random.Random, lines: list[str], wanted: Sequence[str], shape: Shape) -> None:
     """Put the wanted lines at random places in the first part of the text."""
     for line in wanted:
         lines.remove(line)
+    first, passed = 0, 0.0
+    while passed < shape.skipped:
+        passed += _length(lines[first])
+        first += 1
     for line in wanted:
-        lines.insert(rng.randint(0, int(within * len(lines))), line)
+        lines.insert(rng.randint(first, max(first, int(shape.within * len(lines)))), line)
 
 
 def _length(line: str) -> float:
-    return len(_PIECE.findall(line)) * _TOKENS_PER_PIECE
+    return 1 + len(_PIECE.findall(line)) * _TOKENS_PER_PIECE

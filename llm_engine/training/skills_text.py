@@ -11,19 +11,27 @@ from llm_engine.training.samples import Answer, Message, Sample, assistant, syst
 
 _THINKING: Final = 0.25  # share of samples in thinking mode where both modes make sense
 
-_ADD: Final = ("What is {} + {}?", "{} + {} =", "Add {} and {}.", "Calculate {} + {}.", "How much is {} plus {}?")
-_SUBTRACT: Final = ("What is {} - {}?", "{} - {} =", "Calculate {} - {}.", "How much is {} minus {}?")
+_ADD: Final = (
+    "What is {} + {}?",
+    "{} + {} =",
+    "Add {} and {}.",
+    "Calculate {} + {}.",
+    "How much is {} plus {}?",
+    "{}+{}",
+)
+_SUBTRACT: Final = ("What is {} - {}?", "{} - {} =", "Calculate {} - {}.", "How much is {} minus {}?", "{}-{}")
 _MULTIPLY: Final = (
     "What is {} * {}?",
     "{} * {} =",
     "Multiply {} by {}.",
     "Calculate {} * {}.",
     "How much is {} times {}?",
+    "{}*{}",
 )
 
 
 def arithmetic(rng: random.Random) -> Sample:
-    """Sums and differences of up to three digits; products of two digits by one, derived while thinking."""
+    """Sums and differences of up to four digits; products of two digits by one, derived while thinking."""
     kind = rng.choice("++--*")
     if kind == "*":
         a, b = rng.randint(11, 99), rng.randint(2, 9)
@@ -187,7 +195,7 @@ def _asked(
 
 
 def _number(rng: random.Random) -> int:
-    return rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3)))
+    return rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3, 3, 4)))
 
 
 def _columns(a: int, b: int) -> str:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from llm_engine.training.lexicon import BOOLEAN_FIELDS, INTEGER_FIELDS, NOUNS, STRING_FIELDS, VERBS
+from llm_engine.training.lexicon import (
+    BOOLEAN_FIELDS,
+    INTEGER_FIELDS,
+    NOUNS,
+    STRING_FIELDS,
+    TEXT_FIELDS,
+    VERBS,
+    WORDS,
+)
 from llm_engine.training.samples import Answer, Call, Message, Sample, assistant, system, user
+from llm_engine.training.skills_chat import small_talk
+from llm_engine.training.skills_text import arithmetic, strings
 
 Function = tuple[str, dict[str, str]]  # name, and the type of every parameter
 
@@ -17,7 +28,19 @@ _THINKING = 0.35
 
 def tool_call(rng: random.Random) -> Sample:
     """One or two calls that the user asks for, among up to three functions."""
+    return _called(rng, _functions(rng))
+
+
+def tool_choice(rng: random.Random) -> Sample:
+    """Functions are on offer, but the question needs none of them in one case of four."""
     functions = _functions(rng)
+    if rng.random() < 0.75:
+        return _called(rng, functions)
+    plain = rng.choice((small_talk, arithmetic, strings))(rng)
+    return replace(plain, tools=tuple(_tool(name, fields) for name, fields in functions))
+
+
+def _called(rng: random.Random, functions: list[Function]) -> Sample:
     wanted = rng.sample(functions, 2) if len(functions) > 1 and rng.random() < 0.2 else [rng.choice(functions)]
     calls = tuple(
         Call(name, {field: _value(rng, field, kind) for field, kind in fields.items()}) for name, fields in wanted
@@ -86,7 +109,7 @@ def _functions(rng: random.Random) -> list[Function]:
 
 def _fields(rng: random.Random, count: int) -> dict[str, str]:
     kinds = {
-        **dict.fromkeys(STRING_FIELDS, "string"),
+        **dict.fromkeys((*STRING_FIELDS, *TEXT_FIELDS), "string"),
         **dict.fromkeys(INTEGER_FIELDS, "integer"),
         **dict.fromkeys(BOOLEAN_FIELDS, "boolean"),
     }
@@ -94,6 +117,8 @@ def _fields(rng: random.Random, count: int) -> dict[str, str]:
 
 
 def _value(rng: random.Random, field: str, kind: str) -> Any:
+    if field in TEXT_FIELDS:
+        return " ".join(rng.sample(WORDS, rng.randint(2, 4)))
     if kind == "string":
         return rng.choice(STRING_FIELDS[field])
     return rng.random() < 0.5 if kind == "boolean" else rng.randrange(10 ** rng.randint(1, 3))

@@ -9,6 +9,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,10 +38,10 @@ _SPECIAL_ROLE: Final = (BOS, EOS, PAD, DSML)  # the rest are added tokens but no
 _WORDS: Final = Regex(r" ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s+(?!\S)|\s+")
 
 
-def python_texts(limit: int | None = None) -> list[str]:
-    """Documentation that ships with this Python: the docstrings of its library (PSF licence), at most `limit` files."""
-    texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:limit]:
+def python_texts() -> list[str]:
+    """Documentation that ships with this Python (PSF licence): its language topics, its library's docstrings."""
+    texts = [text.strip() for text in topics.values()]
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, UnicodeDecodeError):
