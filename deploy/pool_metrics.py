@@ -55,6 +55,9 @@ class _PoolCollector(Collector):
         status = self._status()
         desired = GaugeMetricFamily("baton_pool_desired_replicas", "Replicas wanted", labels=["pool"])
         ready = GaugeMetricFamily("baton_pool_ready_replicas", "Replicas that serve", labels=["pool"])
+        recommended = GaugeMetricFamily(
+            "baton_pool_recommended_replicas", "What the autoscaler would choose", labels=["pool"]
+        )
         workers = GaugeMetricFamily("baton_pool_workers", "Workers by state", labels=["pool", "state"])
         restarts = CounterMetricFamily(
             "baton_worker_restarts", "Restarts of the workers that exist now", labels=["name"]
@@ -63,8 +66,10 @@ class _PoolCollector(Collector):
         for name, pool in status.pools.items():
             desired.add_metric([name], pool.desired)
             ready.add_metric([name], pool.ready)
+            if pool.recommended is not None:
+                recommended.add_metric([name], pool.recommended)
             for state in STATES:
                 workers.add_metric([name, state], counts[name, state])
         for worker in status.workers:
             restarts.add_metric([worker.name], worker.restarts)
-        yield from (desired, ready, workers, restarts)
+        yield from (desired, ready, recommended, workers, restarts)
