@@ -25,6 +25,7 @@ from llm_engine.api.handoff import (
     FirstToken,
     Grant,
     Offer,
+    Progress,
     Refused,
     Rejected,
     Withdraw,
@@ -66,6 +67,7 @@ class Handoff:
         self._deferred = ""
         self._granted, self._written, self._verdict = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._offered_at = time.monotonic()
+        self._written_at = 0.0
         wait_s = min(context.config.grant_timeout_s, submit.deadline_s)
         self._grant_timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._grant_overdue, wait_s)
 
@@ -181,10 +183,14 @@ class Handoff:
 
     def _pump(self, link: Link) -> bool:
         """Sender thread."""
-        pumped = self._outbox.pump(link)
-        lease = self._outbox.lease
-        if pumped is Pumped.WRITTEN and lease is not None:
+        lease, session = self._outbox.lease, self._session
+        if lease is None or session is None:
+            return False
+        pumped = self._outbox.pump(link, session.sender.hasher)
+        if pumped is Pumped.WRITTEN:
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_confirmed, done))
+        elif pumped is not Pumped.STOPPED and (news := self._outbox.news()):
+            link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
         return pumped is Pumped.MORE
 
     def _on_confirmed(self, done: Future[int | None]) -> None:
@@ -195,7 +201,14 @@ class Handoff:
         if landed is not None and landed != self._outbox.num_bytes:
             text = self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived")
             self.fail("incomplete", TransferError(text, request_id=self.request_id))
+        self._written_at = time.monotonic()
         self._written.set()
+
+    def _on_progress(self, done: Future[int | None], layers: tuple[tuple[int, int], ...]) -> None:
+        """What was written has landed: the receiver may hash it."""
+        lease = self._outbox.lease
+        if done.exception() is None and self._error is None and lease is not None and self._session is not None:
+            self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=layers))
 
     def _send_commit(self, first: FirstToken, compute_end: float) -> None:
         lease, session = self._outbox.lease, self._session
@@ -231,7 +244,9 @@ class Handoff:
             num_bytes=outbox.num_bytes,
             handoff_s=now - self._offered_at,
             exposed_s=now - compute_end,
+            drain_s=max(0.0, self._written_at - compute_end),
             write_s=outbox.write_s,
+            hash_s=outbox.hash_s,
         )
         self._context.tally.count_accepted(report)
         return report

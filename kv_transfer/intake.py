@@ -15,7 +15,7 @@ from kv_transfer.offers import Attempts, OfferQueue, Waiting
 from kv_transfer.pairs import Pair
 from kv_transfer.probes import Probes
 from kv_transfer.reserver import BlockReserver, R
-from kv_transfer.verifier import Verifier
+from kv_transfer.verifier import Landing, Verifier
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ServingError, TransferError
 from llm_engine.api.handoff import (
@@ -27,6 +27,7 @@ from llm_engine.api.handoff import (
     Offer,
     Probe,
     ProbeCommit,
+    Progress,
     Rejected,
     Withdraw,
 )
@@ -39,6 +40,7 @@ class _Active(Generic[R]):
 
     waiting: Waiting
     held: Held[R]
+    landing: Landing
 
 
 class Intakes(Generic[R]):
@@ -137,6 +139,15 @@ class Intakes(Generic[R]):
             else:
                 refuse(pair, offer, "full", f"{self.num_pending} hand-offs are pending")
 
+    def on_progress(self, pair: Pair, progress: Progress) -> None:
+        """Hash what has landed. A claim under any other lease than this writer's own, still open, is ignored."""
+        held = self.custody.find(pair, progress.lease_id)
+        if held is None or held.lease.key.epoch != progress.epoch or not held.receiving or held.sealed:
+            return
+        active = self._active.get(held.lease.request_id)
+        if active is not None and active.held is held:
+            active.landing.advance(progress.layers)
+
     def on_commit(self, pair: Pair, commit: Commit) -> None:
         """Verify and admit in a task of its own."""
         active = self._active.get(commit.request_id)
@@ -188,10 +199,10 @@ class Intakes(Generic[R]):
             reservation,
             left_s=waiting.left_s(),
             overdue="deadline",
-            on_over=lambda: self._active.pop(request_id),
+            on_over=lambda: self._active.pop(request_id).landing.end(),
         )
-        self._active[request_id] = _Active(waiting, held)
         key = held.lease.key
+        self._active[request_id] = _Active(waiting, held, self._verifier.land(key, held.lease.blocks))
         grant = Grant(
             request_id=request_id,
             attempt=attempt,
@@ -204,7 +215,7 @@ class Intakes(Generic[R]):
 
     async def _conclude(self, active: _Active[R], commit: Commit, landed: Landed | None, received_at: float) -> None:
         held, offer = active.held, active.waiting.offer
-        reason = await self._verify(held, commit, landed, offer.num_tokens)
+        reason = await self._verify(active, commit, landed, offer.num_tokens)
         if not held.receiving:  # revoked while we were hashing: fence or withdrawal deal with it
             self._reject(held.pair, commit, "the lease was revoked")
             return
@@ -229,14 +240,13 @@ class Intakes(Generic[R]):
         accepted = Accepted(request_id=commit.request_id, attempt=commit.attempt, lease_id=commit.lease_id)
         self.send(held.pair, accepted)
 
-    async def _verify(self, held: Held[R], commit: Commit, landed: Landed | None, num_tokens: int) -> str | None:
+    async def _verify(self, active: _Active[R], commit: Commit, landed: Landed | None, num_tokens: int) -> str | None:
         if commit.weight_version != self.weight_version:
             return self._other_weights(commit.weight_version)
-        blocks = held.lease.blocks
-        expected = self._verifier.num_rows * len(blocks)
+        expected = self._verifier.num_rows * len(active.held.lease.blocks)
         if landed is not None and landed.num_cells != expected:
             return f"{landed.num_cells} of {expected} blocks of layers arrived"
-        return await self._verifier.check(commit.manifest, blocks, num_tokens)
+        return await self._verifier.check(commit.manifest, active.landing, num_tokens)
 
     def _report(self, active: _Active[R], commit: Commit, received_at: float) -> HandoffReport:
         now = time.monotonic()

@@ -23,8 +23,10 @@ class HandoffReport:
     num_bytes: int
     handoff_s: float  # Offer → Commit verified (receiver); Offer → Accepted (writer)
     exposed_s: float  # last prefill kernel end → decode may schedule, without the Commit's flight time
-    verify_s: float = 0.0  # receiver only: part of exposed_s
-    write_s: float = 0.0  # writer only: time the sender thread spent hashing and copying
+    verify_s: float = 0.0  # receiver only: Commit → verified, part of exposed_s
+    drain_s: float = 0.0  # writer only: last prefill kernel end → everything has landed, part of exposed_s
+    write_s: float = 0.0  # writer only: time of the sender thread's turns
+    hash_s: float = 0.0  # writer only: time spent hashing, beside the copying where that pays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

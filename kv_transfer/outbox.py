@@ -11,25 +11,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kv_transfer.gate import WriteGate
-from kv_transfer.layout import PIECE_BYTES, CopyPlan, layer_planes, merge_runs
+from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, merge_runs
 from kv_transfer.link import Copy, LeaseKey, Link
 from kv_transfer.manifest import ManifestBuilder, Policy
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
 _TURN_BYTES = 16 << 20  # written for one hand-off before the sender looks at the next
+_BATCH_BYTES = 8 << 20  # hashed in a second thread while it is copied, if it is not less than _BESIDE_BYTES
 _BATCH_COPIES = 1024
+_BESIDE_BYTES = 1 << 20
+_PROGRESS_BYTES = 4 << 20  # the receiver is told after so many bytes what it may hash already
 
 
 class Pumped(enum.Enum):
     """What is left after a turn of the sender."""
 
     MORE = "more"  # give it another turn
-    IDLE = "idle"  # nothing to write now, or stopped
+    IDLE = "idle"  # nothing to write now
+    STOPPED = "stopped"  # not granted, or the gate is closed
     WRITTEN = "written"  # every block of every layer has been written; reported once
 
 
@@ -56,9 +61,13 @@ class Outbox:
         self.num_blocks = -(-num_tokens // layout.block_tokens)  # of the whole sequence
         self.num_bytes = 0  # written
         self.write_s = 0.0
+        self.hash_s = 0.0
         self._layout = layout
         self._source = source
-        self._manifest = ManifestBuilder(layout, policy)
+        self._policy = policy
+        self._manifest: ManifestBuilder
+        self._written: dict[int, int] = {}  # layer → blocks written, where the receiver has not been told
+        self._told_bytes = 0
         self._lock = threading.Lock()
         self._items: deque[_Item] = deque()
         self._next = [0] * len(layer_planes(layout))
@@ -94,8 +103,10 @@ class Outbox:
         in_range = all(0 <= block < plan.target.num_blocks for block in grant.blocks)
         if not in_range or len(set(grant.blocks)) != expected:
             raise ProtocolError(f"grant names blocks twice or outside 0..{plan.target.num_blocks - 1}")
+        lease = LeaseKey(grant.lease_id, grant.epoch)
+        self._manifest = ManifestBuilder(self._layout, self._policy, lease)
         with self._lock:
-            self._granted = _Granted(LeaseKey(grant.lease_id, grant.epoch), plan, skip, tuple(grant.blocks))
+            self._granted = _Granted(lease, plan, skip, tuple(grant.blocks))
             self._left = len(self._next) * expected
             self._queued = True
 
@@ -118,18 +129,26 @@ class Outbox:
         """Of everything written; call it after WRITTEN."""
         return self._manifest.build(self.num_tokens, self.num_sent_blocks)
 
-    def pump(self, link: Link) -> Pumped:
+    def news(self) -> tuple[tuple[int, int], ...]:
+        """Sender thread, after `pump`: (layer, blocks written so far) if that is worth a message, else nothing."""
+        if self.num_bytes - self._told_bytes < _PROGRESS_BYTES or not self._manifest.hashes:
+            return ()
+        self._told_bytes = self.num_bytes
+        written, self._written = self._written, {}
+        return tuple(written.items())
+
+    def pump(self, link: Link, hasher: Executor) -> Pumped:
         """Sender thread: write what is ready, for one turn. Raises TransferError when the link is broken."""
         with self._lock:
             self._queued = False
             granted = self._granted
         if granted is None or not self.gate.enter():
-            return Pumped.IDLE
+            return Pumped.STOPPED
         started = time.monotonic()
         try:
-            self._write_turn(link, granted)
+            self._write_turn(link, hasher, granted)
         except LeaseRevoked:  # by our own gate
-            return Pumped.IDLE
+            return Pumped.STOPPED
         finally:
             self.write_s += time.monotonic() - started
             self.gate.leave()
@@ -139,8 +158,8 @@ class Outbox:
                 return Pumped.WRITTEN
             return Pumped.MORE if self._wake() else Pumped.IDLE
 
-    def _write_turn(self, link: Link, granted: _Granted) -> None:
-        batch: list[Copy] = []
+    def _write_turn(self, link: Link, hasher: Executor, granted: _Granted) -> None:
+        batch: list[tuple[PlaneLayer, Copy]] = []
         batch_bytes = turn_bytes = 0
         while turn_bytes < _TURN_BYTES and (item := self._take()) is not None:
             drop = max(0, granted.skip - item.first)
@@ -149,20 +168,39 @@ class Outbox:
             runs = merge_runs(sources, granted.blocks[start : start + len(sources)])
             for row in granted.plan.layers[item.layer]:
                 for copy in granted.plan.copies(row, runs):
-                    self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
-                    batch.append(copy)
+                    batch.append((row, copy))
                     batch_bytes += copy.num_bytes
-                    if batch_bytes >= PIECE_BYTES or len(batch) == _BATCH_COPIES:
-                        self._write(link, granted, batch, batch_bytes)
+                    if batch_bytes >= _BATCH_BYTES or len(batch) == _BATCH_COPIES:
+                        self._write(link, hasher, granted.lease, batch, batch_bytes)
                         turn_bytes += batch_bytes
                         batch, batch_bytes = [], 0
             self._left -= len(sources)
+            if sources:
+                self._written[item.layer] = start + len(sources)
         if batch:
-            self._write(link, granted, batch, batch_bytes)
+            self._write(link, hasher, granted.lease, batch, batch_bytes)
 
-    def _write(self, link: Link, granted: _Granted, batch: list[Copy], num_bytes: int) -> None:
-        link.write(granted.lease, self._source, batch, self.gate.stopped)
+    def _write(
+        self, link: Link, hasher: Executor, lease: LeaseKey, batch: Sequence[tuple[PlaneLayer, Copy]], num_bytes: int
+    ) -> None:
+        """Hash and copy: at the same time where that pays. On return nothing reads the source any more."""
+        beside: Future[None] | None = None
+        if num_bytes >= _BESIDE_BYTES and self._policy == "full":
+            beside = hasher.submit(self._hash, batch)
+        else:
+            self._hash(batch)
+        try:
+            link.write(lease, self._source, [copy for _, copy in batch], self.gate.stopped)
+        finally:
+            if beside is not None:
+                beside.result()
         self.num_bytes += num_bytes
+
+    def _hash(self, batch: Sequence[tuple[PlaneLayer, Copy]]) -> None:
+        started = time.monotonic()
+        for row, copy in batch:
+            self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
+        self.hash_s += time.monotonic() - started
 
     def _take(self) -> _Item | None:
         with self._lock:

@@ -34,6 +34,7 @@ from llm_engine.api.handoff import (
     Offer,
     Probe,
     ProbeCommit,
+    Progress,
     Withdraw,
     WriterMessage,
 )
@@ -241,6 +242,8 @@ class HandoffServer(Generic[R]):
         match message:
             case Offer():
                 self._intakes.on_offer(pair, message)
+            case Progress():
+                self._intakes.on_progress(pair, message)
             case Commit():
                 self._intakes.on_commit(pair, message)
             case Withdraw():

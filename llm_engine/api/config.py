@@ -71,7 +71,7 @@ class TransferConfig(Section):
     """The hand-off between prefill and decode."""
 
     transport: Literal["auto", "local", "shm", "tcp"] = "auto"
-    checksum: Literal["full", "count"] = "full"
+    checksum: Literal["full", "sampled", "count"] = "full"  # sampled: a line of every page; count: no bytes
     grant_timeout_s: float = Field(10.0, gt=0)  # Offer → Grant; afterwards the attempt fails with a retry elsewhere
     commit_timeout_s: float = Field(10.0, gt=0)  # last layer computed → Accepted
     max_pending: int = Field(256, ge=1)  # offers a receiver holds

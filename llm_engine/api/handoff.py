@@ -6,6 +6,7 @@ writer                                   receiver
   Offer ─────────────────────────────────▶  matches its own prefix cache, reserves the rest
          ◀─────────────────────────────── Grant{lease, epoch, blocks} | Defer | Refused
   data plane: blocks, layer by layer
+  Progress{blocks of each layer} ────────▶  hashes what has landed while the rest is computed
   Commit{manifest, first token, hidden} ─▶  verifies, admits
          ◀─────────────────────────────── Accepted | Rejected
   Withdraw (any time before Commit) ─────▶  the writer has stopped: blocks are free at once
@@ -20,7 +21,7 @@ import msgspec
 from llm_engine.api.messages import Message, Submit, WorkerInfo
 from llm_engine.api.request import TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,10 +118,22 @@ class Defer(Message, frozen=True, kw_only=True, tag="defer"):
     reason: str
 
 
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    """The first `num_blocks` blocks of the grant have landed in these layers: (layer, num_blocks) pairs.
+
+    A hint: it lets the receiver hash early. What counts is the manifest of Commit.
+    """
+
+    lease_id: int
+    epoch: int
+    layers: tuple[tuple[int, int], ...]
+
+
 class PlaneManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What was written into one plane.
 
-    `checksums[layer]` is xxh3-64 over the blocks' bytes in block order; empty under the count policy.
+    `checksums[layer]` is xxh3-64 over the blocks' bytes in block order, or over samples of them under the sampled
+    policy; empty under the count policy.
     """
 
     plane: str
@@ -229,5 +242,5 @@ class ProbeResult(Message, frozen=True, kw_only=True, tag="probe_result"):
     detail: str = ""
 
 
-WriterMessage = Connect | Offer | Commit | Withdraw | Fenced | Probe | ProbeCommit
+WriterMessage = Connect | Offer | Progress | Commit | Withdraw | Fenced | Probe | ProbeCommit
 ReceiverMessage = Connected | Refused | Grant | Defer | Accepted | Rejected | Fence | ProbeGrant | ProbeResult

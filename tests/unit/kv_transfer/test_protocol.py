@@ -84,7 +84,7 @@ class RawWriter:
         """Write source blocks 0… under the grant; the honest manifest."""
         rig = self.rig
         plan = CopyPlan(rig.source_layout, rig.layout)
-        builder = ManifestBuilder(rig.source_layout, "full")
+        builder = ManifestBuilder(rig.source_layout, "full", LeaseKey(0, 0))
         runs = merge_runs(range(len(grant.blocks)), grant.blocks)
         for index, plane in enumerate(rig.source_layout.planes):
             for layer in range(plane.num_layers):
