@@ -1,4 +1,4 @@
-"""An OpenAI-speaking worker that computes nothing: what HTTP routers of other projects are measured on.
+"""OpenAI-speaking workers that compute nothing: what HTTP routers of other projects are measured on.
 
 Answers any POST at once; a streaming request gets `--chunks` server-sent events `--gap-ms` apart.
 """
@@ -80,20 +80,21 @@ def _content_length(head: bytes) -> int:
     return 0
 
 
-async def _serve(port: int, chunks: int, gap_s: float) -> None:
-    server = await asyncio.get_running_loop().create_server(lambda: FakeWorker(chunks, gap_s), "127.0.0.1", port)
-    print(f'READY {{"port": {server.sockets[0].getsockname()[1]}}}', flush=True)
-    await server.serve_forever()
+async def _serve(count: int, chunks: int, gap_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    servers = [await loop.create_server(lambda: FakeWorker(chunks, gap_s), "127.0.0.1", 0) for _ in range(count)]
+    print("READY " + json.dumps({"ports": [server.sockets[0].getsockname()[1] for server in servers]}), flush=True)
+    await asyncio.gather(*[server.serve_forever() for server in servers])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fake_http_worker", description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="workers, each at a port of its own")
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--gap-ms", type=float, default=0.0)
     args = parser.parse_args(argv)
-    uvloop.run(_serve(args.port, args.chunks, args.gap_ms / 1e3))
+    uvloop.run(_serve(args.count, args.chunks, args.gap_ms / 1e3))
 
 
 if __name__ == "__main__":

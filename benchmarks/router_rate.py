@@ -97,12 +97,11 @@ def baton_router(scratch: Path, processes: int = 1, workers: Sequence[Sequence[s
 
 @contextlib.contextmanager
 def sglang_router(scratch: Path, python: Path) -> Iterator[str]:
-    """sglang-router in PD mode over two HTTP fakes; yields its base address."""
-    fakes = [
-        Child(name, [sys.executable, "-m", "benchmarks.fake_http_worker"], scratch / f"{name}.log", {})
-        for name in ("http-prefill", "http-decode")
-    ]
-    ports = [fake.wait_ready(20)["port"] for fake in fakes]
+    """sglang-router in PD mode over two HTTP fakes in one process, as the stubs are; yields its base address."""
+    fakes = Child(
+        "http-fakes", [sys.executable, "-m", "benchmarks.fake_http_worker", "--count", "2"], scratch / "http.log", {}
+    )
+    ports = fakes.wait_ready(20)["ports"]
     port, metrics_port = free_port(), free_port()
     command = [str(python), "-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "round_robin"]
     command += ["--prefill", f"http://127.0.0.1:{ports[0]}", "9001", "--decode", f"http://127.0.0.1:{ports[1]}"]
@@ -115,8 +114,7 @@ def sglang_router(scratch: Path, python: Path) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            for fake in fakes:
-                fake.stop()
+            fakes.stop()
 
 
 def _wait_status(url: str, timeout_s: float) -> None:
