@@ -6,14 +6,17 @@ Shapes: R rows, I in, O out, h heads (or one), Z splits of the depth.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, dot, inline, kernel
-from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight
+from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight, scaled_mm
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
+
+_TORCH_ROWS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,20 @@ def _linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:
     cut = cut_product(packed.numerics, rows, depth, packed.out)
     weight = packed.weight_OI
     if isinstance(weight, Fp8Weight):
-        _launch_fp8(quantise_rows(x_RI), weight, out_RO, cut)
+        quantised = quantise_rows(x_RI)
+        if packed.numerics == "fast" and _suits_torch(rows, weight):
+            return scaled_mm(quantised, weight)
+        _launch_fp8(quantised, weight, out_RO, cut)
     elif packed.numerics == "fast" and x_RI.dtype == weight.dtype == packed.out_dtype == torch.bfloat16:
         return torch.nn.functional.linear(x_RI, weight)
     else:
         _launch(x_RI[:, None], weight[None], out_RO[:, None], cut)
     return out_RO
+
+
+def _suits_torch(rows: int, weight: Fp8Weight) -> bool:
+    """Torch's product of fp8 blocks is the fastest for many rows, where there is one."""
+    return rows >= _TORCH_ROWS and weight.wide_scales is not None and weight.values_OI.device.type != "cpu"
 
 
 def heads_product(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, numerics: Numerics) -> None:
@@ -100,10 +111,10 @@ def _launch(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, cut: Cut) -> Non
 def _launch_fp8(x: Fp8Rows, weight: Fp8Weight, out_RO: Tensor, cut: Cut) -> None:
     (rows, out), depth = out_RO.shape, weight.shape[1]
     tile, splits = cut.tile, cut.splits
-    partial_ZRO = x.scales_RG.new_empty(splits, rows, out) if cut.parallel else out_RO
+    partial_ZRO = x.scales_GR.new_empty(splits, rows, out) if cut.parallel else out_RO
     grid = (ceil_div(rows, tile.rows) * ceil_div(out, tile.columns), splits if cut.parallel else 1)
     _product_fp8[grid](
-        x.values_RI, x.scales_RG, weight.values_OI, weight.scales, partial_ZRO, rows, out, depth,
+        x.values_RI, x.scales_GR, weight.values_OI, weight.scales, partial_ZRO, rows, out, depth,
         splits, cut.parallel, tile.rows, tile.columns, BLOCK, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if cut.parallel:
@@ -198,7 +209,8 @@ def _product_fp8(
         for group in range(split * steps, min((split + 1) * steps, groups)):
             part += scaled_group(
                 x + row[:, None] * DEPTH,
-                x_scales + row * groups,
+                x_scales + row,
+                num_rows,
                 weight + column.to(tl.int64)[None, :] * DEPTH,
                 weight_scales + (column // BLOCK) * groups,
                 group,
@@ -217,6 +229,7 @@ def _product_fp8(
 def scaled_group(
     x_at: Ptr,
     x_scale_at: Ptr,
+    x_scale_step: Val,
     weight_at: Ptr,
     weight_scale_at: Ptr,
     group: Val,
@@ -228,7 +241,7 @@ def scaled_group(
     inner = group * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x_at + inner[None, :], mask=row_mask[:, None], other=0.0)
     b = tl.load(weight_at + inner[:, None], mask=column_mask[None, :], other=0.0)
-    scale = tl.load(x_scale_at + group, mask=row_mask, other=0.0)[:, None]
+    scale = tl.load(x_scale_at + group * x_scale_step, mask=row_mask, other=0.0)[:, None]
     scale = scale * tl.load(weight_scale_at + group, mask=column_mask, other=0.0)[None, :]
     return dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32)) * scale
 

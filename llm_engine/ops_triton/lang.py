@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Ptr: TypeAlias = tl.tensor  # where a tensor starts in device memory
 Val: TypeAlias = tl.tensor  # a tile, or a number known on the device only
 
-INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
+INTERPRETED: Final = not isinstance(tl.sum, triton.JITFunction)
 
 
 class Kernel(Protocol):

@@ -113,7 +113,7 @@ def _up(x_RH: Tensor, gate_up: Tensor | Fp8Weight, dealt: Deal | None, tile: Til
     fp8 = isinstance(gate_up, Fp8Weight)
     if isinstance(gate_up, Fp8Weight):
         quantised = quantise_rows(x_RH)
-        x, x_scales, weight, scales = quantised.values_RI, quantised.scales_RG, gate_up.values_OI, gate_up.scales
+        x, x_scales, weight, scales = quantised.values_RI, quantised.scales_GR, gate_up.values_OI, gate_up.scales
     else:
         x, x_scales, weight, scales = x_RH, None, gate_up, None
     _up_kernel[(tiles, ceil_div(width, tile.columns))](
@@ -132,11 +132,11 @@ def _down(x_SF: Tensor, down: Tensor | Fp8Weight, dealt: Deal, tile: Tile, dtype
     fp8 = isinstance(down, Fp8Weight)
     if isinstance(down, Fp8Weight):
         quantised = quantise_rows(x_SF)
-        x, x_scales, weight, scales = quantised.values_RI, quantised.scales_RG, down.values_OI, down.scales
+        x, x_scales, weight, scales = quantised.values_RI, quantised.scales_GR, down.values_OI, down.scales
     else:
         x, x_scales, weight, scales = x_SF, None, down, None
     _down_kernel[(dealt.num_tiles, ceil_div(out, tile.columns))](
-        x, x_scales, weight, scales, dealt.expert_of_tile_T, y_SH, depth, out,
+        x, x_scales, weight, scales, dealt.expert_of_tile_T, y_SH, slots, depth, out,
         fp8, tile.rows, tile.columns, BLOCK if fp8 else min(tile.depth, 128),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -184,10 +184,10 @@ def _up_kernel(
         groups: tl.constexpr = DEPTH // STEP
         scale_at = weight_scales + (expert * (2 * WIDTH // STEP) + column // STEP) * groups
         up_at, up_scale_at = gate_at + WIDTH * DEPTH, scale_at + (WIDTH // STEP) * groups
-        x_scale_at = x_scales + row * groups
+        x_scale_at = x_scales + row
         for group in range(groups):
-            gate += scaled_group(x_at, x_scale_at, gate_at, scale_at, group, row_mask, column_mask, STEP)
-            up += scaled_group(x_at, x_scale_at, up_at, up_scale_at, group, row_mask, column_mask, STEP)
+            gate += scaled_group(x_at, x_scale_at, num_rows, gate_at, scale_at, group, row_mask, column_mask, STEP)
+            up += scaled_group(x_at, x_scale_at, num_rows, up_at, up_scale_at, group, row_mask, column_mask, STEP)
     else:
         for start in range(0, DEPTH, STEP):
             inner = start + tl.arange(0, STEP)
@@ -209,6 +209,7 @@ def _down_kernel(
     weight_scales: Ptr,
     expert_of_tile: Ptr,
     out: Ptr,
+    num_slots: int,
     DEPTH: tl.constexpr,
     OUT: tl.constexpr,
     FP8: tl.constexpr,
@@ -231,7 +232,9 @@ def _down_kernel(
         scale_at = weight_scales + (expert * ((OUT + STEP - 1) // STEP) + column // STEP) * groups
         every = slot >= 0
         for group in range(groups):
-            total += scaled_group(x_at, x_scales + slot * groups, weight_at, scale_at, group, every, column_mask, STEP)
+            total += scaled_group(
+                x_at, x_scales + slot, num_slots, weight_at, scale_at, group, every, column_mask, STEP
+            )
     else:
         for start in range(0, DEPTH, STEP):
             inner = start + tl.arange(0, STEP)

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import ScalingType
 
 from llm_engine.ops_triton.lang import Ptr, kernel, to_e4m3, ue8m0
 
@@ -26,15 +27,19 @@ class Fp8Rows:
     """Activations: x ≈ values · scales, group by group."""
 
     values_RI: Tensor
-    scales_RG: Tensor  # fp32
+    scales_GR: Tensor  # fp32; neighbouring rows stand together, as the products read them
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A weight [O, I] (or a stack of them) in blocks: scales fp32 [⌈O / 128⌉, I / 128]."""
+    """A weight [O, I] (or a stack of them) in blocks: scales fp32 [⌈O / 128⌉, I / 128].
+
+    `wide_scales`: the same for torch's product, whose rows are multiples of four; None for what it does not take.
+    """
 
     values_OI: Tensor
     scales: Tensor
+    wide_scales: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -50,11 +55,25 @@ def quantise_rows(x_RI: Tensor) -> Fp8Rows:
     """Activations in groups of 1×128, quantised on the fly. Rows may be strided."""
     rows, depth = x_RI.shape
     values_RI = x_RI.new_empty(rows, depth, dtype=torch.float8_e4m3fn)
-    scales_RG = x_RI.new_empty(rows, depth // BLOCK, dtype=torch.float32)
+    scales_GR = x_RI.new_empty(depth // BLOCK, rows, dtype=torch.float32)
     if rows:
         grid = (rows, depth // BLOCK)
-        _quantise_rows[grid](x_RI, values_RI, scales_RG, x_RI.stride(0), depth, BLOCK, num_warps=1)
-    return Fp8Rows(values_RI, scales_RG)
+        _quantise_rows[grid](x_RI, values_RI, scales_GR, rows, x_RI.stride(0), depth, BLOCK, num_warps=1)
+    return Fp8Rows(values_RI, scales_GR)
+
+
+def scaled_mm(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
+    """x · Wᵀ in bf16 by torch's block-scaled product; for weights that have `wide_scales`, on cards that have it."""
+    assert weight.wide_scales is not None, "packed for torch's product"
+    return torch.nn.functional.scaled_mm(
+        x.values_RI,
+        weight.values_OI.t(),
+        x.scales_GR.t(),
+        ScalingType.BlockWise1x128,
+        weight.wide_scales.t(),
+        ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
 
 
 def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
@@ -67,7 +86,8 @@ def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
     scales = torch.ldexp(torch.ones_like(fraction), exponent - (fraction == 0.5).int())
     values = (tiles / scales[:, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
     values_OI = values.reshape(padded.shape)[:out].to(torch.float8_e4m3fn)
-    return Fp8Weight(values_OI.contiguous(), scales.contiguous())
+    wide = None if out % BLOCK else torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
+    return Fp8Weight(values_OI.contiguous(), scales.contiguous(), wide)
 
 
 def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
@@ -82,10 +102,12 @@ def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
 
 
 @kernel
-def _quantise_rows(x: Ptr, values: Ptr, scales: Ptr, x_stride: int, DEPTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _quantise_rows(
+    x: Ptr, values: Ptr, scales: Ptr, num_rows: int, x_stride: int, DEPTH: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = group * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + column).to(tl.float32)
     scale = ue8m0(tl.max(tl.abs(value), 0))
     tl.store(values + row * DEPTH + column, to_e4m3(value / scale))
-    tl.store(scales + row * (DEPTH // BLOCK) + group, scale)
+    tl.store(scales + group.to(tl.int64) * num_rows + row, scale)

@@ -36,7 +36,7 @@ def test_activations_round_to_nearest_even_under_a_power_of_two() -> None:
     x[2, :8] = torch.tensor([17.0, 19.0, 21.0, 448.0, -17.0, 0.0019, 0.001, 0.0009])  # ties and subnormals
     x = x.bfloat16()
     rows = quantise_rows(x)
-    got = rows.values_RI.double() * rows.scales_RG.double().repeat_interleave(128, 1)
+    got = rows.values_RI.double() * rows.scales_GR.T.double().repeat_interleave(128, 1)
     assert torch.equal(got, as_quantised(x))
 
 
