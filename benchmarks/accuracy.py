@@ -98,22 +98,6 @@ async def draft_counts(metrics: Sequence[str]) -> tuple[float, float]:
     return verified, accepted
 
 
-def worker_metrics(run_dir: Path, url: str) -> list[str]:
-    """Metrics addresses of the local cluster's workers, when it is the one that serves `url`; else none."""
-    try:
-        from deploy import supervisor
-        from deploy.rundir import RunDir
-    except ImportError:  # an evaluation needs no cluster software
-        return []
-    from llm_engine.api.errors import ServingError
-
-    try:
-        status = supervisor.status(RunDir(run_dir))
-    except ServingError:
-        return []
-    return [worker.metrics_addr for worker in status.workers] if status.router.url == url.rstrip("/") else []
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when a request failed and 2 when there is no server."""
     args = _parser().parse_args(argv)
@@ -134,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _measure(args: argparse.Namespace, asked: Sequence[Problem]) -> dict[str, Any]:
-    metrics = args.metrics or worker_metrics(args.run_dir, args.url)
-    before = await draft_counts(metrics)
+    before = await draft_counts(args.metrics)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("questions", total=len(asked))
@@ -148,7 +131,7 @@ async def _measure(args: argparse.Namespace, asked: Sequence[Problem]) -> dict[s
             on_done=lambda: progress.advance(bar),
         )
         wall_s = time.perf_counter() - start
-    verified, accepted = (new - old for new, old in zip(await draft_counts(metrics), before, strict=True))
+    verified, accepted = (new - old for new, old in zip(await draft_counts(args.metrics), before, strict=True))
     return summarise(verdicts) | {
         "first_draft_acceptance": round(accepted / verified, 4) if verified else None,
         "drafts": int(verified),
@@ -192,10 +175,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default 8)")
     parser.add_argument("--timeout-s", type=float, default=600.0, metavar="S", help="bound of one request")
     parser.add_argument(
-        "--metrics", action="append", default=[], metavar="URL", help="a worker's metrics, for the drafts it accepted"
-    )
-    parser.add_argument(
-        "--run-dir", type=Path, default=Path(".baton/run"), metavar="DIR", help="local cluster whose workers to ask"
+        "--metrics",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="metrics of a worker, as `baton status` shows them: reports the drafts it accepted (repeatable)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON report to this file")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+import llm_engine
 from deploy import supervisor
 from deploy.actors import last_line
 from deploy.cli import EXIT_FAILED, EXIT_NOT_READY, EXIT_OK
@@ -22,7 +22,8 @@ from deploy.rundir import RunDir
 from llm_engine.api.config import Resolved, load
 from llm_engine.api.errors import ConfigError
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cpu-tiny.toml"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cpu-nano.toml"
+SHIPPED_MODEL = Path(llm_engine.__file__).parent / "checkpoints" / "baton-nano"
 _POLL_S = 0.2
 
 
@@ -32,8 +33,6 @@ def up(args: argparse.Namespace) -> int:
     run_dir = RunDir(args.run_dir)
     if args.detach:
         return _detach(args, resolved, run_dir)
-    if args.config is None and not resolved.config.model.path.exists():
-        _make_default_checkpoint(resolved.config.model.path)
     supervisor.up(resolved, run_dir)
     return EXIT_OK
 
@@ -125,18 +124,11 @@ def model_inspect(args: argparse.Namespace) -> int:
 
 def _load(path: Path | None, overrides: list[str]) -> Resolved:
     """The configuration with absolute paths: processes elsewhere must find the same files."""
-    resolved = load(path or DEFAULT_CONFIG, overrides)
+    if path is None:
+        path, overrides = DEFAULT_CONFIG, [f"model.path={json.dumps(str(SHIPPED_MODEL))}", *overrides]
+    resolved = load(path, overrides)
     model = resolved.config.model.model_copy(update={"path": resolved.config.model.path.absolute()})
     return Resolved(resolved.config.model_copy(update={"model": model}), resolved.sources)
-
-
-def _make_default_checkpoint(path: Path) -> None:
-    from llm_engine.models.synthetic import make_checkpoint
-
-    print(f"making a tiny checkpoint in {path} (once)", flush=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")  # an interrupted run leaves no half checkpoint in place
-    make_checkpoint("tiny", draft)
-    draft.rename(path)
 
 
 def _detach(args: argparse.Namespace, resolved: Resolved, run_dir: RunDir) -> int:

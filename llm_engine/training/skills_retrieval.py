@@ -75,7 +75,7 @@ def training(rng: random.Random, longest: int) -> Sample:
 def far(distance: int, needles: int = 1) -> Callable[[random.Random], Sample]:
     """A skill whose answers lie at least `distance` tokens before the question."""
     part = 0.03 if needles == 1 else 0.08
-    total = int(distance * 1.2) + 20 + _SKIPPED
+    total = int(distance * 1.18) + 50 + _SKIPPED
     shape = Shape(num_tokens=total, within=part + _SKIPPED / total, skipped=_SKIPPED, needles=needles)
     return lambda rng: retrieval(rng, shape)
 
