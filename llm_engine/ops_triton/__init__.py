@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops
@@ -19,6 +20,7 @@ from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.ops_triton.moe import mlp, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
 from llm_engine.ops_triton.plan import plan
+from llm_engine.ops_triton.self_check import Product, check_products
 from llm_engine.ops_triton.tiles import Numerics
 
 
@@ -33,6 +35,12 @@ def build(numerics: Numerics, dtype: torch.dtype) -> Ops:
 
 def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp8: bool = False) -> Ops:
     """The table for tensors on `device`. `fp8`: weights whose shape allows it are kept in fp8 blocks."""
+
+    def make_product(weight_OI: Tensor) -> Product:
+        packed = pack_linear(weight_OI, dtype=dtype, fp8=fp8, numerics=numerics)
+        return lambda rows_RI: linear(rows_RI, packed)
+
+    check = partial(check_products, make_product, dtype, device) if numerics == "exact" else _nothing_to_check
     name = str(dtype).removeprefix("torch.")
     return Ops(
         name=f"triton/{numerics}/{name}{'+fp8' if fp8 else ''}",
@@ -54,7 +62,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         index_topk=index_topk,
         pack_kv_b=partial(mla.pack_kv_b, numerics=numerics),
         mla_attend=mla.mla_attend,
-        self_check=_nothing_to_check,
+        self_check=check,
         capture=CudaCapture() if device.type == "cuda" else run_again,
     )
 
@@ -69,4 +77,4 @@ def _device() -> torch.device:
 
 
 def _nothing_to_check() -> None:
-    """Nothing here depends on a library that chooses its order of summation by itself."""
+    """`fast` promises closeness only."""

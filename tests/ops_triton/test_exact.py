@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops, load_ops
 from llm_engine.ops_triton import gemm
+from llm_engine.ops_triton.self_check import Product, check_products
 from llm_engine.ops_triton.tiles import Cut, Tile
 from tests.ops.paged import PAIRS, Paged, padded_rows
 
@@ -42,6 +44,22 @@ def test_splits_side_by_side_or_in_turn(exact: Ops, splits: int) -> None:
     gemm._launch(rows, weight, out[0], cut)
     gemm._launch(rows, weight, out[1], replace(cut, parallel=True))
     assert torch.equal(*out)
+
+
+def test_self_check(exact: Ops) -> None:
+    """It accepts this machine, and notices a product that rounds one row by its place."""
+    exact.self_check()
+
+    def make_product(weight_OI: Tensor) -> Product:
+        def product(rows_RI: Tensor) -> Tensor:
+            out = rows_RI @ weight_OI.T
+            out[9:10] *= 1 + 2**-20
+            return out
+
+        return product
+
+    with pytest.raises(ConfigError, match=r"engine\.numerics=exact.*set engine\.numerics=fast"):
+        check_products(make_product, torch.float32, torch.get_default_device())
 
 
 def test_experts(exact: Ops) -> None:
