@@ -66,8 +66,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
         self._queue.clear()
-        if self._stalled is not None:
-            self._stalled.cancel()
+        if self._drained is not None:
+            self.resume_writing()
         if self._open is not None:
             self._open.client_gone = True
         if self._task is not None and (self._open is not None or self._idle is not None):
@@ -197,17 +197,23 @@ class Connection(asyncio.Protocol):
 
     async def _serve(self) -> None:
         """The task: one exchange after the other, as long as there is a client."""
-        while not self.transport.is_closing():
-            if not self._queue:
-                self.transport.resume_reading()
-                self._idle = self._loop.create_future()
-                await self._idle
-                self._idle = None
-                continue
-            await self.drained()
-            self.deadline = math.inf
-            self._open = self._queue.popleft()
-            await self.server.application(self._open)
+        try:
+            while True:
+                await self.drained()
+                if self.transport.is_closing():
+                    return
+                if self._queue:
+                    self.deadline = math.inf
+                    self._open = self._queue.popleft()
+                    await self.server.application(self._open)
+                else:
+                    self.transport.resume_reading()
+                    self._idle = self._loop.create_future()
+                    await self._idle
+                    self._idle = None
+        except BaseException:
+            self.transport.abort()  # nobody would serve what follows
+            raise
 
     def _feed_unparsed(self, data: bytes) -> None:
         if self._incoming is not None and self._unparsed:

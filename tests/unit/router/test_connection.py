@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -24,6 +25,14 @@ from tests.unit.router.edge_harness import (
     running_edge,
 )
 
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
 OK = ids_of(byte_tokenizer(), "ok")
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 CLOSING = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -33,7 +42,7 @@ BODY = json.dumps({"model": MODEL, "prompt": "hi"}).encode()
 @pytest.fixture(scope="module")
 def edge() -> Iterator[RunningEdge]:
     dispatcher = ScriptedDispatcher(lambda _: Script([OK, OK], finish=FinishReason.LENGTH))
-    with running_edge(dispatcher, max_body_bytes=64 << 10, client_stall_s=2.0) as running:
+    with running_edge(dispatcher, max_body_bytes=64 << 10, client_stall_s=1.0) as running:
         yield running
 
 
@@ -136,6 +145,20 @@ def test_too_many_pipelined_requests_are_not_queued(edge: RunningEdge) -> None:
         while data := sock.recv(1 << 16):
             num_answers += data.count(b"HTTP/1.1 200")
     assert num_answers <= MAX_PIPELINED + 1
+
+
+def test_a_client_that_pipelines_without_reading_is_let_go(edge: RunningEdge) -> None:
+    known = set(edge.server.connections)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", edge.port))
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * MAX_PIPELINED)
+        wait_until(lambda: set(edge.server.connections) - known)
+        connection = (set(edge.server.connections) - known).pop()
+        wait_until(lambda: connection._stalled is not None)
+        assert len(connection._queue) > 0, "it was served although it does not read"
+        wait_until(lambda: connection not in edge.server.connections)
+    wait_until(lambda: connection._task is not None and connection._task.done())
 
 
 @pytest.mark.parametrize("target", ["http://elsewhere/health", "/health?x=1", "/%68ealth"])
