@@ -28,7 +28,7 @@ _EPILOG = """exit codes:
 """
 _POOLS = ("prefill", "decode", "aggregated")
 _ROLES = (*_POOLS, "router")
-_BENCHMARKS = ("engine", "replay", "serve")
+_BENCHMARKS = ("engine", "handoff", "replay", "serve")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -129,6 +129,7 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     kinds.add_parser(
         "engine", help="time a slice of the model on this machine's card (see `baton bench engine --help`)"
     )
+    kinds.add_parser("handoff", help="speed of the hand-off on this host (see `baton bench handoff --help`)")
     kinds.add_parser("replay", help="replay the arrivals and prefixes of a trace (see `baton bench replay --help`)")
     kinds.add_parser("serve", help="keep a number of streams running (see `baton bench serve --help`)")
 

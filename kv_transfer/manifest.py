@@ -4,8 +4,8 @@ The writer hashes its own bytes in block order while it sends them; the receiver
 A block that never arrived, arrived elsewhere, was cut, overwritten or changed on the way gives another checksum.
 
 Policies: `full` hashes every byte. `sampled` hashes one line of every page and the end of every block, at an offset
-that follows from the lease: it notices whatever did not arrive or arrived elsewhere in units of pages, at a hundredth of the
-cost, but not a changed bit. `count` compares numbers only.
+that follows from the lease: it notices whatever did not arrive or arrived elsewhere in units of pages, at a hundredth
+of the cost, but not a changed bit. `count` compares numbers only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RowDigest:
         num_pages = size // _PAGE
         pages = blocks[:, : num_pages * _PAGE].reshape(-1, num_pages, _PAGE)
         lines = pages[:, :, self._phase : self._phase + _LINE].reshape(len(blocks), -1)
-        self._hash.update(memoryview(np.hstack((lines, blocks[:, -_LINE:]))))
+        self._hash.update(np.hstack((lines, blocks[:, -_LINE:])).tobytes())
 
     def value(self) -> int:
         """Of everything so far."""

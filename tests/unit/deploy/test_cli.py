@@ -29,6 +29,7 @@ SURFACE = {
     "baton model inspect": ["DIR", "--json"],
     "baton bench": [],
     "baton bench engine": [],
+    "baton bench handoff": [],
     "baton bench replay": [],
     "baton bench serve": [],
 }
@@ -72,7 +73,7 @@ def test_every_option_is_known() -> None:
     assert dict(options(cli.parser())) == SURFACE
 
 
-@pytest.mark.parametrize("command", [*SURFACE, "baton bench engine", "baton bench replay", "baton bench serve"])
+@pytest.mark.parametrize("command", [*SURFACE, *(f"baton bench {kind}" for kind in cli._BENCHMARKS)])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split()[1:], "--help"])

@@ -1,0 +1,325 @@
+"""Speed of the hand-off between two processes of this host.
+
+Pools have DeepSeek V3.2's geometry: 64-token blocks of latent cache and indexer keys for every layer and the MTP layer.
+A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it. Prints for every
+mode: exposed latency (last layer computed → Accepted is back), total time, bytes, GB/s, what a plain copy of as many
+bytes reached between the same two processes at the same time, and where the time went.
+
+    baton bench handoff --transport shm --tokens 65536 --compute-ms-per-layer 30 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+
+from benchmarks.handoff_rig import (
+    BLOCK_TOKENS,
+    FORMATS,
+    KEY,
+    Limit,
+    MemoryLimit,
+    Parcel,
+    SocketLimit,
+    make_info,
+    make_layout,
+    pick,
+    receive,
+)
+from benchmarks.report import machine
+from kv_transfer.memory import Arena
+from kv_transfer.metrics import HandoffReport
+from kv_transfer.writer import Handoff, HandoffClient
+from llm_engine.api.config import TransferConfig
+from llm_engine.api.handoff import FirstToken, KvLayout
+from llm_engine.api.messages import Peer, Role, Submit
+from llm_engine.api.request import SamplingParams, pack_tokens
+
+_FIRST = FirstToken(token=0, logprobs=None, hidden=bytes(14336), cached_tokens=0)
+_SMALL_TOKENS = 512
+_MEMORY_SHARE = 0.6  # of what is available, for both pools together
+
+
+class Mode(NamedTuple):
+    """One kind of measurement: `rounds` times `concurrent` hand-offs at once."""
+
+    name: str
+    tokens: int
+    rounds: int
+    concurrent: int = 1
+    cached_tokens: int = 0
+    scattered: bool = False
+
+
+def modes(tokens: int, repeat: int) -> dict[str, Mode]:
+    """Every mode for a context of `tokens`. Concurrent hand-offs share it, so that the volume is the same."""
+    small = min(_SMALL_TOKENS, tokens)
+    half = tokens // 2 // BLOCK_TOKENS * BLOCK_TOKENS
+    listed = [
+        Mode("bulk", tokens, repeat),
+        Mode("scatter", tokens, repeat, scattered=True),
+        Mode("delta", tokens, repeat, cached_tokens=half),
+        Mode("small", small, 20 * repeat),
+        *(Mode(f"concurrent-{n}", max(BLOCK_TOKENS, tokens // n), repeat, concurrent=n) for n in (8, 32)),
+    ]
+    return {mode.name: mode for mode in listed}
+
+
+@dataclass(slots=True)
+class Sample:
+    """One finished hand-off on the writer's clock."""
+
+    parcel: Parcel
+    report: HandoffReport
+    started: float
+    ended: float
+
+
+@dataclass(slots=True)
+class Run:
+    """What one mode measured."""
+
+    mode: Mode
+    samples: list[Sample] = field(default_factory=list)
+    round_s: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)  # GB/s, one before every round
+
+
+class Writer:
+    """The sending process: a pool, a client, and a step thread for every hand-off at once."""
+
+    def __init__(self, args: argparse.Namespace, layout: KvLayout, client: HandoffClient, peer: Peer) -> None:
+        self._layout = layout
+        self._client = client
+        self._peer = peer
+        self._layer_s = args.compute_ms_per_layer / 1e3
+        self._chunk_blocks = max(1, (args.chunk_tokens or args.tokens) // BLOCK_TOKENS)
+        self._numbers = itertools.count()
+        self._steps = ThreadPoolExecutor(64, "step")
+
+    async def round(self, mode: Mode) -> list[Sample]:
+        """`mode.concurrent` hand-offs at once."""
+        free = list(range(self._layout.num_blocks))
+        count = -(-mode.tokens // BLOCK_TOKENS)
+        jobs = []
+        for _ in range(mode.concurrent):
+            parcel = Parcel(next(self._numbers), mode.cached_tokens, mode.scattered)
+            jobs.append(self._hand_off(mode, parcel, pick(free, count, scattered=mode.scattered, seed=parcel.number)))
+        return list(await asyncio.gather(*jobs))
+
+    def close(self) -> None:
+        self._steps.shutdown()
+
+    async def _hand_off(self, mode: Mode, parcel: Parcel, blocks: list[int]) -> Sample:
+        submit = Submit(
+            request_id=parcel.request_id,
+            attempt=0,
+            router_id="",
+            tokens=pack_tokens([0] * mode.tokens),
+            num_prompt=mode.tokens,
+            sampling=SamplingParams(seed=0, max_tokens=1),
+            deadline_s=600.0,
+            decode=self._peer,
+        )
+        started = time.monotonic()
+        handoff = self._client.offer(submit, mode.tokens, "0")
+        loop = asyncio.get_running_loop()
+        compute_end = await loop.run_in_executor(self._steps, self._compute, handoff, blocks, mode.cached_tokens)
+        report = await handoff.commit(_FIRST, compute_end=compute_end)
+        return Sample(parcel, report, started, time.monotonic())
+
+    def _compute(self, handoff: Handoff, blocks: list[int], cached_tokens: int) -> float:
+        """The step thread: cached blocks are ready at once, the others chunk by chunk and layer by layer."""
+        num_layers = sum(plane.num_layers for plane in self._layout.planes) // 2
+        cached = cached_tokens // BLOCK_TOKENS
+        for layer in range(num_layers if cached else 0):
+            handoff.layer_ready(layer, 0, blocks[:cached])
+        due = time.monotonic()
+        for first in range(cached, len(blocks), self._chunk_blocks):
+            chunk = blocks[first : first + self._chunk_blocks]
+            for layer in range(num_layers):
+                due += self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks))
+                time.sleep(max(0.0, due - time.monotonic()))
+                handoff.layer_ready(layer, first, chunk)
+        return time.monotonic()
+
+
+def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The numbers of one mode."""
+    mode, reports = run.mode, [sample.report for sample in run.samples]
+    exposed = sorted(report.exposed_s * 1e3 for report in reports)
+    round_bytes = sum(report.num_bytes for report in reports) / len(run.round_s)
+    rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
+    verify = [received[str(sample.parcel.number)]["verify_s"] for sample in run.samples]
+    control = [max(0.0, r.exposed_s - r.drain_s - v) for r, v in zip(reports, verify, strict=True)]
+    result: dict[str, Any] = {
+        "mode": mode.name,
+        "tokens": mode.tokens,
+        "cached_tokens": mode.cached_tokens,
+        "handoffs": len(reports),
+        "bytes": reports[0].num_bytes,
+        "exposed_ms_p50": round(statistics.median(exposed), 3),
+        "exposed_ms_p99": round(exposed[int(len(exposed) * 0.99)], 3),
+        "total_ms_p50": round(1e3 * statistics.median(s.ended - s.started for s in run.samples), 3),
+        "gb_per_s_best": round(max(rates), 2),
+        "gb_per_s_median": round(statistics.median(rates), 2),
+        f"{limit.name}_gb_per_s_best": round(max(run.limits), 2),
+        f"{limit.name}_gb_per_s_median": round(statistics.median(run.limits), 2),
+        "share_of_limit_best": round(max(rates) / max(run.limits), 3),
+        "share_of_limit_median": round(statistics.median(a / b for a, b in zip(rates, run.limits, strict=True)), 3),
+        "stage_ms_p50": {
+            "hash": round(1e3 * statistics.median(r.hash_s for r in reports), 3),
+            "send": round(1e3 * statistics.median(r.write_s for r in reports), 3),
+            "drain": round(1e3 * statistics.median(r.drain_s for r in reports), 3),
+            "verify": round(1e3 * statistics.median(verify), 3),
+            "control": round(1e3 * statistics.median(control), 3),
+        },
+    }
+    if mode.concurrent > 1:
+        firsts = range(0, len(run.samples), mode.concurrent)
+        rounds = [run.samples[first : first + mode.concurrent] for first in firsts]
+        result["fairness"] = round(statistics.median(_fairness(samples) for samples in rounds), 3)
+    return result
+
+
+def _fairness(samples: Sequence[Sample]) -> float:
+    """Jain's index over the rates of hand-offs that ran at once: 1 when all were equally fast, 1/n when one had all."""
+    rates = [1 / (sample.ended - sample.started) for sample in samples]
+    return sum(rates) ** 2 / (len(rates) * sum(rate * rate for rate in rates))
+
+
+async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -> dict[str, Any]:
+    """Run every wanted mode against a receiver in a child process."""
+    wanted = modes(args.tokens, args.repeat)
+    runs = [Run(mode) for name, mode in wanted.items() if args.mode in (name, "all")]
+    source = Arena.create(layout.arena_bytes, shared=False)
+    np.frombuffer(source.buffer, dtype=np.uint8)[:] = 7
+    async with _receiver(args.words) as (child, hello):
+        client = HandoffClient(
+            config=config, key=KEY, info=make_info("p", Role.PREFILL, layout, ""), layout=layout, source=source.buffer
+        )
+        serving = asyncio.create_task(client.run())
+        run_bytes = max(plane.block_bytes for plane in layout.planes) * layout.num_blocks
+        limit: Limit = (
+            MemoryLimit(source.buffer, hello, run_bytes)
+            if args.transport == "shm"
+            else SocketLimit(source.buffer, hello)
+        )
+        writer = Writer(args, layout, client, Peer(name="d", incarnation="d", control_addr=hello["address"]))
+        await writer.round(Mode("warm-up", BLOCK_TOKENS, 1))
+        for run in runs:
+            await _run(run, writer, limit, layout.bytes_per_block())
+        peer = client.stats().peers[0]
+        await client.close()
+        await serving
+        writer.close()
+        received = json.loads((await child.communicate(b""))[0])
+    return {
+        "transport": peer.transport,
+        "reason": peer.reason,
+        "checksum": args.checksum,
+        "kv_format": args.kv_format,
+        "layers": args.layers,
+        "compute_ms_per_layer": args.compute_ms_per_layer,
+        "machine": machine(),
+        "modes": [summarise(run, limit, received) for run in runs],
+    }
+
+
+async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int) -> None:
+    mode = run.mode
+    num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
+    for _ in range(mode.rounds):
+        run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
+        started = time.monotonic()
+        run.samples += await writer.round(mode)
+        run.round_s.append(time.monotonic() - started)
+
+
+@contextlib.asynccontextmanager
+async def _receiver(words: Sequence[str]) -> AsyncIterator[tuple[asyncio.subprocess.Process, dict[str, Any]]]:
+    command = [sys.executable, "-m", "benchmarks.handoff", *words, "--receiver"]
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    try:
+        assert child.stdout is not None
+        yield child, json.loads(await child.stdout.readline())
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="baton bench handoff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--transport", choices=("shm", "tcp", "mooncake"), default="shm")
+    parser.add_argument("--tokens", type=int, default=4096, help="context of one hand-off (default %(default)s)")
+    parser.add_argument("--geometry", choices=("v3.2",), default="v3.2", help="pages and planes of this model")
+    parser.add_argument("--layers", type=int, default=61, help="main layers; fewer fit more tokens into memory")
+    parser.add_argument("--kv-format", choices=tuple(FORMATS), default="bf16")
+    parser.add_argument("--checksum", choices=("full", "sampled", "count"), default="full")
+    parser.add_argument("--compute-ms-per-layer", type=float, default=0.0, help="simulated (default: 0)")
+    parser.add_argument("--chunk-tokens", type=int, help="chunked prefill (default: one chunk)")
+    parser.add_argument("--mode", choices=("all", *modes(BLOCK_TOKENS, 1)), default="bulk")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of every mode; small ones run 20 times as often")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    args.words = words
+    if min(args.tokens, args.layers, args.repeat) < 1 or args.compute_ms_per_layer < 0:
+        parser.error("--tokens, --layers and --repeat must be positive, --compute-ms-per-layer not negative")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print; returns the exit code."""
+    args = parse(argv)
+    layout = make_layout(args.layers, max(32, -(-args.tokens // BLOCK_TOKENS)), args.kv_format)
+    available = psutil.virtual_memory().available
+    if not args.receiver and 2 * layout.arena_bytes > _MEMORY_SHARE * available:
+        need, have = 2 * layout.arena_bytes / 1e9, available / 1e9
+        print(
+            f"baton bench: two pools need {need:.1f} GB of {have:.1f} GB: lower --tokens or --layers", file=sys.stderr
+        )
+        return 2
+    config = TransferConfig(
+        transport=args.transport,
+        checksum=args.checksum,
+        canary_period_s=3600,
+        grant_timeout_s=600,
+        commit_timeout_s=120,
+    )
+    if args.receiver:
+        asyncio.run(receive(args, layout, config))
+        return 0
+    result = asyncio.run(measure(args, layout, config))
+    print(json.dumps(result) if args.json else _lines(result))
+    return 0
+
+
+def _lines(result: dict[str, Any]) -> str:
+    head = [f"{key}: {value}" for key, value in result.items() if key != "modes"]
+    for mode in result["modes"]:
+        head += ["", *(f"{key:>28}  {value}" for key, value in mode.items())]
+    return "\n".join(head)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
