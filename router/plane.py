@@ -8,8 +8,9 @@ What is sent in one turn of the loop leaves together at its end: each message ha
 thread, which costs more than the message.
 
 What a broken connection still carried is gone, in both directions, so `disconnected` means that every attempt on that
-worker has to be recovered. Messages are queued to established connections only, and a broken
-connection takes its queue with it: a restarted worker never sees a message meant for its predecessor.
+worker has to be recovered. Messages are queued to established connections only, and a broken connection takes its queue
+with it. Should a message yet reach the successor of the worker it was meant for, that one refuses it: nobody has said
+Hello on the new connection.
 """
 
 from __future__ import annotations

@@ -192,6 +192,22 @@ async def test_a_broken_connection_is_reported_once_and_made_again(plane: Plane)
         revived.close()
 
 
+async def test_what_could_not_leave_before_the_connection_broke_never_leaves(plane: Plane) -> None:
+    server = Server()
+    link, recorder = await connect(plane, server)
+    server.close()
+    time.sleep(0.1)  # noqa: ASYNC251  the connection breaks while the loop is busy
+    assert link.send(Cancel(request_id="old", attempt=1)), "the link does not know yet"
+    await until(lambda: recorder.events == ["disconnected"])
+    revived = Server(server.port)
+    try:
+        await until(lambda: recorder.events == ["disconnected", "connected"])
+        assert link.send(Cancel(request_id="new", attempt=1))
+        assert (await revived.receive())[1] == Cancel(request_id="new", attempt=1)
+    finally:
+        revived.close()
+
+
 async def test_the_send_queue_is_bounded(plane: Plane, server: Server) -> None:
     link, _ = await connect(plane, server)
     server.socket.setsockopt(zmq.RCVHWM, 1)
