@@ -154,7 +154,7 @@ def _listing(url: str, weights: bool) -> tuple[Any, dict[str, int]]:
         import obstore
         from obstore.store import from_url
     except ModuleNotFoundError as exc:
-        raise ConfigError("obstore is not installed: install Baton with its `store` extra") from exc
+        raise ConfigError("obstore is not installed: `pip install obstore`") from exc
     store = from_url(url)
     files = {
         entry["path"]: int(entry["size"])
