@@ -1,7 +1,7 @@
 """Triton's interpreter, made faithful and fast enough to test with.
 
 It truncates where hardware rounds to nearest even, multiplies the bits of bf16, and prepares the language anew for
-every call of a helper function, which takes most of its time. Here torch converts, numpy multiplies in fp32, and the
+every call of a helper function, which takes most of its time. Here torch converts and multiplies, and the
 language is prepared once a launch for every module that helpers come from.
 """
 
@@ -25,23 +25,20 @@ _prepared: set[int] = set()
 
 
 def _convert_float(values: Any, from_dtype: Any, to_dtype: Any, _rounding_mode: Any) -> Any:
-    (source, bits), (target, target_bits) = _TORCH[from_dtype], _TORCH[to_dtype]
-    tensor = torch.from_numpy(np.ascontiguousarray(values).view(bits)).view(source)
-    return tensor.to(target).view(_unsigned(target)).numpy().view(target_bits).reshape(values.shape)
+    target, bits = _TORCH[to_dtype]
+    unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[target.itemsize]
+    return _as_torch(values, from_dtype).to(target).view(unsigned).numpy().view(bits)
 
 
-def _unsigned(dtype: torch.dtype) -> torch.dtype:
-    return {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[dtype.itemsize]
+def _as_torch(values: Any, dtype: Any) -> torch.Tensor:
+    """The interpreter's array as a tensor of the dtype it stands for."""
+    source, bits = _TORCH[dtype]
+    return torch.from_numpy(np.ascontiguousarray(values).view(bits)).view(source)
 
 
 def _dot(_builder: Any, a: Any, b: Any, acc: Any, _precision: Any, _imprecise: Any) -> Any:
-    wide = [
-        _convert_float(x.data, x.dtype.scalar, tl.float32, None).view(np.float32)
-        if x.dtype.scalar != tl.float32
-        else x.data
-        for x in (a, b)
-    ]
-    return interpreter.TensorHandle(np.matmul(*wide) + acc.data, acc.dtype.scalar)
+    wide_a, wide_b = (_as_torch(x.data, x.dtype.scalar).float() for x in (a, b))
+    return interpreter.TensorHandle((wide_a @ wide_b).numpy() + acc.data, acc.dtype.scalar)
 
 
 def _launch_afresh(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -110,7 +110,7 @@ class Layer:
 
 @pytest.mark.parametrize("k", [None, 8])
 def test_attention(exact: Ops, k: int | None) -> None:
-    length, bounds = 28, [0, 1, 12, 17, 28]
+    length, bounds = 20, [0, 1, 9, 20]
     whole = Layer(exact, length).run(0, length, k)
     layer = Layer(exact, length)
     parts = [layer.run(first, end, k, beside=i) for i, (first, end) in enumerate(pairwise(bounds))]

@@ -48,6 +48,12 @@ def test_rows_longer_than_a_tile(distinct: int) -> None:
     assert chosen(scores, visible, 2048) == [expected(scores[i], visible[i], 2048) for i in (0, 1)]
 
 
+def test_zeros_of_both_signs_are_equal_and_nan_is_last() -> None:
+    scores = torch.tensor([[-0.0, 0.0, -1.0, 0.0, -0.0], [torch.nan, -torch.inf, 1.0, -torch.nan, -5.0]])
+    assert chosen(scores, [5, 5], 2) == [[0, 1], [2, 4]]
+    assert chosen(scores, [5, 5], 3) == [[0, 1, 3], [1, 2, 4]]
+
+
 def test_short_rows_select_everything() -> None:
     scores = torch.full((3, 20), torch.nan)
     assert chosen(scores, [1, 8, 7], 8) == [[0], list(range(8)), list(range(7))]
