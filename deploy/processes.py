@@ -174,6 +174,12 @@ class ProcessCluster:
         self.children[name].stop()
         self.infos[name] = self.spawn(name).wait_ready(timeout_s)
 
+    def restart_router(self, timeout_s: float = 60.0) -> None:
+        """Let the router finish what is open, and start it again at the same address."""
+        self.children["router"].stop(timeout_s)
+        self._spawn_router()
+        self.infos["router"] = self.children["router"].wait_ready(timeout_s)
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to one process."""
         self.children[name].signal(number)

@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from llm_engine.api.errors import ProtocolError, TransferError
+from llm_engine.api.keys import accepted
 
 DATA_VERSION = 1
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -81,7 +82,7 @@ class Handshake:
         )
         hello = self._send(greeting)
         challenge = self._receive(Challenge)
-        if not hmac.compare_digest(challenge.proof, _proof(self._key, b"kv-receiver", hello, challenge.nonce)):
+        if not _is_proof(challenge.proof, self._key, b"kv-receiver", hello, challenge.nonce):
             raise ProtocolError(f"the {transport} receiver is not authentic: peers must share one BATON_SECRET")
         self._send(Answer(proof=_proof(self._key, b"kv-writer", hello, challenge.nonce)))
         verdict = self._receive(Verdict)
@@ -99,7 +100,7 @@ class Handshake:
         nonce = secrets.token_bytes(_NONCE_BYTES)
         self._send(Challenge(nonce=nonce, proof=_proof(self._key, b"kv-receiver", hello, nonce)))
         answer = self._receive(Answer)
-        if not hmac.compare_digest(answer.proof, _proof(self._key, b"kv-writer", hello, nonce)):
+        if not _is_proof(answer.proof, self._key, b"kv-writer", hello, nonce):
             raise ProtocolError("writer is not authentic: peers must share one BATON_SECRET")
         if greeting.region != region:
             raise ProtocolError(f"writer asks for region {greeting.region}, this is {region}")
@@ -136,6 +137,11 @@ class Handshake:
 
     def _wait_at_most_the_rest(self) -> None:
         self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+
+
+def _is_proof(proof: bytes, key: bytes, purpose: bytes, *parts: bytes) -> bool:
+    """Whether the other end holds a key that is accepted here."""
+    return any(hmac.compare_digest(proof, _proof(k, purpose, *parts)) for k in accepted(key))
 
 
 def _proof(key: bytes, purpose: bytes, *parts: bytes) -> bytes:

@@ -16,8 +16,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm_engine.api.errors import ConfigError
+from llm_engine.api.keys import ClusterKey
 
 SECRET_ENV = "BATON_SECRET"
+SECRET_ALSO_ENV = "BATON_SECRET_ALSO"
 HOST_ENV = "BATON_HOST"
 MIN_SECRET_CHARS = 16
 
@@ -70,7 +72,9 @@ class SchedulerConfig(Section):
 class TransferConfig(Section):
     """The hand-off between prefill and decode."""
 
-    transport: Literal["auto", "local", "shm", "tcp"] = "auto"
+    transport: Literal["auto", "local", "shm", "tcp", "mooncake"] = "auto"
+    mooncake_protocol: Literal["tcp", "rdma", "ascend"] = "tcp"  # rdma and ascend are also chosen by `auto`
+    mooncake_device: str = ""  # a NIC's name; empty: the engine chooses
     checksum: Literal["full", "sampled", "count"] = "full"  # sampled: a line of every page; count: no bytes
     grant_timeout_s: float = Field(10.0, gt=0)  # Offer → Grant; afterwards the attempt fails with a retry elsewhere
     commit_timeout_s: float = Field(10.0, gt=0)  # last layer computed → Accepted
@@ -225,14 +229,20 @@ def build(tree: Mapping[str, Any]) -> ClusterConfig:
         raise ConfigError(f"{key}{value}: {first['msg'].lower()}") from exc
 
 
-def cluster_key(environ: Mapping[str, str] = os.environ) -> bytes:
-    """The shared key of the request and control planes, from BATON_SECRET. Raises ConfigError when it is unusable."""
+def cluster_key(environ: Mapping[str, str] = os.environ) -> ClusterKey:
+    """The shared key of all planes, from BATON_SECRET, with BATON_SECRET_ALSO accepted while a secret is replaced.
+
+    Raises ConfigError when one is unusable.
+    """
+    also = environ.get(SECRET_ALSO_ENV, "")
+    if also and len(also) < MIN_SECRET_CHARS:
+        raise ConfigError(f"{SECRET_ALSO_ENV}: expected at least {MIN_SECRET_CHARS} characters, or unset")
     secret = environ.get(SECRET_ENV, "")
     if len(secret) < MIN_SECRET_CHARS:
         raise ConfigError(
             f"{SECRET_ENV}: set it to the same random string of at least {MIN_SECRET_CHARS} characters on every process"
         )
-    return secret.encode()[:64]
+    return ClusterKey(secret.encode()[:64], (also.encode()[:64],) if also else ())
 
 
 def on_this_host(config: ClusterConfig, environ: Mapping[str, str] = os.environ) -> ClusterConfig:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from llm_engine.api.errors import ProtocolError
+from llm_engine.api.keys import accepted
 from llm_engine.api.request import SamplingParams, TokenDelta
 
 PROTOCOL_VERSION = 2
@@ -186,27 +187,31 @@ class Codec(Generic[T]):
     """Encodes any message; decodes those of one union (`Codec(key, RouterMessage)`)."""
 
     def __init__(self, key: bytes, kind: Any) -> None:
-        self._keyed = hashlib.blake2b(key=key, digest_size=_MAC_BYTES)
+        self._keyed, *self._others = [hashlib.blake2b(key=k, digest_size=_MAC_BYTES) for k in accepted(key)]
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
 
     def encode(self, message: Message) -> bytes:
         body = self._encoder.encode(message)
-        return self._mac(body) + body
+        return _mac(self._keyed, body) + body
 
     def decode(self, frame: bytes | memoryview) -> T:
         """Raises ProtocolError on anything but an authentic, well-formed message of the union."""
         if not _MAC_BYTES < len(frame) <= MAX_FRAME_BYTES:
             raise ProtocolError(f"frame of {len(frame)} bytes: expected {_MAC_BYTES + 1} to {MAX_FRAME_BYTES}")
         body = memoryview(frame)[_MAC_BYTES:]
-        if not hmac.compare_digest(self._mac(body), bytes(frame[:_MAC_BYTES])):
+        mac = bytes(frame[:_MAC_BYTES])
+        if not hmac.compare_digest(_mac(self._keyed, body), mac) and not any(
+            hmac.compare_digest(_mac(other, body), mac) for other in self._others
+        ):
             raise ProtocolError("frame is not authentic: peers must share one BATON_SECRET")
         try:
             return self._decoder.decode(body)
         except msgspec.MsgspecError as exc:
             raise ProtocolError(f"malformed message: {exc}") from exc
 
-    def _mac(self, body: bytes | memoryview) -> bytes:
-        mac = self._keyed.copy()
-        mac.update(body)
-        return mac.digest()
+
+def _mac(keyed: hashlib.blake2b, body: bytes | memoryview) -> bytes:
+    mac = keyed.copy()
+    mac.update(body)
+    return mac.digest()

@@ -81,7 +81,8 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(dry: Site) -> None:
     with Traffic(dry) as traffic:
         status = dry.until(lambda now: now["pools"]["decode"].get("recommended") == 2)
         assert size(status) == (1, 1)
-        assert "decode: 2 recommended: decode places" in dry.baton("status").stdout
+        assert status["pools"]["decode"]["reason"].startswith("decode places")
+        dry.until(lambda now: "decode: 2 recommended: decode places" in dry.baton("status").stdout)
         traffic.texts()
     assert dry.status()["changes"] == []
     assert "recommended, not carried out: decode 1 → 2" in (dry.run_dir / "logs" / "controller.log").read_text()
