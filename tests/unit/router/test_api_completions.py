@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from llm_engine.api.errors import DeadlineExceeded, Overloaded, ServingError
+from llm_engine.api.errors import DeadlineExceeded, Overloaded, ServingError, TooManyRequests
 from llm_engine.api.request import FinishReason
 from router.dispatch_api import GenerationRequest
 from router.sampling import choice_seed
@@ -39,6 +39,7 @@ def answer_in_bytes(request: GenerationRequest) -> Script:
     if prompt.startswith("fail"):
         errors = {
             "o": Overloaded("full", retry_after_s=2.5),
+            "r": TooManyRequests("fast", retry_after_s=1.5),
             "d": DeadlineExceeded("late"),
             "s": ServingError("broken"),
         }
@@ -351,6 +352,8 @@ def test_integral_floats_are_integers(edge: RunningEdge) -> None:
 def test_codes_that_clients_act_on(edge: RunningEdge) -> None:
     assert post(edge, model="other").json()["error"]["code"] == "model_not_found"
     assert post(edge, max_tokens=5000).json()["error"]["code"] == "context_length_exceeded"
+    assert post(edge, prompt="fail overloaded").json()["error"]["code"] == "overloaded"
+    assert post(edge, prompt="fail rate").json()["error"]["code"] == "too_many_requests"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -358,6 +361,7 @@ def test_codes_that_clients_act_on(edge: RunningEdge) -> None:
     ("prompt", "status", "kind", "retry_after"),
     [
         ("fail overloaded", 503, "server_error", "3"),
+        ("fail rate", 429, "rate_limit_error", "2"),
         ("fail deadline", 504, "server_error", None),
         ("fail serving", 500, "server_error", None),
         ("fail bug", 500, "server_error", None),
