@@ -101,7 +101,8 @@ class Trainer:
         rate = schedule.rate(step)
         self._optimizer.step(rate)
         crowded = torch.stack([gate.balance(_BALANCE_RATE) for gate in self.model.gates()]).max()
-        return {"loss": loss, "draft_loss": draft_loss, "index_loss": index_loss, "crowded": crowded, "rate": rate}
+        losses = {"loss": loss, "draft_loss": draft_loss, "index_loss": index_loss}
+        return {name: value.detach() for name, value in losses.items()} | {"crowded": crowded, "rate": rate}
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda")

@@ -83,7 +83,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Roughly U·Vᵀ of the singular value decompositions of a stack of matrices [n, r, c]."""
     a, b, c = _NEWTON_SCHULZ
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = (matrices if wide else matrices.mT).bfloat16()
+    x = matrices if wide else matrices.mT
+    x = x.bfloat16() if x.is_cuda else x  # CPUs are slow in bf16
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.mT
