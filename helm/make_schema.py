@@ -183,7 +183,7 @@ def values() -> dict[str, Any]:
             ttftSeconds=POSITIVE,
             tpotSeconds=POSITIVE,
         ),
-        security=record(existingSecret=STRING, tenantsSecret=STRING),
+        security=record(existingSecret=STRING, revision=STRING, tenantsSecret=STRING),
         networkPolicy=record(enabled=BOOL, clients=OBJECTS, monitoring=OBJECTS),
         monitoring=record(
             enabled=BOOL,

@@ -62,6 +62,11 @@ securityContext: {{- toYaml .Values.worker.securityContext | nindent 2 }}
 {{- define "baton.env" -}}
 - name: BATON_SECRET
   valueFrom: {secretKeyRef: {name: {{ include "baton.secretName" . }}, key: secret}}
+- name: BATON_SECRET_ALSO
+  valueFrom: {secretKeyRef: {name: {{ include "baton.secretName" . }}, key: also, optional: true}}
+{{- with .Values.security.revision }}
+- {name: BATON_SECRET_REVISION, value: {{ . | quote }}}
+{{- end }}
 - {name: HOME, value: /var/lib/baton}
 - {name: NUMBA_CACHE_DIR, value: /tmp/numba}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}

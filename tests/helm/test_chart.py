@@ -133,6 +133,7 @@ def test_workers_of_a_new_release_fit_only_its_pods() -> None:
         old = ray_resource(before, pool)
         assert ray_resource(rendered("gpu", False, True, "image.tag=next"), pool) != old
         assert ray_resource(rendered("gpu", False, True, f"{pool}.replicas=3", "config.kv.memory_mb=9"), pool) == old
+        assert ray_resource(rendered("gpu", False, True, "security.revision=b"), pool) != old
     only_decode = rendered("gpu", False, True, "decode.shm=1Gi")
     assert ray_resource(only_decode, "prefill") == ray_resource(before, "prefill")
     assert ray_resource(only_decode, "decode") != ray_resource(before, "decode")
