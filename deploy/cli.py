@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(metavar="COMMAND", required=True)
 
     up = _add(commands, "up", "bring a cluster up on this machine", "up")
-    up.add_argument("--config", type=Path, metavar="FILE", help="configuration (TOML; default: a tiny CPU cluster)")
+    up.add_argument("--config", type=Path, metavar="FILE", help="configuration (TOML; default: Baton-nano on this CPU)")
     up.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override one setting"
     )
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     preflight = _add(commands, "preflight", "check that this host can run a worker or a router", "preflight")
     preflight.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration (TOML; default: a tiny CPU cluster)"
+        "--config", type=Path, metavar="FILE", help="configuration (TOML; default: Baton-nano on this CPU)"
     )
     preflight.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override one setting"
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
     _model(_add(commands, "model", "make or inspect a checkpoint"))
     _bench(_add(commands, "bench", "measure a running cluster"))
+    commands.add_parser("eval", help="score a running Baton-nano by skill (see `baton eval --help`)")
     return root
 
 
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and len(words) > 1 and words[1] in _BENCHMARKS:
         return _benchmark(words[1], words[2:])
+    if words[:1] == ["eval"]:
+        return _benchmark("accuracy", words[1:])
     args = parser().parse_args(words)
     try:
         code: int = getattr(importlib.import_module("deploy.commands"), args.run)(args)
@@ -139,7 +142,7 @@ def _benchmark(kind: str, argv: list[str]) -> int:
     try:
         module = importlib.import_module(f"benchmarks.{kind}")
     except ModuleNotFoundError as exc:
-        print(f"baton bench: {exc}; install Baton with its `bench` extra", file=sys.stderr)
+        print(f"baton {kind}: {exc}; install Baton with its `bench` extra", file=sys.stderr)
         return EXIT_FAILED
     code: int = module.main(argv)
     return code

@@ -32,6 +32,7 @@ SURFACE = {
     "baton bench handoff": [],
     "baton bench replay": [],
     "baton bench serve": [],
+    "baton eval": [],
 }
 
 
