@@ -14,7 +14,8 @@ from llm_engine.ops import Ops, load_ops
 from llm_engine.ops_triton import gemm
 from llm_engine.ops_triton.self_check import Product, check_products
 from llm_engine.ops_triton.tiles import Cut, Tile
-from tests.ops.paged import PAIRS, Paged, padded_rows
+from tests.ops import reference
+from tests.ops.paged import PAIRS, Paged, all_angles, padded_rows
 
 RANK, PLAIN, VALUE, KEY, HEADS = 40, 24, 16, 24, 4
 BATCHES = [(0, 1), (1, 4), (21, 90)]
@@ -86,7 +87,8 @@ class Layer:
         self.query = torch.randn(length, HEADS, PLAIN + 2 * PAIRS).to(dtype)
         self.index_query, self.g = torch.randn(length, HEADS, KEY).to(dtype), torch.randn(length, HEADS)
         self.norms = torch.randn(RANK).to(dtype), torch.randn(KEY), torch.randn(KEY)
-        self.kv_b = ops.pack_kv_b(torch.randn(HEADS, PLAIN, RANK).to(dtype), torch.randn(HEADS, VALUE, RANK).to(dtype))
+        self.halves = torch.randn(HEADS, PLAIN, RANK).to(dtype), torch.randn(HEADS, VALUE, RANK).to(dtype)
+        self.kv_b = ops.pack_kv_b(*self.halves)
         self.latent = Paged.random([length, 9], RANK + 2 * PAIRS, dtype)
         self.index = Paged.random([length, 9], KEY, dtype)
 
@@ -125,6 +127,9 @@ def test_attention_over_several_splits(exact: Ops) -> None:
     layer = Layer(exact, 512 + 512 + 90)
     last = len(layer.rows)
     whole = layer.run(last - 3, last, None, beside=2)[0]
+    rows = layer.latent.plane.flatten(0, 1)[layer.latent.batch([(0, 0, last)], 1).slots_N]
+    expected = reference.attend(layer.query[-1], all_angles()[last - 1], rows, *layer.halves, 0.2)
+    torch.testing.assert_close(whole[-1].double(), expected, atol=5e-2, rtol=5e-2)
     assert torch.equal(layer.run(last - 2, last, None)[0], whole[1:])
     plan = layer.latent.plan(exact, [(0, last - 3, last)])
     sel = torch.arange(2048, dtype=torch.int32).expand(3, -1)
