@@ -15,7 +15,6 @@ Without a key only loopback clients are served, and of browsers only pages that 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 from collections.abc import Callable, Collection
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from router.control import ControllerPort
 from router.dispatcher import ClusterDispatcher
 from router.failures import MethodNotAllowed, NotFound, error_body, error_headers
 from router.requests import decode_body
+from router.tenants import is_loopback
 
 ADMIN_KEY_ENV = "BATON_ADMIN_KEY"
 
@@ -118,7 +118,7 @@ def own_keys() -> tuple[str, ...]:
 def check_caller(request: Request, keys: Collection[str]) -> None:
     """Raises Forbidden."""
     if not keys:
-        if request.client is None or not _is_loopback(request.client.host):
+        if request.client is None or not is_loopback(request.client.host):
             raise Forbidden(f"only loopback clients may use /admin/; set {ADMIN_KEY_ENV} to admit others")
         _check_page(request)
         return
@@ -131,17 +131,10 @@ def _check_page(request: Request) -> None:
     """A browser on this machine may show pages of strangers, and any name may resolve to loopback. Raises Forbidden."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     name = urlsplit(f"//{host}").hostname or "localhost"
-    if name != "localhost" and not _is_loopback(name):
+    if name != "localhost" and not is_loopback(name):
         raise Forbidden(f"without {ADMIN_KEY_ENV}, /admin/ is served under a loopback address only, not as {name!r}")
     if origin is not None and urlsplit(origin).netloc != host:
         raise Forbidden(f"without {ADMIN_KEY_ENV}, pages from {origin} may not use /admin/")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _json(answer: Any) -> Response:

@@ -20,6 +20,7 @@ from router.generation import encode_json
 from router.openapi import document
 from router.requests import decode_body
 from router.schemas import DetokenizeBody, TokenizeBody
+from router.tenants import is_loopback
 
 Handler = Callable[[Edge, Exchange], Awaitable[None]]
 
@@ -59,9 +60,11 @@ async def health(edge: Edge, exchange: Exchange) -> None:
 
 
 async def ready(edge: Edge, exchange: Exchange) -> None:
-    """200 if requests have workers to run on, else 503; the report either way."""
+    """200 if requests have workers to run on, else 503. Addresses and requests are for clients of this host only."""
     is_ready = edge.dispatcher.ready()
-    report = Readiness(ready=is_ready, detail=dict(edge.dispatcher.status()))
+    client = exchange.client()
+    is_local = client is not None and is_loopback(client[0])
+    report = Readiness(ready=is_ready, detail=dict(edge.dispatcher.status()) if is_local else {})
     exchange.respond(200 if is_ready else 503, encode_json(report))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import os
 import tomllib
@@ -191,6 +192,14 @@ class Tenants:
         self._tenants = tenants
         self._by_digest = {digest: tenants[name] for digest, name in by_digest.items()}
         self._admin_keys = tuple(file.admin.keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this host only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read(path: Path) -> KeysFile:

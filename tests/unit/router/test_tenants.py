@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_engine.api.errors import ConfigError, TooManyRequests
-from router.tenants import LOOK_PERIOD_S, Tenant, Tenants, TenantSettings, Unauthorized
-from tests.unit.router.edge_harness import MODEL, RunningEdge, Script, ScriptedDispatcher, running_edge
+from router.routes import ready
+from router.tenants import LOOK_PERIOD_S, Tenant, Tenants, TenantSettings, Unauthorized, is_loopback
+from tests.unit.router.edge_harness import MODEL, RunningEdge, Script, ScriptedDispatcher, make_edge, running_edge
 
 ACME, ACME_NEXT, GLOBEX = "sk-acme-0123456789", "sk-acme-next-0123456789", "sk-globex-0123456789"
 
@@ -191,3 +192,35 @@ def test_over_http_a_key_decides_and_a_tenant_can_not_choose_anothers_cache(edge
     assert edge.http.get("/health").status_code == 200
     limited = [complete(edge, GLOBEX) for _ in range(4)][-1]
     assert (limited.status_code, limited.headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("x", False),
+    ],
+)
+def test_who_is_on_this_host(address: str, local: bool) -> None:
+    assert is_loopback(address) is local
+
+
+async def test_readiness_tells_strangers_nothing_but_readiness() -> None:
+    class Asked:
+        """An exchange of a client elsewhere."""
+
+        answer: tuple[int, bytes] | None = None
+
+        def client(self) -> tuple[str, int]:
+            return ("10.0.0.1", 5)
+
+        def respond(self, status: int, body: bytes) -> None:
+            self.answer = status, body
+
+    asked = Asked()
+    await ready(make_edge(ScriptedDispatcher(lambda request: Script([[10]]))), asked)  # type: ignore[arg-type]
+    assert asked.answer == (200, b'{"ready":true,"detail":{}}')

@@ -13,6 +13,7 @@ import pytest
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.api.messages import (
+    PROTOCOL_VERSION,
     Cancel,
     Deltas,
     Drain,
@@ -159,7 +160,7 @@ async def test_another_protocol_version_is_answered_but_not_served() -> None:
             await router.greet(version=99)
             welcome = await router.wait_for(lambda m: isinstance(m, Welcome))
             assert isinstance(welcome, Welcome)
-            assert welcome.version == 1
+            assert welcome.version == PROTOCOL_VERSION
             assert served.rejected["version"] == 1
             assert not served.plane.knows("router-0")
 
