@@ -23,25 +23,16 @@ import yaml
 
 from deploy.kube.api import SERVER_ENV
 from tests.helm import kinds, protobuf
+from tests.helm.discovery import KINDS, discovery, plural
 from tests.helm.fields import Conflict, Manifest, applied, updated
+from tests.helm.patches import TestFailed, json_patched, merged
 
-KINDS = {
-    "v1": ["Namespace", "ConfigMap", "Secret", "Service", "ServiceAccount", "Pod"],
-    "apps/v1": ["Deployment"],
-    "batch/v1": ["Job"],
-    "policy/v1": ["PodDisruptionBudget"],
-    "networking.k8s.io/v1": ["NetworkPolicy", "Ingress"],
-    "rbac.authorization.k8s.io/v1": ["Role", "RoleBinding"],
-    "monitoring.coreos.com/v1": ["PodMonitor", "ServiceMonitor", "PrometheusRule"],
-    "ray.io/v1": ["RayCluster"],
-}
-_PLURALS = {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses"}
 _ROUTE = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v1)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?P<status>/status)?$"
 )
 _WATCH_S = 20.0
-_MERGE_KEYS = ("mountPath", "containerPort", "port", "name")  # of lists of objects, in this order
+
 
 Key = tuple[str, str, str]  # API version, plural, name
 
@@ -129,7 +120,10 @@ class ApiServer:
                     raise Refused(409, "Conflict", f"Apply failed with 1 conflict: {exc}") from exc
                 return self._store(key, _defaulted(result))
             old = self.read(key)
-            new = _json_patched(old, patch) if "json-patch" in kind else _merged(old, patch, "strategic" in kind)
+            try:
+                new = json_patched(old, patch) if "json-patch" in kind else merged(old, patch, "strategic" in kind)
+            except TestFailed as exc:
+                raise Refused(422, "Invalid", str(exc)) from exc
             return self._store(key, updated(old, _defaulted(new), manager))
 
     def delete(self, key: Key) -> Manifest:
@@ -213,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            found = _discovery(url.path)
+            found = discovery(url.path)
             if found is not None:
                 self._send(200, found)
             elif query.get("watch") in ("true", "1"):
@@ -278,11 +272,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def plural(kind: str) -> str:
-    """Its name in a path."""
-    return _PLURALS.get(kind, f"{kind.lower()}s")
-
-
 def _route(path: str) -> tuple[str, str, str, str]:
     match = _ROUTE.match(path)
     if match is None:
@@ -291,53 +280,6 @@ def _route(path: str) -> tuple[str, str, str, str]:
     if version not in KINDS or match["plural"] not in map(plural, KINDS[version]):
         raise Refused(404, "NotFound", f"no such resource: {path}")
     return version, match["plural"], match["name"] or "", match["namespace"] or ""
-
-
-def _discovery(path: str) -> Manifest | None:
-    groups = [version for version in KINDS if "/" in version]
-    if path == "/version":
-        return {"major": "1", "minor": "33", "gitVersion": "v1.33.0"}
-    if path.startswith("/openapi/v3"):
-        return _openapi(path.removeprefix("/openapi/v3").strip("/"))
-    if path == "/api":
-        return {"kind": "APIVersions", "versions": ["v1"]}
-    if path == "/apis":
-        versions = [{"groupVersion": version, "version": "v1"} for version in groups]
-        return {
-            "kind": "APIGroupList",
-            "apiVersion": "v1",
-            "groups": [
-                {"name": v["groupVersion"].partition("/")[0], "versions": [v], "preferredVersion": v} for v in versions
-            ],
-        }
-    version = path.removeprefix("/apis/").removeprefix("/api/")
-    if version not in KINDS:
-        return None
-    verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
-    resources = [
-        {"name": plural(kind), "kind": kind, "namespaced": kind != "Namespace", "singularName": "", "verbs": verbs}
-        for kind in KINDS[version]
-    ]
-    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
-
-
-def _openapi(of: str) -> Manifest:
-    """Only that this server checks the fields of what it is given, so that its clients need not."""
-    where = {f"apis/{version}" if "/" in version else f"api/{version}": version for version in KINDS}
-    if not of:
-        return {"paths": {path: {"serverRelativeURL": f"/openapi/v3/{path}"} for path in where}}
-    group, _, version = where[of].rpartition("/")
-    paths = {
-        f"/{of}/namespaces/{{namespace}}/{plural(kind)}/{{name}}": {
-            "patch": {
-                "parameters": [{"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}],
-                "x-kubernetes-group-version-kind": {"group": group, "version": version, "kind": kind},
-                "responses": {},
-            }
-        }
-        for kind in KINDS[where[of]]
-    }
-    return {"openapi": "3.0.0", "info": {"title": "stand-in", "version": "1"}, "paths": paths}
 
 
 def _selectors(query: dict[str, str]) -> tuple[dict[str, str], str]:
@@ -365,49 +307,3 @@ def _defaulted(obj: Manifest) -> Manifest:
         for key, value in (("replicas", 0), ("minReplicas", 0), ("numOfHosts", 1)):
             group.setdefault(key, value)
     return obj
-
-
-def _merged(old: Any, patch: Any, strategic: bool = False) -> Any:
-    """JSON merge patch; the strategic kind merges lists of named objects too."""
-    if strategic and isinstance(patch, list) and isinstance(old, list):
-        return _merged_list(old, patch)
-    if not isinstance(patch, dict):
-        return patch
-    out = dict(old) if isinstance(old, dict) else {}
-    for key, value in patch.items():
-        if strategic and key.startswith("$"):
-            continue
-        if value is None:
-            out.pop(key, None)
-        else:
-            out[key] = _merged(out.get(key), value, strategic)
-    return out
-
-
-def _merged_list(old: list[Any], patch: list[Any]) -> list[Any]:
-    key = next((k for k in _MERGE_KEYS if all(isinstance(item, dict) and k in item for item in (*old, *patch))), None)
-    if key is None:
-        return patch
-    out = {item[key]: item for item in old}
-    for item in patch:
-        if item.get("$patch") == "delete":
-            out.pop(item[key], None)
-        else:
-            out[item[key]] = _merged(out.get(item[key]), item, True)
-    return list(out.values())
-
-
-def _json_patched(old: Manifest, operations: list[dict[str, Any]]) -> Manifest:
-    new = copy.deepcopy(old)
-    for operation in operations:
-        *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
-        node: Any = new
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        where: Any = int(last) if isinstance(node, list) else last
-        if operation["op"] == "test":
-            if node[where] != operation["value"]:
-                raise Refused(422, "Invalid", f"test failed at {operation['path']}")
-        else:
-            node[where] = operation["value"]
-    return new
