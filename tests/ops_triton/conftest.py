@@ -31,7 +31,7 @@ def device() -> Iterator[torch.device]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", params=["exact/fp32", "fast/bf16"])
+@pytest.fixture(scope="session", params=["exact/fp32", pytest.param("fast/bf16", marks=pytest.mark.slow)])
 def ops(request: pytest.FixtureRequest) -> Ops:
     numerics, dtype = request.param.split("/")
     return load_ops("triton", numerics, dtype)

@@ -19,7 +19,7 @@ def cpu() -> Ops:
     return load_ops("cpu", "exact", "fp32")
 
 
-@pytest.mark.parametrize("size", ["nano", "nano-v3"])
+@pytest.mark.parametrize("size", ["nano", pytest.param("nano-v3", marks=pytest.mark.slow)])
 def test_logits_and_drafts_equal_the_cpu_table(size: str, request: pytest.FixtureRequest, exact: Ops, cpu: Ops) -> None:
     """Two sequences, in passes that mix chunks and single rows; beyond `index_topk` positions in the first."""
     path: Path = request.getfixturevalue(size.replace("-", "_") + "_dir")
