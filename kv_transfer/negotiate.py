@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kv_transfer.host import host_id
-from kv_transfer.local import LocalNetwork
+from kv_transfer.transports import PREFERENCE, SAME_PLACE
 from llm_engine.api.errors import TransferError
 from llm_engine.api.handoff import LinkOffer
-
-_PREFERENCE = ("local", "shm", "tcp")  # best first
-_SAME_PLACE = {"local": "one process", "shm": "one host, network namespace and user"}
-
-
-def writer_offers(transport: str, network: LocalNetwork | None) -> list[LinkOffer]:
-    """What a writer can speak under `transfer.transport`."""
-    offers = {
-        "local": LinkOffer(transport="local", host_id=network.host_id() if network is not None else ""),
-        "shm": LinkOffer(transport="shm", host_id=host_id()),
-        "tcp": LinkOffer(transport="tcp"),
-    }
-    return [offers["shm"], offers["tcp"]] if transport == "auto" else [offers[transport]]
 
 
 def choose(writer: str, ours: Sequence[LinkOffer], receiver: str, theirs: Sequence[LinkOffer]) -> tuple[LinkOffer, str]:
     """The receiver's offer to use, and why. Raises TransferError that says what is missing on which end."""
     missing: list[str] = []
-    for transport in _PREFERENCE:
+    for transport in PREFERENCE:
         here = next((offer for offer in ours if offer.transport == transport), None)
         there = next((offer for offer in theirs if offer.transport == transport), None)
         if here is None or there is None:
@@ -35,8 +21,8 @@ def choose(writer: str, ours: Sequence[LinkOffer], receiver: str, theirs: Sequen
                 for name, offer, other in ((writer, here, there), (receiver, there, here))
                 if offer is None and other is not None
             )
-        elif transport in _SAME_PLACE and not (here.host_id and here.host_id == there.host_id):
-            missing.append(f"{transport} needs {_SAME_PLACE[transport]}, but {here.host_id!r} is not {there.host_id!r}")
+        elif transport in SAME_PLACE and not (here.host_id and here.host_id == there.host_id):
+            missing.append(f"{transport} needs {SAME_PLACE[transport]}, but {here.host_id!r} is not {there.host_id!r}")
         else:
             return there, f"{transport}: best of both offers" + (f" ({'; '.join(missing)})" if missing else "")
     raise TransferError(

@@ -42,6 +42,7 @@ class Pairs:
     """All sessions, by control identity, by ticket and by data connection."""
 
     def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet]) -> None:
+        self.note = ""  # which transports don't work here, for the reason given to writers
         self._layout = layout
         self._region = region
         self._inlets = inlets
@@ -79,6 +80,7 @@ class Pairs:
             link, why = choose(writer.name, message.links, info.name, offers)
         except TransferError as exc:
             return Refused(code="transport", reason=str(exc), retryable=False)
+        why += f"; on {info.name} {self.note}" if self.note else ""
         log.info("hand-off from %s/%s: %s", writer.name, writer.incarnation, why)
         pair = self._by_identity.get(identity)
         if pair is None:

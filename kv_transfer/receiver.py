@@ -13,17 +13,15 @@ from typing import Generic
 import zmq.asyncio
 
 from kv_transfer.control import Socket, bind_router, post
-from kv_transfer.host import host_id
 from kv_transfer.intake import Intakes
 from kv_transfer.layout import check_layout
 from kv_transfer.link import Inlet
-from kv_transfer.local import LocalInlet, LocalNetwork
+from kv_transfer.local import LocalNetwork
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import PeerStats, ReceiverStats, Tally
 from kv_transfer.pairs import Pair, Pairs
 from kv_transfer.reserver import BlockReserver, R, ReservedBlocks
-from kv_transfer.shm import ShmInlet
-from kv_transfer.tcp import TcpInlet
+from kv_transfer.transports import ReceiverEnd, open_inlet, usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, ProtocolError, TransferError
 from llm_engine.api.handoff import (
@@ -211,15 +209,18 @@ class HandoffServer(Generic[R]):
     # Internals.
 
     def _open_inlets(self, host: str) -> None:
-        transport = self._config.transport
-        if transport == "local":
-            if self._network is None:
-                raise ConfigError("transfer.transport=local: works inside one process only; use auto, shm or tcp")
-            self._inlets["local"] = LocalInlet(self._arena, self._layout, self, self._network)
-        if transport == "shm" or (transport == "auto" and self._arena.shared and host_id()):
-            self._inlets["shm"] = ShmInlet(self._arena, self._key, self)
-        if transport in ("auto", "tcp"):
-            self._inlets["tcp"] = TcpInlet(self._arena, self._layout, self._key, self, host)
+        names, self._pairs.note = usable(self._config, self._network, self._arena)
+        end = ReceiverEnd(
+            config=self._config,
+            key=self._key,
+            arena=self._arena,
+            layout=self._layout,
+            events=self,
+            network=self._network,
+            host=host,
+        )
+        for name in names:
+            self._inlets[name] = open_inlet(name, end)
 
     async def _receive(self) -> None:
         assert self._socket is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,11 @@ from kv_transfer.control import Socket, connect_dealer, post
 from kv_transfer.handoff import Handoff
 from kv_transfer.layout import CopyPlan, check_layout, mismatch
 from kv_transfer.link import Link
-from kv_transfer.local import LocalLink, LocalNetwork
+from kv_transfer.local import LocalNetwork
 from kv_transfer.metrics import Tally
-from kv_transfer.negotiate import writer_offers
+from kv_transfer.mooncake import Engine
 from kv_transfer.sender import Sender
-from kv_transfer.shm import ShmLink
-from kv_transfer.tcp import TcpLink
+from kv_transfer.transports import WriterEnd, connect, offer
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import LayoutMismatch, ProtocolError, ServingError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
@@ -62,6 +61,8 @@ class ClientContext:
     layout: KvLayout
     source: memoryview
     network: LocalNetwork | None
+    transports: Sequence[str]
+    engine: Engine | None
     wrap_link: Callable[[Link], Link]
     zmq: zmq.asyncio.Context
     codec: Codec[ReceiverMessage]
@@ -175,8 +176,8 @@ class Session:
         context = self.context
         await _knock(self.target)
         self._socket = connect_dealer(context.zmq, self.target.control_addr, context.info.name)
-        links = writer_offers(context.config.transport, context.network)
-        hello = Connect(version=PROTOCOL_VERSION, info=context.info, layout=context.layout, links=tuple(links))
+        links = tuple(offer(name, context.network) for name in context.transports)
+        hello = Connect(version=PROTOCOL_VERSION, info=context.info, layout=context.layout, links=links)
         self.send(hello)
         while True:
             match await self._next_message():
@@ -203,37 +204,13 @@ class Session:
 
     def _connect_link(self, connected: Connected) -> Link:
         """In a thread."""
-        offer = connected.link
 
         def on_lost(error: TransferError) -> None:
             self.context.post(self.cut, error)
 
-        if offer.transport == "shm":
-            return ShmLink.connect(
-                offer,
-                self.context.key,
-                ticket=connected.ticket,
-                region=connected.region,
-                region_bytes=connected.layout.arena_bytes,
-                on_lost=on_lost,
-            )
-        if offer.transport == "tcp":
-            return TcpLink.connect(
-                offer,
-                self.context.key,
-                ticket=connected.ticket,
-                region=connected.region,
-                stall_timeout_s=self.context.config.commit_timeout_s,
-                on_lost=on_lost,
-            )
-        if offer.transport == "local" and self.context.network is not None:
-            return LocalLink.connect(
-                self.context.network,
-                ticket=connected.ticket,
-                region=connected.region,
-                on_lost=on_lost,
-            )
-        raise TransferError(f"receiver chose transport {offer.transport!r}, which was not offered")
+        context = self.context
+        end = WriterEnd(config=context.config, key=context.key, network=context.network, engine=context.engine)
+        return connect(connected, end, on_lost)
 
     async def _receive(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,15 +19,19 @@ from kv_transfer.layout import check_layout
 from kv_transfer.link import Link
 from kv_transfer.local import LocalNetwork
 from kv_transfer.metrics import WriterStats
+from kv_transfer.mooncake import Engine
 from kv_transfer.peer import Peer
 from kv_transfer.session import ClientContext
+from kv_transfer.transports import usable
 from llm_engine.api.config import TransferConfig
-from llm_engine.api.errors import ConfigError, Overloaded, TransferError
+from llm_engine.api.errors import Overloaded, TransferError
 from llm_engine.api.handoff import KvLayout, ReceiverMessage
 from llm_engine.api.messages import Codec, Submit, WorkerInfo
 from llm_engine.api.messages import Peer as Target
 
 __all__ = ["Handoff", "HandoffClient"]
+
+log = logging.getLogger(__name__)
 
 
 class HandoffClient:
@@ -50,9 +55,11 @@ class HandoffClient:
 
         `network`: where the receivers of transport `local` are. `wrap_link`: put something around every link (tests).
         """
-        if config.transport == "local" and network is None:
-            raise ConfigError("transfer.transport=local: works inside one process only; use auto, shm or tcp")
+        transports, note = usable(config, network)
+        if note:
+            log.warning("hand-offs from %s: %s", info.name, note)
         check_layout(layout, len(source))
+        own_host = info.request_addr.removeprefix("tcp://").rpartition(":")[0] or "127.0.0.1"
         self._closed = asyncio.Event()
         self._done = asyncio.Event()
         self._started = False
@@ -69,6 +76,8 @@ class HandoffClient:
             layout=layout,
             source=source,
             network=network,
+            transports=transports,
+            engine=Engine(source, own_host, config) if "mooncake" in transports else None,
             wrap_link=wrap_link,
             zmq=zmq.asyncio.Context(),
             codec=Codec(key, ReceiverMessage),
@@ -95,7 +104,7 @@ class HandoffClient:
             self._tasks = None
             if self._ending:
                 await asyncio.wait(self._ending)  # quick: every link is closed
-            self._context.zmq.destroy(linger=0)
+            self._release()
             self._done.set()
 
     async def close(self) -> None:
@@ -104,7 +113,7 @@ class HandoffClient:
         if self._started:
             await self._done.wait()
         else:
-            self._context.zmq.destroy(linger=0)
+            self._release()
 
     def offer(
         self,
@@ -187,6 +196,11 @@ class HandoffClient:
         self._ending.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._crash(error)
+
+    def _release(self) -> None:
+        self._context.zmq.destroy(linger=0)
+        if self._context.engine is not None:
+            self._context.engine.close()
 
     def _post(self, callback: Callable[..., None], *args: Any) -> None:
         if self._loop is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from kv_transfer.fault import Fault, FaultyLink
 from kv_transfer.link import LeaseKey, Link
-from tests.unit.kv_transfer.rig import Rig, until
+from tests.unit.kv_transfer.rig import MOONCAKE, Rig, until
 
 
 @pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
@@ -20,7 +20,7 @@ async def test_a_good_pair_is_probed_and_stays_good(transport: str) -> None:
         assert rig.pool.count("leased") <= 1
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+@pytest.mark.parametrize("transport", ["local", "shm", "tcp", MOONCAKE])
 @pytest.mark.parametrize("fault", [Fault.FLIP, Fault.DROP])
 async def test_a_pair_that_loses_bytes_is_reported_until_it_works_again(transport: str, fault: Fault) -> None:
     current = [fault]

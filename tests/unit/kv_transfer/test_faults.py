@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kv_transfer.fault import Fault, FaultyLink
 from kv_transfer.link import Link
 from llm_engine.api.errors import TransferError
-from tests.unit.kv_transfer.rig import FIRST, Rig, block_bytes, until
+from tests.unit.kv_transfer.rig import FIRST, MOONCAKE, Rig, block_bytes, until
 
 HARMLESS = {Fault.NONE, Fault.DUPLICATE}
 
@@ -44,7 +44,7 @@ async def run_with_faults(transport: str, checksum: str, faults: list[Fault]) ->
             rig.pool.finish("r1")
         await until(lambda: len(rig.pool.free_blocks) == 8)
         await rig.hand_off("r2", 32, blocks=range(8, 16))  # every block has a new owner now
-        if transport != "shm":
+        if transport not in ("shm", "mooncake"):
             await asyncio.to_thread(links[0].deliver_late)
         await until(lambda: rig.server.stats().pending == 0)
         reservation = rig.pool.admitted["r2"][0]
@@ -66,6 +66,7 @@ losses = st.lists(st.sampled_from([Fault.NONE, Fault.DROP, Fault.DUPLICATE, Faul
         ("shm", "full", memory),
         ("tcp", "full", networks),
         ("local", "full", networks),
+        pytest.param("mooncake", "full", memory, marks=MOONCAKE.marks),
         ("tcp", "count", losses),
         ("local", "count", losses),
     ],
@@ -84,10 +85,11 @@ def test_never_accepted_wrong(transport: str, checksum: str, faults: st.SearchSt
 @pytest.mark.parametrize(
     ("transport", "fault"),
     [
-        (transport, fault)
-        for transport in ("local", "shm", "tcp")
+        pytest.param(transport, fault, marks=MOONCAKE.marks if transport == "mooncake" else ())
+        for transport in ("local", "shm", "tcp", "mooncake")
         for fault in Fault
-        if fault not in HARMLESS and (transport, fault) != ("shm", Fault.LATE)  # memory does not delay
+        if fault not in HARMLESS  # memory does not delay, and the engine has delivered when it returns
+        and (transport not in ("shm", "mooncake") or fault is not Fault.LATE)
     ],
 )
 def test_each_fault_alone_is_noticed(transport: str, fault: Fault) -> None:

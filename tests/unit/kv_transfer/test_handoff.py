@@ -15,9 +15,9 @@ from kv_transfer.writer import Handoff
 from llm_engine.api.errors import LeaseRevoked, Overloaded, PromptTooLong, TransferError, TransferTimeout
 from llm_engine.api.handoff import Grant
 from llm_engine.api.messages import Message, Submit
-from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Reservation, Rig, arena_mappings, until
+from tests.unit.kv_transfer.rig import FIRST, MOONCAKE, NUM_LAYERS, Reservation, Rig, arena_mappings, until
 
-pytestmark = pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+pytestmark = pytest.mark.parametrize("transport", ["local", "shm", "tcp", MOONCAKE])
 
 
 async def test_one_hand_off_moves_every_byte(transport: str) -> None:

@@ -15,11 +15,13 @@ import pytest
 from kv_transfer import auth, shm
 from kv_transfer.link import Copy, Inlet, LeaseKey, Link
 from kv_transfer.memory import Arena
-from kv_transfer.shm import ShmInlet, ShmLink
-from kv_transfer.tcp import TcpInlet, TcpLink
+from kv_transfer.mooncake import Engine
+from kv_transfer.tcp import TcpLink
+from kv_transfer.transports import ReceiverEnd, WriterEnd, connect, open_inlet
+from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import LeaseRevoked, ProtocolError, TransferError
-from llm_engine.api.handoff import KvLayout, LinkOffer
-from tests.unit.kv_transfer.rig import KEY, arena_mappings, block_bytes, cells, make_layout
+from llm_engine.api.handoff import Connected, KvLayout, LinkOffer
+from tests.unit.kv_transfer.rig import KEY, MOONCAKE, arena_mappings, block_bytes, cells, make_info, make_layout
 
 LAYOUT = make_layout(16)
 TICKET = "good"
@@ -66,24 +68,31 @@ class Bench:
         self.events = Recorder()
         self.lost: list[TransferError] = []
         self.links: list[Link] = []
-        self.inlet: Inlet = (
-            ShmInlet(self.arena, KEY, self.events)
-            if transport == "shm"
-            else TcpInlet(self.arena, LAYOUT, KEY, self.events, "127.0.0.1")
+        self.config = TransferConfig(transport=transport)
+        end = ReceiverEnd(
+            config=self.config,
+            key=KEY,
+            arena=self.arena,
+            layout=LAYOUT,
+            events=self.events,
+            network=None,
+            host="127.0.0.1",
         )
+        self.inlet: Inlet = open_inlet(transport, end)
         self.data = memoryview(np.random.default_rng(0).integers(1, 256, 1 << 14, np.uint8).tobytes())
+        self.engine = Engine(self.data, "127.0.0.1", self.config) if transport == "mooncake" else None
 
     def connect(self, *, key: bytes = KEY, ticket: str = TICKET, region: str | None = None) -> Link:
-        region = region or self.arena.region
-        offer = self.inlet.offer()
-        if self.transport == "shm":
-            link: Link = ShmLink.connect(
-                offer, key, ticket=ticket, region=region, region_bytes=self.arena.num_bytes, on_lost=self.lost.append
-            )
-        else:
-            link = TcpLink.connect(
-                offer, key, ticket=ticket, region=region, stall_timeout_s=5, on_lost=self.lost.append
-            )
+        connected = Connected(
+            info=make_info("d", "d1", LAYOUT, "x"),
+            layout=LAYOUT,
+            link=self.inlet.offer(),
+            reason="",
+            region=region or self.arena.region,
+            ticket=ticket,
+        )
+        end = WriterEnd(config=self.config, key=key, network=None, engine=self.engine)
+        link = connect(connected, end, self.lost.append)
         self.links.append(link)
         return link
 
@@ -94,11 +103,13 @@ class Bench:
         for link in self.links:
             link.close()
         self.inlet.close()
+        if self.engine is not None:
+            self.engine.close()
         self.data.release()
         self.arena.close()
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", MOONCAKE])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench
@@ -164,6 +175,17 @@ def test_a_writer_that_can_not_prove_the_key_is_refused(bench: Bench, proof: str
     stranger.sock.close()
 
 
+def dial(bench: Bench) -> socket.socket:
+    """A plain connection to the inlet."""
+    address = bench.inlet.offer().address
+    if bench.transport == "shm":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect("\0" + address)
+        return sock
+    host, port = address.partition("/")[0].split(":")
+    return socket.create_connection((host, int(port)))
+
+
 class Stranger(auth.Handshake):
     """A writer's handshake without a key."""
 
@@ -176,13 +198,7 @@ class Stranger(auth.Handshake):
 
 
 def _greet(bench: Bench) -> Stranger:
-    offer = bench.inlet.offer()
-    if bench.transport == "shm":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect("\0" + offer.address)
-    else:
-        host, port = offer.address.split(":")
-        sock = socket.create_connection((host, int(port)))
+    sock = dial(bench)
     stranger = Stranger(sock)
     greeting = auth.Greeting(
         version=auth.DATA_VERSION,
@@ -223,13 +239,7 @@ def test_unknown_ticket_and_foreign_region_are_refused(bench: Bench) -> None:
 
 @pytest.mark.parametrize("garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00", b"\xff\xff" + b"a" * 70000])
 def test_garbage_instead_of_a_handshake_is_cut(bench: Bench, garbage: bytes) -> None:
-    offer = bench.inlet.offer()
-    if bench.transport == "shm":
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect("\0" + offer.address)
-    else:
-        host, port = offer.address.split(":")
-        sock = socket.create_connection((host, int(port)))
+    sock = dial(bench)
     with sock, contextlib.suppress(OSError):  # the other end may hang up while we are talking
         sock.sendall(garbage)
         sock.shutdown(socket.SHUT_WR)

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from kv_transfer import negotiate
@@ -5,6 +7,7 @@ from kv_transfer.host import host_id
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import links_of
 from kv_transfer.receiver import HandoffServer
+from kv_transfer.transports import offer, usable
 from kv_transfer.writer import HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, LayoutMismatch, TransferError
@@ -42,9 +45,40 @@ def test_no_transport_names_what_is_missing(ours: list[LinkOffer], theirs: list[
 
 
 def test_auto_offers_shm_and_tcp_with_this_host() -> None:
-    offers = negotiate.writer_offers("auto", None)
+    names, note = usable(TransferConfig(), None)
+    assert (names, note) == (["shm", "tcp"], "")
+    offers = [offer(name, None) for name in names]
     assert [(o.transport, bool(o.host_id)) for o in offers] == [("shm", True), ("tcp", False)]
     assert offers[0].host_id == host_id()
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)  # as if it were not installed
+
+
+@pytest.mark.usefixtures("no_engine")
+async def test_a_transport_asked_for_by_name_that_can_not_work_is_one_line_at_start() -> None:
+    layout = make_layout(4)
+    config = TransferConfig(transport="mooncake")
+    says = "^transfer.transport=mooncake: mooncake.engine can't be loaded [^\n]*libibverbs1$"
+    with Arena.create(layout.arena_bytes, shared=True) as arena:
+        info = make_info("p", "p1", layout)
+        with pytest.raises(ConfigError, match=says):
+            HandoffClient(config=config, key=KEY, info=info, layout=layout, source=arena.buffer)
+        server = HandoffServer(config=config, key=KEY, layout=layout, arena=arena, reserver=Pool(4))
+        with pytest.raises(ConfigError, match=says):
+            server.bind("127.0.0.1")
+        await server.close()
+
+
+@pytest.mark.usefixtures("no_engine")
+async def test_automatic_choice_falls_back_and_says_so() -> None:
+    async with Rig("auto", mooncake_protocol="rdma") as rig:
+        assert (await rig.hand_off("r1", 20)).transport == "shm"
+        reason = rig.client.stats().peers[0].reason
+    assert reason.startswith("shm: ")
+    assert "on decode-0 mooncake does not work here: mooncake.engine can't be loaded" in reason
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from llm_engine.api.errors import TransferError, TransferTimeout
 from llm_engine.api.messages import Peer
-from tests.unit.kv_transfer.rig import FIRST, Rig, block_bytes, cells, until
+from tests.unit.kv_transfer.rig import FIRST, MOONCAKE, Rig, block_bytes, cells, needs_engine, until
 
 BLOCKS, SCALE = 32, 512  # 64 KiB blocks, 35 MB in all
 
@@ -130,6 +130,35 @@ async def test_a_stopped_shm_writer_keeps_its_blocks_in_quarantine_until_it_answ
         await handoff.abort()
 
 
+@needs_engine
+async def test_blocks_of_a_dead_engine_writer_stay_in_quarantine() -> None:
+    """Its last bytes may still be on their way: the end of the process proves nothing."""
+    async with Rig("mooncake", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig:
+        async with writing(rig, "mooncake") as child:
+            child.send(signal.SIGKILL)
+            await until(lambda: rig.server.stats().quarantined_blocks == 16)
+        assert rig.server.stats().peers == ()
+        await rig.hand_off("r2", 4 * (BLOCKS - 16))  # the other blocks serve
+        rig.pool.finish("r2")
+        refused = rig.offer("r3", 4 * BLOCKS)  # more than there is without them
+        with pytest.raises(TimeoutError):
+            await until(lambda: len(rig.pool.free_blocks) == BLOCKS, 1.3)  # longer than fences are repeated
+        await refused.abort()
+        assert (rig.server.stats().quarantined_leases, rig.pool.count("quarantined")) == (1, 16)
+        rig.stays_quarantined = 16
+
+
+@needs_engine
+async def test_a_fenced_engine_writer_frees_its_blocks() -> None:
+    async with Rig("mooncake", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig:
+        async with writing(rig, "mooncake") as child:
+            rig.server.cancel("r1", 0)
+            await child.seen(event="failed", request="r1")
+            await until(lambda: len(rig.pool.free_blocks) == BLOCKS)
+            assert rig.server.stats().quarantined_blocks == 0
+        await rig.hand_off("r2", 4 * BLOCKS)
+
+
 async def test_a_stopped_shm_writer_that_dies_frees_its_blocks() -> None:
     async with Rig("shm", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig, writing(rig, "shm") as child:
         child.send(signal.SIGSTOP)
@@ -175,7 +204,7 @@ async def remote_receiver(rig: Rig, transport: str) -> AsyncIterator[Process]:
         yield child
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", MOONCAKE])
 async def test_a_receiver_killed_in_the_middle_fails_the_hand_off_at_once(transport: str) -> None:
     async with Rig(transport, num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig:
         async with remote_receiver(rig, transport) as child:

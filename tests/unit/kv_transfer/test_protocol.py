@@ -16,9 +16,9 @@ from kv_transfer.control import connect_dealer, post
 from kv_transfer.layout import CopyPlan, PlaneLayer, merge_runs
 from kv_transfer.link import Copy, LeaseKey
 from kv_transfer.manifest import ManifestBuilder
-from kv_transfer.negotiate import writer_offers
 from kv_transfer.shm import ShmLink
 from kv_transfer.tcp import TcpLink
+from kv_transfer.transports import offer
 from llm_engine.api.errors import TransferError
 from llm_engine.api.handoff import (
     PROTOCOL_VERSION,
@@ -61,7 +61,7 @@ class RawWriter:
             return self.codec.decode(await self.socket.recv())
 
     async def connect(self, name: str = "raw", transport: str = "tcp") -> None:
-        links = tuple(writer_offers(transport, None))
+        links = (offer(transport, None),)
         info = make_info(name, f"{name}-1", self.rig.source_layout)
         self.say(Connect(version=PROTOCOL_VERSION, info=info, layout=self.rig.source_layout, links=links))
         answer = await self.hear()
