@@ -70,7 +70,19 @@ class Visit:
         return found
 
     def text(self, selector: str) -> str:
-        return " ".join(str(element.text) for element in self.browser.find_elements(By.CSS_SELECTOR, selector))
+        """What is written there. Read at once: the page renews its elements every other second."""
+        text = f"return [...document.querySelectorAll('{selector}')].map((found) => found.innerText).join(' ')"
+        return " ".join(str(self.js(text)).split())
+
+    def click(self, selector: str, index: int = 0) -> None:
+        """As soon as there is such an element, and it is enabled."""
+        script = f"""
+        const found = document.querySelectorAll('{selector}')[{index}];
+        if (!found || found.disabled) return false;
+        found.click();
+        return true;
+        """
+        self.until(lambda: self.js(script))
 
     def js(self, script: str) -> Any:
         return self.browser.execute_script(script)
@@ -88,11 +100,11 @@ class Visit:
         saw["painted"] = dict(self.js(_PAINTED))
         saw["before"], saw["tiles"], saw["after"] = self.js(_METRICS), self.js(_TILES), self.js(_METRICS)
         saw["workers"] = self.text("#workers")
-        self.browser.find_element(By.CSS_SELECTOR, "#requests a").click()
-        self.until(lambda: len(self.browser.find_elements(By.CSS_SELECTOR, "#waterfall .span")) > 4)
+        self.click("#requests a")
+        self.until(lambda: "hand-off" in self.text("#waterfall"))
         saw["waterfall"] = self.text("#waterfall")
         self.shot("light")
-        self.browser.find_element(By.ID, "theme").click()
+        self.click("#theme")
         saw["dark"] = self.js("return getComputedStyle(document.body).backgroundColor")
         self.shot("dark")
         return saw
@@ -101,9 +113,7 @@ class Visit:
         """Grow decode by one and take it back."""
         sizes = []
         for sign, wanted in ((1, "2 / 2"), (0, "1 / 1")):
-            button = '.pool[data-pool="decode"] button'
-            self.until(lambda s=sign, b=button: self.browser.find_elements(By.CSS_SELECTOR, b)[s].is_enabled())
-            self.js(f"document.querySelectorAll('{button}')[{sign}].click()")
+            self.click('.pool[data-pool="decode"] button', sign)
             self.until(lambda w=wanted: self.text('.pool[data-pool="decode"] .size') == w)
             sizes.append(self.text('.pool[data-pool="decode"] .size'))
         return sizes
