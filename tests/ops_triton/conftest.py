@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from llm_engine.ops import Ops, load_ops
-from llm_engine.ops_triton.lang import INTERPRETED
-from tests.ops_triton import interpreter
+
+
+class WithoutTriton(pytest.Module):
+    """Stands for a test file where Triton is not installed: it is a large package, and no extra of a CPU host has it."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        raise pytest.skip.Exception("needs Triton: pip install -c constraints.txt -e '.[ci]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if importlib.util.find_spec("triton") is None:
+        return WithoutTriton.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
+    from tests.ops_triton import interpreter
+
     interpreter.install()
 
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[torch.device]:
     """Where the tensors of a test are made unless it says otherwise."""
+    from llm_engine.ops_triton.lang import INTERPRETED
+
     chosen = torch.device("cpu") if INTERPRETED else torch.accelerator.current_accelerator()
     assert chosen is not None, "TRITON_INTERPRET=0 needs an accelerator"
     threads = torch.get_num_threads()
