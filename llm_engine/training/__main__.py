@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when training is complete and 3 when it stopped at its time limit."""
     parser = argparse.ArgumentParser(prog="python -m llm_engine.training", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of state, log and checkpoint")
-    parser.add_argument("--steps", type=int, default=16000, help="optimiser steps of the whole run")
+    parser.add_argument("--steps", type=int, default=8600, help="optimiser steps of the whole run")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="tokens of a step")
     parser.add_argument("--rate", type=float, default=PEAK_RATE, help="peak learning rate")
     parser.add_argument(
