@@ -13,7 +13,7 @@ from llm_engine.ops import Ops, load_ops
 
 
 class WithoutTriton(pytest.Module):
-    """Stands for a test file where Triton is not installed: it is a large package, and no extra of a CPU host has it."""
+    """Stands for a test file where Triton, a large package that serving on a CPU does without, is not installed."""
 
     def collect(self) -> list[pytest.Item | pytest.Collector]:
         raise pytest.skip.Exception("needs Triton: pip install -c constraints.txt -e '.[ci]'", allow_module_level=True)
