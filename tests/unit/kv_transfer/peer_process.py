@@ -101,7 +101,7 @@ async def receiver(settings: dict[str, Any]) -> None:
     pool = Pool(settings["blocks"], on_admit=lambda submit, _: say("admitted", request=submit.request_id))
     config = TransferConfig(**settings["config"])
     server = HandoffServer(config=config, key=KEY, layout=layout, arena=arena, reserver=pool)
-    address = server.bind("127.0.0.1")
+    address = server.bind(settings.get("host", "127.0.0.1"))
     running = asyncio.create_task(server.run(make_info("decode-0", settings["incarnation"], layout, address)))
     reader = await commands()
     say("ready", control_addr=address)
