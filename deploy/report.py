@@ -27,7 +27,7 @@ def banner(status: ClusterStatus, config: ClusterConfig, run_dir: Path, took_s: 
             f"Baton is ready after {took_s:.1f} s: {status.model} on {pools}",
             f"  API      {url}/v1",
             f"  health   {url}/health   {url}/ready",
-            f"  metrics  {url}/metrics",
+            f"  metrics  {url}/metrics   {url}/dashboard",
             f"  logs     {_short(run_dir / 'logs')}",
             "",
             "Try it:",
