@@ -165,9 +165,11 @@ class MiniRouter:
         )
         await self.send(to, message)
 
-    async def cancel(self, stream: Stream, *workers: str) -> None:
+    async def cancel(self, stream: Stream, *workers: str, attempt: int | None = None) -> None:
+        """Cancel the current attempt, or an older one that a worker may still be at."""
         for name in workers:
-            await self.send(name, Cancel(request_id=stream.request_id, attempt=stream.attempt))
+            attempt = stream.attempt if attempt is None else attempt
+            await self.send(name, Cancel(request_id=stream.request_id, attempt=attempt))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Return once `condition()` holds; looked at after every message. Raises what a message violated."""

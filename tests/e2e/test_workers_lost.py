@@ -128,8 +128,7 @@ async def test_a_decode_worker_that_stands_still_and_comes_back(cluster: Process
         assert stream.tokens == whole.tokens
         cluster.kill(D1, signal.SIGCONT)
         await router.until(lambda: router.loads[D1].seq > seen)
-        stream.attempt = old_attempt
-        await router.cancel(stream, D1)
+        await router.cancel(stream, D1, attempt=old_attempt)
         await router.clean(P0, D0, D1)
 
 
