@@ -10,6 +10,7 @@ from tests.e2e.traffic import STREAMS, Traffic
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_every_worker_is_replaced_and_no_stream_breaks(shared_site: Site) -> None:
     before = shared_site.until(lambda now: now["ready"])
     traffic = Traffic(shared_site)

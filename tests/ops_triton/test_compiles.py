@@ -39,6 +39,7 @@ def compiled(case: str, cache_dir: Path) -> list[dict[str, Any]]:
     return kernels
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles(cache_dir: Path) -> None:
     """Each once, of two passes that together launch all of them."""
