@@ -29,11 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.link import Copy, Landed, LeaseKey
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
-from kv_transfer.tcp import tune
+from kv_transfer.sockets import dial, tune
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import LinkOffer
@@ -151,20 +150,8 @@ class MooncakeLink:
     ) -> MooncakeLink:
         """Pair with the receiver. Blocks for at most a few seconds. Raises TransferError."""
         pairing, _, engine_port = offer.address.partition("/")
-        host, _, port = pairing.rpartition(":")
-        try:
-            sock = socket.create_connection((host, int(port)), timeout=HANDSHAKE_TIMEOUT_S)
-        except (OSError, ValueError) as exc:
-            raise TransferError(f"mooncake connection to {offer.address} failed: {exc}") from exc
-        try:
-            tune(sock, None)
-            Handshake(sock, key).introduce(transport="mooncake", ticket=ticket, region=region)
-            sock.settimeout(None)
-        except BaseException as exc:
-            sock.close()
-            if isinstance(exc, OSError | ProtocolError):
-                raise TransferError(f"mooncake connection to {offer.address} failed: {exc}") from exc
-            raise
+        sock = dial("mooncake", pairing, key, ticket=ticket, region=region, stall_timeout_s=None)
+        host = pairing.rpartition(":")[0]
         return cls(engine, sock, f"{host}:{engine_port}", region_bytes, on_lost)
 
     def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:

@@ -20,12 +20,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.gate import Door, Doors
 from kv_transfer.layout import PIECE_BYTES, CellMap
 from kv_transfer.link import Copy, Landed, LeaseKey
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
+from kv_transfer.sockets import dial, tune
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import KvLayout, LinkOffer
 
@@ -36,7 +36,6 @@ _DATA, _CONFIRM = 1, 2
 MAX_RANGES = 4096
 MAX_FRAME_BYTES = 64 << 20
 _IOV = 512
-_KEEPALIVE_S = 5
 
 
 class TcpLink:
@@ -69,20 +68,7 @@ class TcpLink:
 
         `stall_timeout_s`: a send that makes no progress for so long breaks the link.
         """
-        host, _, port = offer.address.rpartition(":")
-        try:
-            sock = socket.create_connection((host, int(port)), timeout=HANDSHAKE_TIMEOUT_S)
-        except (OSError, ValueError) as exc:
-            raise TransferError(f"tcp connection to {offer.address} failed: {exc}") from exc
-        try:
-            tune(sock, stall_timeout_s)
-            Handshake(sock, key).introduce(transport="tcp", ticket=ticket, region=region)
-            sock.settimeout(None)
-        except BaseException as exc:
-            sock.close()
-            if isinstance(exc, OSError | ProtocolError):
-                raise TransferError(f"tcp connection to {offer.address} failed: {exc}") from exc
-            raise
+        sock = dial("tcp", offer.address, key, ticket=ticket, region=region, stall_timeout_s=stall_timeout_s)
         return cls(sock, on_lost)
 
     def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
@@ -255,18 +241,6 @@ class TcpInlet(Listener):
             else:
                 poll.poll(1000)  # wakes up to look at the door, should the writer stall for good
         return stored
-
-
-def tune(sock: socket.socket, stall_timeout_s: float | None) -> None:
-    """No Nagle delay; dead hosts are noticed; a send without progress fails after `stall_timeout_s`."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", _KEEPALIVE_S), ("TCP_KEEPINTVL", _KEEPALIVE_S), ("TCP_KEEPCNT", 3)):
-        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    if stall_timeout_s is not None:
-        seconds = int(stall_timeout_s)
-        timeval = struct.pack("@ll", seconds, int((stall_timeout_s - seconds) * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:

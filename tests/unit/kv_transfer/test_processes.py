@@ -232,7 +232,7 @@ async def test_a_receiver_killed_in_the_middle_fails_the_hand_off_at_once(transp
 async def test_a_stopped_receiver_costs_a_timeout_and_comes_back(transport: str) -> None:
     async with (
         Rig(
-            transport, num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE, commit_timeout_s=0.5, canary_period_s=0.2
+            transport, num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE, commit_timeout_s=1.5, canary_period_s=0.2
         ) as rig,
         remote_receiver(rig, transport) as child,
     ):
