@@ -273,7 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--geometry", choices=("v3.2",), default="v3.2", help="pages and planes of this model")
     parser.add_argument("--layers", type=int, default=61, help="main layers; fewer fit more tokens into memory")
     parser.add_argument("--kv-format", choices=tuple(FORMATS), default="bf16")
-    parser.add_argument("--checksum", choices=("full", "sampled", "count"), default="full")
+    parser.add_argument("--checksum", choices=("auto", "full", "sampled", "count"), default="auto")
     parser.add_argument("--compute-ms-per-layer", type=float, default=0.0, help="simulated (default: 0)")
     parser.add_argument("--chunk-tokens", type=int, help="chunked prefill (default: one chunk)")
     parser.add_argument("--mode", choices=("all", *modes(BLOCK_TOKENS, 1)), default="bulk")

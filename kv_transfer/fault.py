@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from kv_transfer.link import Copy, LeaseKey, Link
+from kv_transfer.link import Copy, LeaseKey, Link, Sent, no_news
 from llm_engine.api.errors import TransferError
 
 
@@ -34,9 +34,17 @@ class FaultyLink:
         self._late: list[tuple[LeaseKey, bytes, Copy]] = []
         self._before: dict[int, bytes] = {}  # the last copy of each length
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """See Link.write."""
-        for copy in copies:
+        for index, copy in enumerate(copies):
+            sent(index)
             fault = self._choose()
             original = bytes(source[copy.source : copy.source + copy.num_bytes])
             data = bytearray(original)

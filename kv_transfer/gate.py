@@ -7,8 +7,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from kv_transfer.layout import CellMap, Cells
-from kv_transfer.link import Landed, LeaseKey
+from kv_transfer.layout import CellMap
+from kv_transfer.link import Cells, Landed, LeaseKey
 from llm_engine.api.errors import ProtocolError
 
 
@@ -62,6 +62,7 @@ class Door:
         self.connection = connection
         self.lock = threading.Lock()
         self.is_open = True
+        self.on_landed: Callable[[Sequence[Cells]], None] = lambda _: None
         self._width = len(blocks)
         self._position = {block: index for index, block in enumerate(blocks)}
         self._landed = bytearray(num_rows * len(blocks))
@@ -80,6 +81,7 @@ class Door:
                 if not self._landed[index]:
                     self._landed[index] = 1
                     self._num_bytes += length // count
+        self.on_landed(cells)
 
     def landed(self) -> Landed:
         """What has landed so far; a cell written twice counts once."""
@@ -102,6 +104,11 @@ class Doors:
     def open(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """From now on `connection` may fill `blocks`."""
         self._doors[lease] = Door(connection, blocks, self._cells.num_rows)
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """Report what lands under this lease, if it is open."""
+        if (door := self._doors.get(lease)) is not None:
+            door.on_landed = on_landed
 
     def find(self, lease: LeaseKey, connection: int) -> Door | None:
         """The door, if it is this connection's. None: the lease is over or never was; its bytes must not be stored."""

@@ -59,7 +59,7 @@ class Handoff:
         self._submit = submit
         self._weight_version = weight_version
         self._on_failed = on_failed
-        self._outbox = Outbox(context.layout, context.source, num_tokens, context.config.checksum)
+        self._outbox = Outbox(context.layout, context.source, num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
         self._awaited = False
@@ -135,7 +135,7 @@ class Handoff:
         if self._error is not None or self._granted.is_set() or self._session is None:
             return
         try:
-            self._outbox.open(grant, self._session.plan)
+            self._outbox.open(grant, self._session.plan, self._session.policy)
         except ProtocolError as exc:
             self.fail("protocol", TransferError(str(exc), request_id=self.request_id))
             return
@@ -186,10 +186,10 @@ class Handoff:
         lease, session = self._outbox.lease, self._session
         if lease is None or session is None:
             return False
-        pumped = self._outbox.pump(link, session.sender.hasher)
+        pumped = self._outbox.pump(link)
         if pumped is Pumped.WRITTEN:
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_confirmed, done))
-        elif pumped is not Pumped.STOPPED and (news := self._outbox.news()):
+        elif pumped is not Pumped.STOPPED and (news := self._outbox.news(busy=pumped is Pumped.MORE)):
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
         return pumped is Pumped.MORE
 

@@ -71,7 +71,7 @@ class Intakes(Generic[R]):
         self._attempts = Attempts()
         self._active: dict[str, _Active[R]] = {}  # by request: granted, neither concluded nor revoked
         self._admitting = 0
-        self._verifier = Verifier(layout, memory, config.checksum)
+        self._verifier = Verifier(layout, memory)
         self._probes = Probes(self.custody, reserver, self._verifier, self.send, config.commit_timeout_s)
         self._tasks: asyncio.TaskGroup
 
@@ -202,7 +202,9 @@ class Intakes(Generic[R]):
             on_over=lambda: self._active.pop(request_id).landing.end(),
         )
         key = held.lease.key
-        self._active[request_id] = _Active(waiting, held, self._verifier.land(key, held.lease.blocks))
+        landing = self._verifier.land(key, held.lease.blocks, pair.policy)
+        self._active[request_id] = _Active(waiting, held, landing)
+        pair.inlet.watch(key, landing.on_landed)
         grant = Grant(
             request_id=request_id,
             attempt=attempt,

@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kv_transfer.link import Copy
+from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
 from llm_engine.api.handoff import KvLayout
 
-PIECE_BYTES = 1 << 20  # a copy is at most this long, or one block: hashed, it is still in the cache when it is sent
+PIECE_BYTES = 256 << 10  # a copy is at most this long, or one block: it is still in the cache when it is hashed
 _MTP = "mtp_"
 
 
@@ -32,14 +32,6 @@ class Run(NamedTuple):
     num_blocks: int
 
 
-class Cells(NamedTuple):
-    """`num_blocks` neighbouring cells of one plane row."""
-
-    row: int  # running number of (plane, layer) over all planes
-    block: int
-    num_blocks: int
-
-
 def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
     """For each layer as the engine counts them (main layers, then MTP layers) the plane rows that it fills."""
     planes = list(enumerate(layout.planes))
@@ -52,6 +44,12 @@ def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
             for layer in range(depth)
         )
     return tuple(layers)
+
+
+def plane_rows(layout: KvLayout) -> Iterator[PlaneLayer]:
+    """Every plane row by its running number."""
+    for index, plane in enumerate(layout.planes):
+        yield from (PlaneLayer(index, layer) for layer in range(plane.num_layers))
 
 
 def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[Run]:

@@ -25,6 +25,14 @@ class LeaseKey(NamedTuple):
     epoch: int
 
 
+class Cells(NamedTuple):
+    """`num_blocks` neighbouring cells of one plane row. A cell is one block of one layer of one plane."""
+
+    row: int  # running number of (plane, layer) over all planes
+    block: int
+    num_blocks: int
+
+
 class Copy(NamedTuple):
     """`num_bytes` from `source` (offset in the writer's buffer) to `target` (offset in the receiver's region)."""
 
@@ -33,14 +41,29 @@ class Copy(NamedTuple):
     num_bytes: int
 
 
+Sent = Callable[[int], None]
+
+
+def no_news(index: int) -> None:
+    """A `Sent` for writers that don't care."""
+
+
 class Link(Protocol):
     """Writer's end. `write` blocks and is called from sender threads; everything else returns at once."""
 
     transport: str
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """Copy from `source`, which is not read any more on return. `stopped` is polled at least once a copy or frame.
 
+        `sent(i)` is called for every copy in order, soon after its bytes were read: what it reads is in the cache.
         Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
         """
         ...
@@ -79,6 +102,11 @@ class Inlet(Protocol):
 
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """From now on this connection may write into these blocks."""
+        ...
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """Call this with cells that have just been stored under an open lease, from the thread that stored them: they
+        are in its cache. Not called by transports that can't see what lands."""
         ...
 
     def landed(self, lease: LeaseKey) -> Landed | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kv_transfer.gate import Doors
 from kv_transfer.layout import CellMap
-from kv_transfer.link import Copy, Landed, LeaseKey
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
 from kv_transfer.listener import Events, next_connection
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import LeaseRevoked, TransferError
@@ -64,12 +64,20 @@ class LocalLink:
         inlet.attach(link, link._connection, ticket)
         return link
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """See Link.write."""
-        for copy in copies:
+        for index, copy in enumerate(copies):
             if stopped():
                 raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
             self._inlet.store(lease, self._connection, source[copy.source : copy.source + copy.num_bytes], copy.target)
+            sent(index)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns."""
@@ -110,6 +118,10 @@ class LocalInlet:
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """Copies under this lease are stored from now on."""
         self._doors.open(lease, connection, blocks)
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """See Inlet.watch."""
+        self._doors.watch(lease, on_landed)
 
     def landed(self, lease: LeaseKey) -> Landed | None:
         """Counted as copies are stored."""

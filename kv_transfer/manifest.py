@@ -5,7 +5,8 @@ A block that never arrived, arrived elsewhere, was cut, overwritten or changed o
 
 Policies: `full` hashes every byte. `sampled` hashes one line of every page and the end of every block, at an offset
 that follows from the lease: it notices whatever did not arrive or arrived elsewhere in units of pages, at a hundredth
-of the cost, but not a changed bit. `count` compares numbers only.
+of the cost, but not a changed bit. `count` compares numbers only. `auto` is `sampled` where the bytes stay in one
+host's memory, which its own error correction protects, and `full` on every network.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from kv_transfer.link import LeaseKey
 from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest
 
 Policy = Literal["full", "sampled", "count"]
+POLICIES: dict[str, Policy] = {"full": "full", "sampled": "sampled", "count": "count"}
 
+_ONE_MEMORY = ("local", "shm")
 _PAGE = 4096
 _LINE = 64
+
+
+def policy_for(setting: str, transport: str) -> Policy:
+    """The policy of a pair under the receiver's `transfer.checksum`."""
+    if setting == "auto":
+        return "sampled" if transport in _ONE_MEMORY else "full"
+    return POLICIES[setting]
 
 
 class RowDigest:
@@ -62,6 +72,7 @@ class ManifestBuilder:
     """Collects the checksums on the sending side. One user thread at a time."""
 
     def __init__(self, layout: KvLayout, policy: Policy, lease: LeaseKey) -> None:
+        self.policy = policy
         self._layout = layout
         phase = sample_phase(policy, lease)
         self._digests = (

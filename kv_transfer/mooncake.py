@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.link import Copy, Landed, LeaseKey
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from kv_transfer.sockets import dial, tune
@@ -154,12 +154,21 @@ class MooncakeLink:
         host = pairing.rpartition(":")[0]
         return cls(engine, sock, f"{host}:{engine_port}", region_bytes, on_lost)
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """See Link.write. A source outside the engine's region is registered for the time of the call."""
         with self._engine.registered(source) as start:
-            self._write(lease, start, copies, stopped)
+            self._write(lease, start, copies, stopped, sent)
 
-    def _write(self, lease: LeaseKey, start: int, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def _write(
+        self, lease: LeaseKey, start: int, copies: Sequence[Copy], stopped: Callable[[], bool], sent: Sent
+    ) -> None:
         for first in range(0, len(copies), _CALL_COPIES):
             call = copies[first : first + _CALL_COPIES]
             if any(copy.target < 0 or copy.target + copy.num_bytes > self._region_bytes for copy in call):
@@ -174,6 +183,8 @@ class MooncakeLink:
                 self._doubtful = not done
             if not done:
                 raise TransferError(f"mooncake engine failed to write to {self._peer}")
+            for index in range(first, first + len(call)):
+                sent(index)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies have landed when `write` returns."""
@@ -231,6 +242,9 @@ class MooncakeInlet(Listener):
 
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """The writer is told by the grant."""
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """Not visible here."""
 
     def landed(self, lease: LeaseKey) -> Landed | None:
         """Not visible here."""

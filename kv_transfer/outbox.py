@@ -7,11 +7,11 @@ peer's sender thread (`pump`), stopped by the loop through `gate`.
 from __future__ import annotations
 
 import enum
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
 _TURN_BYTES = 16 << 20  # written for one hand-off before the sender looks at the next
-_BATCH_BYTES = 8 << 20  # hashed in a second thread while it is copied, if it is not less than _BESIDE_BYTES
+_BATCH_BYTES = 8 << 20  # one call of the link
 _BATCH_COPIES = 1024
-_BESIDE_BYTES = 1 << 20
-_PROGRESS_BYTES = 4 << 20  # the receiver is told after so many bytes what it may hash already
+_PROGRESS_BYTES = 4 << 20  # when idle the receiver is told what it may hash already, if it is so much
+_BUSY_PROGRESS_BYTES = 32 << 20  # and while there is more to write, because telling takes time from the copying
 
 
 class Pumped(enum.Enum):
@@ -55,7 +55,7 @@ class _Granted:
 class Outbox:
     """One hand-off's pending writes and the manifest that grows with them."""
 
-    def __init__(self, layout: KvLayout, source: memoryview, num_tokens: int, policy: Policy) -> None:
+    def __init__(self, layout: KvLayout, source: memoryview, num_tokens: int) -> None:
         self.gate = WriteGate()
         self.num_tokens = num_tokens
         self.num_blocks = -(-num_tokens // layout.block_tokens)  # of the whole sequence
@@ -64,7 +64,6 @@ class Outbox:
         self.hash_s = 0.0
         self._layout = layout
         self._source = source
-        self._policy = policy
         self._manifest: ManifestBuilder
         self._written: dict[int, int] = {}  # layer → blocks written, where the receiver has not been told
         self._told_bytes = 0
@@ -92,7 +91,7 @@ class Outbox:
             self._items.append(_Item(layer, first, tuple(blocks)))
             return self._wake()
 
-    def open(self, grant: Grant, plan: CopyPlan) -> None:
+    def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
         """The receiver has reserved its blocks; wake the sender. Raises ProtocolError for an impossible grant."""
         skip, rest = divmod(grant.have_tokens, self._layout.block_tokens)
         expected = self.num_blocks - skip
@@ -104,7 +103,7 @@ class Outbox:
         if not in_range or len(set(grant.blocks)) != expected:
             raise ProtocolError(f"grant names blocks twice or outside 0..{plan.target.num_blocks - 1}")
         lease = LeaseKey(grant.lease_id, grant.epoch)
-        self._manifest = ManifestBuilder(self._layout, self._policy, lease)
+        self._manifest = ManifestBuilder(self._layout, policy, lease)
         with self._lock:
             self._granted = _Granted(lease, plan, skip, tuple(grant.blocks))
             self._left = len(self._next) * expected
@@ -129,15 +128,16 @@ class Outbox:
         """Of everything written; call it after WRITTEN."""
         return self._manifest.build(self.num_tokens, self.num_sent_blocks)
 
-    def news(self) -> tuple[tuple[int, int], ...]:
+    def news(self, *, busy: bool) -> tuple[tuple[int, int], ...]:
         """Sender thread, after `pump`: (layer, blocks written so far) if that is worth a message, else nothing."""
-        if self.num_bytes - self._told_bytes < _PROGRESS_BYTES or not self._manifest.hashes:
+        least = _BUSY_PROGRESS_BYTES if busy else _PROGRESS_BYTES
+        if self.num_bytes - self._told_bytes < least or not self._manifest.hashes:
             return ()
         self._told_bytes = self.num_bytes
         written, self._written = self._written, {}
         return tuple(written.items())
 
-    def pump(self, link: Link, hasher: Executor) -> Pumped:
+    def pump(self, link: Link) -> Pumped:
         """Sender thread: write what is ready, for one turn. Raises TransferError when the link is broken."""
         with self._lock:
             self._queued = False
@@ -146,7 +146,7 @@ class Outbox:
             return Pumped.STOPPED
         started = time.monotonic()
         try:
-            self._write_turn(link, hasher, granted)
+            self._write_turn(link, granted)
         except LeaseRevoked:  # by our own gate
             return Pumped.STOPPED
         finally:
@@ -158,7 +158,7 @@ class Outbox:
                 return Pumped.WRITTEN
             return Pumped.MORE if self._wake() else Pumped.IDLE
 
-    def _write_turn(self, link: Link, hasher: Executor, granted: _Granted) -> None:
+    def _write_turn(self, link: Link, granted: _Granted) -> None:
         batch: list[tuple[PlaneLayer, Copy]] = []
         batch_bytes = turn_bytes = 0
         while turn_bytes < _TURN_BYTES and (item := self._take()) is not None:
@@ -171,35 +171,29 @@ class Outbox:
                     batch.append((row, copy))
                     batch_bytes += copy.num_bytes
                     if batch_bytes >= _BATCH_BYTES or len(batch) == _BATCH_COPIES:
-                        self._write(link, hasher, granted.lease, batch, batch_bytes)
+                        self._write(link, granted.lease, batch, batch_bytes)
                         turn_bytes += batch_bytes
                         batch, batch_bytes = [], 0
             self._left -= len(sources)
             if sources:
                 self._written[item.layer] = start + len(sources)
         if batch:
-            self._write(link, hasher, granted.lease, batch, batch_bytes)
+            self._write(link, granted.lease, batch, batch_bytes)
 
-    def _write(
-        self, link: Link, hasher: Executor, lease: LeaseKey, batch: Sequence[tuple[PlaneLayer, Copy]], num_bytes: int
-    ) -> None:
-        """Hash and copy: at the same time where that pays. On return nothing reads the source any more."""
-        beside: Future[None] | None = None
-        if num_bytes >= _BESIDE_BYTES and self._policy == "full":
-            beside = hasher.submit(self._hash, batch)
-        else:
-            self._hash(batch)
-        try:
-            link.write(lease, self._source, [copy for _, copy in batch], self.gate.stopped)
-        finally:
-            if beside is not None:
-                beside.result()
+    def _write(self, link: Link, lease: LeaseKey, batch: Sequence[tuple[PlaneLayer, Copy]], num_bytes: int) -> None:
+        """Copy, and hash every piece while it is in the cache. On return nothing reads the source any more."""
+        copies = [copy for _, copy in batch]
+        if self._manifest.policy == "full":
+            link.write(lease, self._source, copies, self.gate.stopped, lambda index: self._hash(*batch[index]))
+        else:  # samples are few: fewer and larger calls are worth more than the cache
+            link.write(lease, self._source, copies, self.gate.stopped)
+            for row, copy in _merged(batch):
+                self._hash(row, copy)
         self.num_bytes += num_bytes
 
-    def _hash(self, batch: Sequence[tuple[PlaneLayer, Copy]]) -> None:
+    def _hash(self, row: PlaneLayer, copy: Copy) -> None:
         started = time.monotonic()
-        for row, copy in batch:
-            self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
+        self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
         self.hash_s += time.monotonic() - started
 
     def _take(self) -> _Item | None:
@@ -212,3 +206,18 @@ class Outbox:
             return False
         self._queued = True
         return True
+
+
+def _merged(batch: Sequence[tuple[PlaneLayer, Copy]]) -> Iterator[tuple[PlaneLayer, Copy]]:
+    """The same source bytes in the same order, in fewer pieces."""
+    for row, group in itertools.groupby(batch, key=lambda item: item[0]):
+        whole: Copy | None = None
+        for _, copy in group:
+            if whole is not None and whole.source + whole.num_bytes == copy.source:
+                whole = whole._replace(num_bytes=whole.num_bytes + copy.num_bytes)
+                continue
+            if whole is not None:
+                yield row, whole
+            whole = copy
+        if whole is not None:
+            yield row, whole

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kv_transfer.layout import check_layout, mismatch
 from kv_transfer.link import Inlet
+from kv_transfer.manifest import Policy, policy_for
 from kv_transfer.negotiate import choose
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import PROTOCOL_VERSION, Connect, Connected, KvLayout, Refused
@@ -31,6 +32,7 @@ class Pair:
     inlet: Inlet
     ticket: str
     reason: str  # why this transport
+    policy: Policy
     connection: int | None = None
     seen_at: float = field(default_factory=time.monotonic)
 
@@ -41,11 +43,12 @@ class Pair:
 class Pairs:
     """All sessions, by control identity, by ticket and by data connection."""
 
-    def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet]) -> None:
+    def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet], checksum: str) -> None:
         self.note = ""  # which transports don't work here, for the reason given to writers
         self._layout = layout
         self._region = region
         self._inlets = inlets
+        self._checksum = checksum
         self._by_identity: dict[bytes, Pair] = {}
         self._by_ticket: dict[str, Pair] = {}
         self._by_connection: dict[int, Pair] = {}
@@ -85,9 +88,18 @@ class Pairs:
         pair = self._by_identity.get(identity)
         if pair is None:
             inlet = self._inlets[link.transport]
-            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why)
+            policy = policy_for(self._checksum, link.transport)
+            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why, policy)
             self._by_identity[identity] = self._by_ticket[pair.ticket] = pair
-        return Connected(info=info, layout=self._layout, link=link, reason=why, region=self._region, ticket=pair.ticket)
+        return Connected(
+            info=info,
+            layout=self._layout,
+            link=link,
+            reason=why,
+            region=self._region,
+            ticket=pair.ticket,
+            checksum=pair.policy,
+        )
 
     def attach(self, ticket: str, transport: str, connection: int) -> str | None:
         """A data connection arrived; a text refuses it. A ticket is good for one connection."""

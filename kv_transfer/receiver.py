@@ -77,7 +77,7 @@ class HandoffServer(Generic[R]):
         self._tally = Tally()
         self._inlets: dict[str, Inlet] = {}
         self._refused: Counter[str] = Counter()
-        self._pairs = Pairs(layout, arena.region, self._inlets)
+        self._pairs = Pairs(layout, arena.region, self._inlets, config.checksum)
         self._intakes = Intakes(
             config=config,
             layout=layout,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from kv_transfer.link import Link
 
@@ -21,7 +20,6 @@ class Sender:
         self._link = link
         self._on_error = on_error
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # at most a few entries per pending hand-off
-        self.hasher = ThreadPoolExecutor(1, "kv-hash")  # for jobs: what can be done beside the copying
         self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
         self._thread.start()
 
@@ -33,7 +31,6 @@ class Sender:
         """End after the jobs queued so far; close the link first, so that they end quickly."""
         self._jobs.put(None)
         self._thread.join(_JOIN_S)
-        self.hasher.shutdown(wait=False)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -20,6 +20,7 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.layout import CopyPlan, check_layout, mismatch
 from kv_transfer.link import Link
 from kv_transfer.local import LocalNetwork
+from kv_transfer.manifest import POLICIES, Policy
 from kv_transfer.metrics import Tally
 from kv_transfer.mooncake import Engine
 from kv_transfer.sender import Sender
@@ -83,6 +84,7 @@ class Session:
         self.reason = ""
         self.canary = Canary(self, context.config.canary_period_s, context.config.commit_timeout_s)
         self.plan: CopyPlan
+        self.policy: Policy  # the receiver's: it verifies
         self.sender: Sender
         self._socket: Socket | None = None
         self._link: Link | None = None
@@ -100,6 +102,7 @@ class Session:
             where = f"{self.target.name} at {self.target.control_addr}"
             raise TransferTimeout(f"{where} does not answer within {timeout_s:g} s") from None
         self.plan = CopyPlan(self.context.layout, connected.layout)
+        self.policy = POLICIES[connected.checksum]
         self.transport, self.reason = connected.link.transport, connected.reason
         # In a thread, because mapping a large region takes a while; the link closes itself if nobody waits any more.
         opening = asyncio.ensure_future(asyncio.to_thread(self._connect_link, connected))

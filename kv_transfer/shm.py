@@ -32,12 +32,13 @@ import numpy.typing as npt
 
 from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.host import host_id
-from kv_transfer.link import Copy, Landed, LeaseKey
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import LinkOffer
 
+_MADV_POPULATE_WRITE = 23
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 
@@ -82,11 +83,18 @@ class ShmLink:
             raise
         return cls(sock, memory, on_lost)
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """See Link.write. Offsets come from layouts and block ids that were checked against both regions."""
         origin = np.frombuffer(source, dtype=np.uint8)
         with self._lock:
-            for copy in copies:
+            for index, copy in enumerate(copies):
                 if stopped():
                     raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
                 if self._target is None:
@@ -95,6 +103,7 @@ class ShmLink:
                     self._target[copy.target : copy.target + copy.num_bytes],
                     origin[copy.source : copy.source + copy.num_bytes],
                 )
+                sent(index)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns; the system calls that follow order them before the receiver's reads."""
@@ -156,6 +165,9 @@ class ShmInlet(Listener):
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """The writer is told by the grant."""
 
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """Not visible here."""
+
     def landed(self, lease: LeaseKey) -> Landed | None:
         """Not visible here."""
         return None
@@ -211,4 +223,6 @@ def _map_region(fd: int, region_bytes: int) -> mmap.mmap:
     finally:
         os.close(fd)
     memory.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # Linux before 5.14: the first write to every page is slower
+        memory.madvise(_MADV_POPULATE_WRITE)
     return memory

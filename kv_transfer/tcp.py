@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from kv_transfer.gate import Door, Doors
-from kv_transfer.layout import PIECE_BYTES, CellMap
-from kv_transfer.link import Copy, Landed, LeaseKey
+from kv_transfer.layout import CellMap
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from kv_transfer.sockets import dial, tune
@@ -35,6 +35,7 @@ _ANSWER = struct.Struct("<QQ")  # confirm sequence number, bytes stored under th
 _DATA, _CONFIRM = 1, 2
 MAX_RANGES = 4096
 MAX_FRAME_BYTES = 64 << 20
+_FRAME_BYTES = 1 << 20  # or one copy: large enough to make the system calls cheap, small enough to stay in the cache
 _IOV = 512
 
 
@@ -71,8 +72,16 @@ class TcpLink:
         sock = dial("tcp", offer.address, key, ticket=ticket, region=region, stall_timeout_s=stall_timeout_s)
         return cls(sock, on_lost)
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
-        """See Link.write. A frame once begun is finished: frames hold PIECE_BYTES, or one copy if that is longer."""
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
+        """See Link.write. A frame once begun is finished: frames hold _FRAME_BYTES, or one copy if that is longer."""
+        done = 0
         for frame in _frames(copies):
             if stopped():
                 raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
@@ -81,6 +90,9 @@ class TcpLink:
             header = _HEADER.pack(_DATA, len(frame), lease.lease_id, lease.epoch, num_bytes)
             payload = [source[copy.source : copy.source + copy.num_bytes] for copy in frame]
             self._send([memoryview(header + table), *payload])
+            for index in range(done, done + len(frame)):
+                sent(index)
+            done += len(frame)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Ask, behind everything written so far, how much was stored."""
@@ -165,6 +177,10 @@ class TcpInlet(Listener):
         """Frames of this lease are stored from now on."""
         self._doors.open(lease, connection, blocks)
 
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """See Inlet.watch."""
+        self._doors.watch(lease, on_landed)
+
     def landed(self, lease: LeaseKey) -> Landed | None:
         """Counted as frames are stored."""
         return self._doors.landed(lease)
@@ -244,13 +260,13 @@ class TcpInlet(Listener):
 
 
 def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:
-    """Group copies into frames of at most PIECE_BYTES and MAX_RANGES, one copy at least."""
+    """Group copies into frames of at most _FRAME_BYTES and MAX_RANGES, one copy at least."""
     frames: list[list[Copy]] = []
     room = 0
     for copy in copies:
         if not frames or copy.num_bytes > room or len(frames[-1]) == MAX_RANGES:
             frames.append([])
-            room = PIECE_BYTES
+            room = _FRAME_BYTES
         frames[-1].append(copy)
         room -= copy.num_bytes
     return frames

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from kv_transfer.layout import layer_planes, merge_runs
-from kv_transfer.link import LeaseKey
+from kv_transfer.layout import PlaneLayer, layer_planes, merge_runs, plane_rows
+from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import Policy, RowDigest, block_checksum, check_counts, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest
 
@@ -23,8 +23,24 @@ _INLINE_BYTES = 1 << 20  # hashing less than this costs less than a hop to a thr
 _THREADS = min(4, os.cpu_count() or 1)
 
 
+class _Row:
+    """One plane row of a lease: how many of its blocks have been hashed."""
+
+    __slots__ = ("digest", "done", "lock", "rewritten")
+
+    def __init__(self, digest: RowDigest) -> None:
+        self.lock = threading.Lock()
+        self.digest = digest
+        self.done = 0
+        self.rewritten = False  # a hashed block was written again: what was hashed is not what is there
+
+
 class Landing:
-    """The checksums of one lease's blocks, as far as they have landed. `end` it when the lease is over."""
+    """The checksums of one lease's blocks, as far as they have landed. `end` it when the lease is over.
+
+    Links that see bytes arrive report them to `on_landed`, which hashes them on the spot, in the cache of the thread
+    that stored them. For the others the writer's word is a hint (`advance`).
+    """
 
     def __init__(
         self,
@@ -37,16 +53,15 @@ class Landing:
     ) -> None:
         self.layout = layout
         self.blocks = blocks
+        self.policy = policy
         self._memory = memory
         self._submit = submit
-        phase = sample_phase(policy, lease)
+        self._phase = sample_phase(policy, lease)
         self._layers = [] if policy == "count" else list(layer_planes(layout))
-        self._digests = [
-            [RowDigest(layout.planes[row.plane].block_bytes, phase) for row in rows] for rows in self._layers
-        ]
-        self._locks = [threading.Lock() for _ in self._layers]
+        self._position = {block: index for index, block in enumerate(blocks)}
+        self._numbers = list(plane_rows(layout))  # by running number, as links count rows
+        self._rows = {row: _Row(self._new_digest(row)) for row in self._numbers}
         self._asked = [0] * len(self._layers)  # loop only
-        self._done = [0] * len(self._layers)
         self._over = False
 
     @property
@@ -61,9 +76,25 @@ class Landing:
             wanted = min(num_blocks, len(self.blocks))
             if 0 <= layer < len(self._layers) and wanted > self._asked[layer]:
                 self._asked[layer] = wanted
-                due.append((layer, wanted))
+                if any(self._rows[row].done < wanted for row in self._layers[layer]):
+                    due.append((layer, wanted))
         if due:
             self._submit(partial(self._hash_all, due))
+
+    def on_landed(self, cells: Sequence[Cells]) -> None:
+        """These cells of the lease have just been stored. Any thread; hashes those that are next in their row."""
+        if self.policy == "count":
+            return
+        for number, block, num_blocks in cells:
+            key = self._numbers[number]
+            row = self._rows[key]
+            first = self._position[block]
+            with row.lock:
+                if first < row.done:
+                    row.rewritten = True
+                elif first == row.done:
+                    # A run of blocks in memory is one in the lease only if their positions follow each other.
+                    self._hash_locked(key, row, self._run_end(first, block, num_blocks))
 
     def end(self) -> None:
         """Hash no more: the blocks have another owner."""
@@ -72,46 +103,60 @@ class Landing:
     def left_bytes(self) -> int:
         """What `finish` would still have to hash; 0 under the count policy."""
         return sum(
-            (len(self.blocks) - done) * sum(self.layout.planes[row.plane].block_bytes for row in rows)
-            for rows, done in zip(self._layers, self._done, strict=True)
+            (len(self.blocks) - (0 if state.rewritten else state.done)) * self.layout.planes[row.plane].block_bytes
+            for row, state in self._rows.items()
+            if self._layers
         )
 
     def finish(self, manifest: Manifest, layers: Iterable[int]) -> str | None:
         """Hash the rest of these layers and compare. None: they hold; otherwise what is wrong."""
         for layer in layers:
-            self._hash(layer, len(self.blocks))
-            for row, digest in zip(self._layers[layer], self._digests[layer], strict=True):
-                if manifest.planes[row.plane].checksums[row.layer] != digest.value():
+            for row in self._layers[layer]:
+                self._hash(row, len(self.blocks), last=True)
+                if manifest.planes[row.plane].checksums[row.layer] != self._rows[row].digest.value():
                     name = self.layout.planes[row.plane].name
                     return f"plane {name}, layer {row.layer}: the bytes here are not the bytes that were sent"
         return None
 
     def _hash_all(self, due: Sequence[tuple[int, int]]) -> None:
         for layer, num_blocks in due:
-            self._hash(layer, num_blocks)
+            for row in self._layers[layer]:
+                self._hash(row, num_blocks)
 
-    def _hash(self, layer: int, num_blocks: int) -> None:
-        with self._locks[layer]:
-            done = self._done[layer]
-            if self._over or num_blocks <= done:
-                return
-            blocks = self.blocks[done:num_blocks]
-            runs = merge_runs(blocks, blocks)
-            for row, digest in zip(self._layers[layer], self._digests[layer], strict=True):
-                plane = self.layout.planes[row.plane]
-                for run in runs:
-                    start = plane.address(row.layer, run.source, self.layout.num_blocks)
-                    digest.update(self._memory[start : start + run.num_blocks * plane.block_bytes])
-            self._done[layer] = num_blocks
+    def _hash(self, key: PlaneLayer, num_blocks: int, *, last: bool = False) -> None:
+        row = self._rows[key]
+        with row.lock:
+            if last and row.rewritten:
+                row.digest, row.done, row.rewritten = self._new_digest(key), 0, False
+            self._hash_locked(key, row, num_blocks)
+
+    def _hash_locked(self, key: PlaneLayer, row: _Row, num_blocks: int) -> None:
+        """Hash up to block `num_blocks` of the lease. With the row's lock held."""
+        if self._over or num_blocks <= row.done:
+            return
+        plane = self.layout.planes[key.plane]
+        blocks = self.blocks[row.done : num_blocks]
+        for run in merge_runs(blocks, blocks):
+            start = plane.address(key.layer, run.source, self.layout.num_blocks)
+            row.digest.update(self._memory[start : start + run.num_blocks * plane.block_bytes])
+        row.done = num_blocks
+
+    def _run_end(self, first: int, block: int, num_blocks: int) -> int:
+        end = first + 1
+        while end - first < num_blocks and self.blocks[end : end + 1] == (block + end - first,):
+            end += 1
+        return end
+
+    def _new_digest(self, row: PlaneLayer) -> RowDigest:
+        return RowDigest(self.layout.planes[row.plane].block_bytes, self._phase)
 
 
 class Verifier:
     """Hashes `memory`, the bytes that `layout` describes."""
 
-    def __init__(self, layout: KvLayout, memory: memoryview, policy: Policy) -> None:
+    def __init__(self, layout: KvLayout, memory: memoryview) -> None:
         self._layout = layout
         self._memory = memory
-        self._policy = policy
         self.num_rows = sum(plane.num_layers for plane in layout.planes)  # cells of one block
         self._threads = ThreadPoolExecutor(_THREADS, "kv-verify")
 
@@ -120,14 +165,14 @@ class Verifier:
         self._threads.shutdown(cancel_futures=True)
         self._memory.release()
 
-    def land(self, lease: LeaseKey, blocks: Sequence[int]) -> Landing:
+    def land(self, lease: LeaseKey, blocks: Sequence[int], policy: Policy) -> Landing:
         """Begin to receive these blocks."""
-        return Landing(self._layout, self._memory, self._policy, lease, blocks, self._threads.submit)
+        return Landing(self._layout, self._memory, policy, lease, tuple(blocks), self._threads.submit)
 
     async def check(self, manifest: Manifest, landing: Landing, num_tokens: int) -> str | None:
         """None if the manifest is complete and the bytes are those that were sent; otherwise what is wrong."""
-        wrong = check_counts(manifest, self._layout, len(landing.blocks), num_tokens, self._policy)
-        if wrong is not None or self._policy == "count":
+        wrong = check_counts(manifest, self._layout, len(landing.blocks), num_tokens, landing.policy)
+        if wrong is not None or landing.policy == "count":
             return wrong
         layers = range(landing.num_layers)
         if landing.left_bytes() <= _INLINE_BYTES:

@@ -75,7 +75,8 @@ class TransferConfig(Section):
     transport: Literal["auto", "local", "shm", "tcp", "mooncake"] = "auto"
     mooncake_protocol: Literal["tcp", "rdma", "ascend"] = "tcp"  # rdma and ascend are also chosen by `auto`
     mooncake_device: str = ""  # a NIC's name; empty: the engine chooses
-    checksum: Literal["full", "sampled", "count"] = "full"  # sampled: a line of every page; count: no bytes
+    # The receiver's counts. full: every byte; sampled: a line of every page; count: no bytes; auto: sampled on one host
+    checksum: Literal["auto", "full", "sampled", "count"] = "auto"
     grant_timeout_s: float = Field(10.0, gt=0)  # Offer → Grant; afterwards the attempt fails with a retry elsewhere
     commit_timeout_s: float = Field(10.0, gt=0)  # last layer computed → Accepted
     max_pending: int = Field(256, ge=1)  # offers a receiver holds

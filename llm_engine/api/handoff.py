@@ -16,12 +16,14 @@ writer                                   receiver
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from llm_engine.api.messages import Message, Submit, WorkerInfo
 from llm_engine.api.request import TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +81,7 @@ class Connected(Message, frozen=True, kw_only=True, tag="connected"):
     reason: str
     region: str  # id of the receiver's arena for this incarnation
     ticket: str  # names this pairing in the handshake of its data connection
+    checksum: Literal["full", "sampled", "count"] = "full"  # what the receiver will verify
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import prefill_worker.main
 import prefill_worker.worker
-from kv_transfer.link import Copy, LeaseKey, Link
+from kv_transfer.link import Copy, LeaseKey, Link, Sent, no_news
 from kv_transfer.writer import HandoffClient
 from llm_engine.api.handoff import KvLayout
 
@@ -25,9 +25,17 @@ class ZeroIndexLink:
             if plane.name.endswith("index")
         ]
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
         """See Link.write."""
-        for copy in copies:
+        for index, copy in enumerate(copies):
+            sent(index)
             if any(copy.source in plane for plane in self._index):
                 self._inner.write(lease, memoryview(bytes(copy.num_bytes)), [copy._replace(source=0)], stopped)
             else:

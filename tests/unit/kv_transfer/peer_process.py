@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from kv_transfer.link import Copy, LeaseKey, Link
+from kv_transfer.link import Copy, LeaseKey, Link, Sent, no_news
 from kv_transfer.memory import Arena
 from kv_transfer.receiver import HandoffServer
 from kv_transfer.writer import Handoff, HandoffClient
@@ -34,8 +34,15 @@ class Relentless:
         self.transport = inner.transport
         self._inner = inner
 
-    def write(self, lease: LeaseKey, source: memoryview, copies: Sequence[Copy], stopped: Callable[[], bool]) -> None:
-        self._inner.write(lease, source, copies, stopped)
+    def write(
+        self,
+        lease: LeaseKey,
+        source: memoryview,
+        copies: Sequence[Copy],
+        stopped: Callable[[], bool],
+        sent: Sent = no_news,
+    ) -> None:
+        self._inner.write(lease, source, copies, stopped, sent)
         say("writing")
         while True:
             self._inner.write(lease, source, copies, stopped)

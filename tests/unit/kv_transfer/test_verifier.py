@@ -35,10 +35,10 @@ class Bench:
                 start = plane.address(row.layer, block, 12)
                 builder.add(row, memoryview(self.memory)[start : start + plane.block_bytes])
         self.manifest: Manifest = builder.build(14, 4)
-        self.verifier = Verifier(LAYOUT, memoryview(self.memory), policy)
+        self.verifier = Verifier(LAYOUT, memoryview(self.memory))
 
     def landing(self, blocks: list[int] = BLOCKS) -> Landing:
-        return self.verifier.land(LEASE, blocks)
+        return self.verifier.land(LEASE, blocks, "full")
 
     def check(self, landing: Landing | None = None) -> str | None:
         return asyncio.run(self.verifier.check(self.manifest, landing or self.landing(), 14))
@@ -74,7 +74,7 @@ def test_other_blocks_do_not_matter_but_their_order_does(bench: Bench) -> None:
 def by_hand(bench: Bench) -> tuple[Landing, list[Callable[[], None]]]:
     """A landing whose background work waits for the test to run it."""
     jobs: list[Callable[[], None]] = []
-    return Landing(LAYOUT, memoryview(bench.memory), "full", LEASE, BLOCKS, jobs.append), jobs
+    return Landing(LAYOUT, memoryview(bench.memory), "full", LEASE, tuple(BLOCKS), jobs.append), jobs
 
 
 @settings(max_examples=60, deadline=None)
