@@ -22,8 +22,11 @@ class AggregatedWorker(Worker[None]):
         """Load the model and allocate the caches; blocks for as long as that takes. Raises ConfigError."""
         key = cluster_key()
         planned = plan(config, uses_control_port=False)
-        arena = Arena.create(planned.layout.arena_bytes, shared=False)
-        return cls(config, name, Role.AGGREGATED, key, assemble(config, planned, arena.buffer, Role.AGGREGATED))
+
+        def host_memory(num_bytes: int) -> memoryview:
+            return Arena.create(num_bytes, shared=False).buffer
+
+        return cls(config, name, Role.AGGREGATED, key, assemble(config, planned, host_memory, Role.AGGREGATED))
 
     def on_submit(self, submit: Submit) -> None:
         """Queue a request that is computed here to its end."""

@@ -1,10 +1,16 @@
-"""The engine's blocks as the hand-off sees them: each call becomes a command of the step loop, in order of calls."""
+"""The engine's blocks as the hand-off sees them: each call becomes a command of the step loop, in order of calls.
+
+Peers write into the engine's own blocks. Where these lie on a card, peers write into slots of host memory instead,
+which are copied to the card before the engine admits the sequence.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Protocol
 
 from kv_transfer.metrics import HandoffReport
@@ -14,9 +20,23 @@ from llm_engine.api.messages import Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
 from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Refusal, Reservation, StepResult
+from llm_engine.serving.staging import Inbound
 from llm_engine.serving.step_loop import StepLoop
 
 _PROBE_PREFIX = "\x00probe-"  # no request id of a router starts with a zero byte
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where one hand-off lands. `kv_transfer.reserver.ReservedBlocks`."""
+
+    reservation: Reservation
+    blocks: Seq[int]  # of the region that peers write into
+
+    @property
+    def have_tokens(self) -> int:
+        """Tokens found in the own prefix cache."""
+        return self.reservation.have_tokens
 
 
 class Owner(Protocol):
@@ -48,13 +68,16 @@ class Intake:
         *,
         block_tokens: int,
         on_blocks_freed: Callable[[], None],
+        staged: Inbound | None = None,
     ) -> None:
+        """`staged`: the slots of host memory, with caches on a card."""
+        self._staged = staged
         self._steps = steps
         self._owner = owner
         self._block_tokens = block_tokens
         self._on_blocks_freed = on_blocks_freed
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> Reservation | None:
+    async def reserve(self, submit: Submit, num_tokens: int) -> Place | None:
         """`BlockReserver`."""
         self._owner.may_reserve(submit)
         outcome = await self._steps.call(lambda engine: engine.reserve(submit, num_tokens))
@@ -65,9 +88,13 @@ class Intake:
         if not self._owner.reserved(submit, outcome):
             self._give_back(outcome)
             raise LeaseRevoked("the request ended while blocks were being reserved", request_id=submit.request_id)
-        return outcome
+        place = self._place(outcome)
+        if place is None:
+            self._owner.dropped(outcome)
+            self._give_back(outcome)
+        return place
 
-    async def reserve_probe(self) -> Reservation | None:
+    async def reserve_probe(self) -> Place | None:
         """`BlockReserver`: one block that no request can share."""
         probe = Submit(
             request_id=_PROBE_PREFIX + secrets.token_hex(8),
@@ -80,12 +107,20 @@ class Intake:
             salt=secrets.token_hex(8),
         )
         outcome = await self._steps.call(lambda engine: engine.reserve(probe, self._block_tokens))
-        return outcome if isinstance(outcome, Reservation) else None
+        if not isinstance(outcome, Reservation):
+            return None
+        place = self._place(outcome)
+        if place is None:
+            self._give_back(outcome)
+        return place
 
-    async def admit(self, submit: Submit, reservation: Reservation, first: FirstToken, report: HandoffReport) -> None:
+    async def admit(self, submit: Submit, place: Place, first: FirstToken, report: HandoffReport) -> None:
         """`BlockReserver`: returns once the engine has taken the sequence."""
         if not self._owner.may_admit(submit):
             raise LeaseRevoked("the request has ended", request_id=submit.request_id)
+        reservation = place.reservation
+        if self._staged is not None:
+            await asyncio.to_thread(self._staged.load, place.blocks, reservation.blocks)
         outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def admit(engine: Engine) -> ServingError | None:
@@ -107,20 +142,35 @@ class Intake:
 
         self._steps.post(admit, done)
         await outcome
+        self._give_slots(place)
 
-    def release(self, reservation: Reservation) -> None:
+    def release(self, place: Place) -> None:
         """`BlockReserver`."""
-        self._owner.dropped(reservation)
-        self._give_back(reservation)
+        self._owner.dropped(place.reservation)
+        self._give_slots(place)
+        self._give_back(place.reservation)
 
-    def quarantine(self, reservation: Reservation) -> None:
+    def quarantine(self, place: Place) -> None:
         """`BlockReserver`."""
-        self._owner.dropped(reservation)
-        self._steps.post(lambda engine: engine.release_reservation(reservation, quarantine=True))
+        self._owner.dropped(place.reservation)
+        self._steps.post(lambda engine: engine.release_reservation(place.reservation, quarantine=True))
 
-    def free(self, reservation: Reservation) -> None:
+    def free(self, place: Place) -> None:
         """`BlockReserver`."""
-        self._steps.post(lambda engine: engine.free_quarantined(reservation), lambda _: self._on_blocks_freed())
+        self._give_slots(place)
+        self._steps.post(lambda engine: engine.free_quarantined(place.reservation), lambda _: self._on_blocks_freed())
+
+    def _place(self, reservation: Reservation) -> Place | None:
+        """None: no slots now."""
+        if self._staged is None:
+            return Place(reservation, reservation.blocks)
+        slots = self._staged.take(len(reservation.blocks))
+        return None if slots is None else Place(reservation, slots)
+
+    def _give_slots(self, place: Place) -> None:
+        if self._staged is not None:
+            self._staged.give(place.blocks)
+            self._on_blocks_freed()
 
     def _give_back(self, reservation: Reservation) -> None:
         self._steps.post(

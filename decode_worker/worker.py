@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, Self
 
-from decode_worker.intake import Intake, is_probe
+from decode_worker.intake import Intake, Place, is_probe
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport, links_of
 from kv_transfer.receiver import HandoffServer
@@ -20,6 +20,7 @@ from llm_engine.api.messages import Cancel, Deltas, Role, Started, Submit, Worke
 from llm_engine.sched import Reservation, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
+from llm_engine.serving.staging import Inbound
 from llm_engine.serving.vitals import PeerReport
 from llm_engine.serving.worker import Worker
 
@@ -28,16 +29,19 @@ class DecodeWorker(Worker[Reservation]):
     """One replica of the decode pool."""
 
     def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena) -> None:
+        """`arena`: the memory that `assembly.region` describes."""
         super().__init__(config, name, Role.DECODE, key, assembly)
         self._arena = arena
+        region = assembly.region
         intake = Intake(
             self._steps,
             self,
-            block_tokens=assembly.layout.block_tokens,
+            block_tokens=region.block_tokens,
             on_blocks_freed=lambda: self._server.blocks_freed(),
+            staged=None if assembly.mirror is None else Inbound(assembly.mirror, region.num_blocks),
         )
-        self._server: HandoffServer[Reservation] = HandoffServer(
-            config=config.transfer, key=key, layout=assembly.layout, arena=arena, reserver=intake
+        self._server: HandoffServer[Place] = HandoffServer(
+            config=config.transfer, key=key, layout=region, arena=arena, reserver=intake
         )
 
     @classmethod
@@ -45,8 +49,15 @@ class DecodeWorker(Worker[Reservation]):
         """Load the model and allocate the caches; blocks for as long as that takes. Raises ConfigError."""
         key = cluster_key()
         planned = plan(config, uses_control_port=True)
-        arena = Arena.create(planned.layout.arena_bytes, shared=config.transfer.transport in ("auto", "shm"))
-        return cls(config, name, key, assemble(config, planned, arena.buffer, Role.DECODE), arena)
+        arenas = list[Arena]()
+
+        def host_memory(num_bytes: int) -> memoryview:
+            arenas.append(Arena.create(num_bytes, shared=config.transfer.transport in ("auto", "shm")))
+            return arenas[-1].buffer
+
+        assembly = assemble(config, planned, host_memory, Role.DECODE)
+        (arena,) = arenas
+        return cls(config, name, key, assembly, arena)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

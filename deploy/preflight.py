@@ -65,5 +65,5 @@ def _files(config: ClusterConfig) -> str:
 def _memory(config: ClusterConfig) -> str:
     """Of the host: on accelerators weights and caches are on the device, which `devices` looks at."""
     if config.engine.backend == "cpu":
-        check_memory((config.kv.memory_mb << 20) + checkpoint_bytes(config.model.path))
+        check_memory((config.kv.host_mb << 20) + checkpoint_bytes(config.model.path))
     return f"{available_memory() >> 20} MiB free"

@@ -27,6 +27,7 @@ from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Prefilled, Refusal, Sequence
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
+from llm_engine.serving.staging import Stager
 from llm_engine.serving.vitals import PeerReport
 from llm_engine.serving.worker import Worker
 from prefill_worker.handoff import OfferQueue, Outbound, Outbox
@@ -42,9 +43,13 @@ class PrefillWorker(Worker[Outbound]):
     def __init__(
         self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena, outbox: Outbox
     ) -> None:
+        """`arena`: the memory that `assembly.region` describes."""
         super().__init__(config, name, Role.PREFILL, key, assembly)
         self._key = key
         self._arena = arena
+        self._stager: Stager | None = None
+        if assembly.mirror is not None:
+            self._stager = Stager(assembly.mirror, assembly.region.num_blocks, self._on_stager_lost)
         self._outbox = outbox
         self._offers = OfferQueue(_LOOKAHEAD_STEPS * config.scheduler.max_step_tokens)
         self._client: HandoffClient | None = None
@@ -54,9 +59,14 @@ class PrefillWorker(Worker[Outbound]):
         """Load the model and allocate the caches; blocks for as long as that takes. Raises ConfigError."""
         key = cluster_key()
         planned = plan(config, uses_control_port=False)
-        arena = Arena.create(planned.layout.arena_bytes, shared=False)
-        outbox = Outbox()
-        assembly = assemble(config, planned, arena.buffer, Role.PREFILL, outbox)
+        outbox, arenas = Outbox(), list[Arena]()
+
+        def host_memory(num_bytes: int) -> memoryview:
+            arenas.append(Arena.create(num_bytes, shared=False))
+            return arenas[-1].buffer
+
+        assembly = assemble(config, planned, host_memory, Role.PREFILL, outbox)
+        (arena,) = arenas
         return cls(config, name, key, assembly, arena, outbox)
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -74,6 +84,9 @@ class PrefillWorker(Worker[Outbound]):
         live = self._take_over(submit, outbound)
         if live is None:
             return
+        if self._stager is not None:
+            num_blocks = -(-outbound.num_tokens // self._assembly.region.block_tokens)
+            outbound.staged = self._stager.open(num_blocks, outbound.send)
         self._outbox.open(outbound)
 
         def add(engine: Engine) -> Sequence | Refusal:
@@ -116,6 +129,8 @@ class PrefillWorker(Worker[Outbound]):
         """Stop the hand-off, then unpin: until it has stopped a sender thread may still read the blocks."""
         if not outbound.opened.cancel():
             await outbound.opened.result().abort(reason)
+        if outbound.staged is not None:
+            outbound.staged.close()
         self._steps.post(lambda engine: None if outbound.seq is None else engine.release_sent(outbound.seq))
         self._pump_offers()
 
@@ -175,6 +190,11 @@ class PrefillWorker(Worker[Outbound]):
         if self._ledger.close(live.request_id, live.attempt) is live:
             self._dismiss(live.data, "handed over")
 
+    def _on_stager_lost(self, exc: Exception) -> None:
+        """On the stager's thread."""
+        if self._loop is not None:
+            _post(self._loop, self._steps.fail, exc)
+
     def _started(self, outbound: Outbound) -> None:
         self._offers.start(outbound)
         self._pump_offers()
@@ -188,7 +208,7 @@ class PrefillWorker(Worker[Outbound]):
             config=self.config.transfer,
             key=self._key,
             info=info,
-            layout=self._assembly.layout,
+            layout=self._assembly.region,
             source=self._arena.buffer,
         )
         return [self._client.run()]
@@ -196,6 +216,8 @@ class PrefillWorker(Worker[Outbound]):
     async def _close_peers(self) -> None:
         if self._client is not None:
             await self._client.close()
+        if self._stager is not None:
+            await asyncio.to_thread(self._stager.close)
         self._arena.close()
 
     def _peers(self) -> PeerReport:

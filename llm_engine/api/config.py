@@ -22,6 +22,7 @@ SECRET_ENV = "BATON_SECRET"
 SECRET_ALSO_ENV = "BATON_SECRET_ALSO"
 HOST_ENV = "BATON_HOST"
 MIN_SECRET_CHARS = 16
+HOST_KV_MB = 256
 
 
 class Section(BaseModel):
@@ -46,19 +47,35 @@ class EngineConfig(Section):
     """How the model is computed."""
 
     backend: Literal["cpu", "triton", "npu"] = "cpu"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: int = Field(0, ge=0)  # which of the accelerators that this process sees; no meaning with backend cpu
+    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"  # fp8: bf16, with linear weights in fp8 blocks where they allow it
     numerics: Literal["exact", "fast"] = "exact"
+    graphs: bool = True  # record decode passes at start, where the backend can
     threads: int = Field(1, ge=1)
     num_drafts: int = Field(1, ge=0, le=3)  # MTP drafts verified per step; 0: no speculation
+
+    @model_validator(mode="after")
+    def _can_compute(self) -> Self:
+        if self.dtype == "fp8" and self.backend == "cpu":
+            raise ValueError("dtype=fp8 needs an accelerator: set engine.dtype to fp32 or bf16 with engine.backend=cpu")
+        return self
 
 
 class KvConfig(Section):
     """The paged caches."""
 
     block_tokens: int = Field(16, ge=4, le=1024)
-    num_blocks: int | None = Field(None, ge=8)  # None: sized from memory_mb
-    memory_mb: int = Field(256, ge=1)
+    num_blocks: int | None = Field(None, ge=8)  # None: sized from memory
+    memory_mb: int | None = Field(None, ge=1)  # None: HOST_KV_MB in host memory, memory_fraction on a card
+    memory_fraction: float = Field(0.85, gt=0, lt=1)  # of what a card has free beside weights and the largest pass
+    staging_mb: int | None = Field(None, ge=1)  # host memory that hand-offs of a card go through; None: chosen
+    format: Literal["auto", "fp8"] = "auto"  # of pages: auto: values as they are computed; fp8: on accelerators
     prefix_cache: bool = True
+
+    @property
+    def host_mb(self) -> int:
+        """MiB of caches in host memory."""
+        return HOST_KV_MB if self.memory_mb is None else self.memory_mb
 
 
 class SchedulerConfig(Section):

@@ -20,6 +20,7 @@ from llm_engine.models.spec import ModelSpec
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 SCALE_SUFFIXES = ("_scale_inv", "_scale")  # after `.weight`; both multiply
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -140,6 +141,10 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        return _count(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
 
 
 def scan(path: Path) -> dict[str, StoredTensor]:

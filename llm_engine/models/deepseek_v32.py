@@ -51,6 +51,11 @@ class CausalLM:
         return self._ops.row_tile
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self._ops.dtype
+
+    @property
     def has_mtp(self) -> bool:
         """Whether the draft layer is loaded."""
         return self._mtp is not None

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, by a copy that nobody waits for."""
+    if device.type in ("cpu", "meta"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     """Rows of all sequences, flat. The rows of one sequence are adjacent and their positions count up by one.
@@ -40,11 +47,16 @@ class ForwardBatch:
         return len(self.context_lens)
 
     def to(self, device: torch.device) -> ForwardBatch:
-        """The same batch on a device. Copies are asynchronous where the host's memory is pinned."""
+        """The same batch on a device. The copies go through pinned memory: nobody waits for them."""
         if device == self.token_ids_R.device:
             return self
-        names = ("token_ids_R", "positions_R", "slots_N", "block_tables_SB")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(
+            self,
+            token_ids_R=to_device(self.token_ids_R, device),
+            positions_R=to_device(self.positions_R, device),
+            slots_N=to_device(self.slots_N, device),
+            block_tables_SB=to_device(self.block_tables_SB, device),
+        )
 
     def check(self, block_tokens: int) -> None:
         """Raise ValueError when a promise above is broken. For tests and debugging: it synchronises with the device."""

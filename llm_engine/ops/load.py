@@ -16,10 +16,11 @@ _BACKENDS: Final = {"cpu": "llm_engine.ops_cpu", "triton": "llm_engine.ops_trito
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-def load_ops(backend: str, numerics: Numerics = "exact", dtype: str = "fp32") -> Ops:
+def load_ops(backend: str, numerics: Numerics = "exact", dtype: str = "fp32", device: int = 0) -> Ops:
     """Build the table of `backend`. Raises ConfigError naming an unknown or unsupported choice.
 
-    `dtype` fp8: weights in fp8 blocks where they allow it, everything else in bf16.
+    `dtype` fp8: weights in fp8 blocks where they allow it, everything else in bf16. `device`: which accelerator, of
+    those that this process sees; it becomes the calling thread's current one.
     """
     if backend not in _BACKENDS:
         raise ConfigError(f"engine.backend={backend!r}: expected one of {', '.join(_BACKENDS)}")
@@ -29,4 +30,19 @@ def load_ops(backend: str, numerics: Numerics = "exact", dtype: str = "fp32") ->
         raise ConfigError(f"engine.dtype={dtype!r}: expected one of fp32, bf16 with engine.backend='cpu'")
     if numerics not in ("exact", "fast"):
         raise ConfigError(f"engine.numerics={numerics!r}: expected exact or fast")
-    return cast(Ops, importlib.import_module(_BACKENDS[backend]).build(numerics, _DTYPES[dtype]))
+    try:
+        package = importlib.import_module(_BACKENDS[backend])
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"engine.backend={backend}: {exc.name} is not installed; pip install 'baton[cuda]'") from exc
+    if backend != "cpu":
+        choose_device(device)
+    return cast(Ops, package.build(numerics, _DTYPES[dtype]))
+
+
+def choose_device(index: int) -> None:
+    """Make an accelerator the calling thread's current one; nothing where there is none. Raises ConfigError."""
+    count = torch.accelerator.device_count()
+    if count and index >= count:
+        raise ConfigError(f"engine.device={index}: this process sees {count} devices, numbered from 0")
+    if count:
+        torch.accelerator.set_device_index(index)

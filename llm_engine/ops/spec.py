@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ PackedMlp: TypeAlias = Any
 PackedExperts: TypeAlias = Any
 PackedKvB: TypeAlias = Any
 AttentionPlan: TypeAlias = Any
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,16 +180,26 @@ class SelfCheck(Protocol):
     def __call__(self) -> None: ...
 
 
+class Pin(Protocol):
+    """Fix host memory in its place for the life of the process, so that copies from and to the device need no wait."""
+
+    def __call__(self, host: Tensor) -> None: ...
+
+
+def pin_nothing(host: Tensor) -> None:
+    """The pin of backends whose device is the host."""
+
+
 class Capture(Protocol):
     """Record what `function` launches, and return a call that launches it again over the same memory.
 
     `function` reads its input from tensors that stay, has no other effect, and is called once or more meanwhile.
-    The call returns the same tensor every time, with new contents. Without recording it is `function` itself.
+    The call returns the same tensors every time, with new contents. Without recording it is `function` itself.
     """
 
-    def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]: ...
 
 
-def run_again(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def run_again(function: Callable[[], T]) -> Callable[[], T]:
     """The capture of backends that record nothing."""
     return function

@@ -40,3 +40,4 @@ class Ops:
 
     self_check: spec.SelfCheck
     capture: spec.Capture = spec.run_again
+    pin: spec.Pin = spec.pin_nothing

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops
-from llm_engine.ops.spec import run_again
+from llm_engine.ops.spec import pin_nothing, run_again
 from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.cache import write_index_keys, write_latent
-from llm_engine.ops_triton.capture import CudaCapture
+from llm_engine.ops_triton.capture import CudaCapture, pin
 from llm_engine.ops_triton.gate import gate
 from llm_engine.ops_triton.gemm import linear, pack_linear
 from llm_engine.ops_triton.index_topk import index_topk
@@ -64,6 +64,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         mla_attend=mla.mla_attend,
         self_check=check,
         capture=CudaCapture() if device.type == "cuda" else run_again,
+        pin=pin if device.type == "cuda" else pin_nothing,
     )
 
 
@@ -73,7 +74,7 @@ def _device() -> torch.device:
     device = torch.accelerator.current_accelerator()
     if device is None:
         raise ConfigError("engine.backend=triton: no accelerator found; use engine.backend=cpu on this machine")
-    return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def _nothing_to_check() -> None:

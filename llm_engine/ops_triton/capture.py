@@ -1,12 +1,27 @@
-"""Recording launches as CUDA graphs."""
+"""What CUDA offers beyond kernels: recorded launches, and host memory fixed in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from llm_engine.api.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def pin(host: Tensor) -> None:
+    """See `llm_engine.ops.spec.Pin`. Raises ConfigError where the system refuses so much memory."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+    if error:
+        raise ConfigError(
+            f"kv.staging_mb: {host.nbytes >> 20} MiB of host memory can't be pinned (CUDA error {error}); lower it, or "
+            "raise the limit of locked memory (ulimit -l)"
+        )
 
 
 class CudaCapture:
@@ -15,21 +30,21 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
         self._warm_up(function)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = function()
         self._pool = graph.pool()
 
-        def replay() -> Tensor:
+        def replay() -> T:
             graph.replay()
             return result
 
         return replay
 
     @staticmethod
-    def _warm_up(function: Callable[[], Tensor]) -> None:
+    def _warm_up(function: Callable[[], object]) -> None:
         """Compile and allocate what is missing, which a recording cannot, beside the stream of others."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -23,7 +23,7 @@ from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.layer_feed import LayerFeed
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.roster import Roster
-from llm_engine.runtime.runner import Model, Runner
+from llm_engine.runtime.runner import Model, RecordedPasses, Runner
 from llm_engine.runtime.speculate import Speculator
 from llm_engine.runtime.steps import Steps, state_from_bytes
 from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, StepResult
@@ -37,6 +37,7 @@ class Engine:
     """Owns the sequences, the block pool and the prefix cache of one worker; computes them with one model and store.
 
     `format_id` is the root of the prefix cache's digests. `max_len` is the longest sequence this engine can hold.
+    `recorded`: passes of decode over the same model and store that were recorded beforehand.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Engine:
         role: Role,
         format_id: str,
         on_layer: LayerSink | None = None,
+        recorded: RecordedPasses | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         speculates = config.engine.num_drafts > 0 and model.has_mtp and store.mtp is not None
@@ -56,7 +58,7 @@ class Engine:
         self._clock = clock
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._limits = Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids)
-        self._hidden = (model.spec.hidden_size, store.dtype)
+        self._hidden = (model.spec.hidden_size, model.dtype, store.device)
         self._cache = PagedCache(
             store.num_blocks,
             store.block_tokens,
@@ -75,7 +77,7 @@ class Engine:
             max_len=self.max_len,
             reclaim=self._reclaim,
         )
-        runner = Runner(model, store, self._max_num_seqs)
+        runner = Runner(model, store, self._max_num_seqs, recorded)
         self._speculator = Speculator(runner, self._cache) if speculates else None
         self._runner = runner
         self._outbox = Outbox()

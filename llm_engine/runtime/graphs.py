@@ -1,10 +1,11 @@
 """Decode passes that are recorded once and replayed: a launch a pass instead of hundreds.
 
 A recording has a fixed shape, so there is one for every number of sequences on a ladder and every bound on the context,
-made when it is first needed or by `prepare`. A batch runs on the smallest that holds it. What is left over repeats the
-last sequence and writes nothing: padding wakes no expert that no real row has chosen.
+made when it is first needed or by `prepare`. A batch runs on the smallest that holds it. Sequences with fewer rows than
+the recording and places that no sequence takes repeat a row and write nothing: padding wakes no expert that no real row
+has chosen.
 
-Shapes: R rows, N real rows, S sequences, B blocks of the longest table.
+Shapes: R rows, N real rows, S sequences, B blocks of the longest table, H width of a state.
 """
 
 from __future__ import annotations
@@ -12,20 +13,32 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
+from typing import Generic, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_engine.ops import ForwardBatch, Ops
+from llm_engine.ops import ForwardBatch, Ops, to_device
 
-Pass = Callable[[ForwardBatch], Tensor]
+T = TypeVar("T")  # a tensor of R rows, or a tuple of such
+Pass = Callable[[ForwardBatch, Tensor | None], T]  # the second argument: states [R, H] of the rows, if it takes any
 
 
-class DecodeGraph:
+class DecodeGraph(Generic[T]):
     """One recording: `num_seqs` sequences of `rows_per_seq` rows each, none longer than `max_context` tokens."""
 
     def __init__(
-        self, forward: Pass, ops: Ops, *, num_seqs: int, rows_per_seq: int, max_context: int, block_tokens: int
+        self,
+        forward: Pass[T],
+        ops: Ops,
+        *,
+        num_seqs: int,
+        rows_per_seq: int,
+        max_context: int,
+        block_tokens: int,
+        state_width: int = 0,
     ) -> None:
         self._rows_per_seq = rows_per_seq
         rows, blocks = num_seqs * rows_per_seq, -(-max_context // block_tokens)
@@ -38,37 +51,84 @@ class DecodeGraph:
             row_starts=tuple(range(0, rows + 1, rows_per_seq)),
             context_lens=(max_context,) * num_seqs,
         )
-        self._replay = ops.capture(lambda: forward(self._batch))
+        self._state_RH = None
+        if state_width:
+            self._state_RH = torch.zeros(rows, state_width, dtype=ops.dtype, device=ops.device)
+        # Inputs cross in one copy: token ids, positions and slots of all rows, then the block tables.
+        self._inputs = torch.zeros(3 * rows + num_seqs * blocks, dtype=torch.int64)
+        if ops.device.type != "cpu":
+            self._inputs = self._inputs.pin_memory()
+        self._arrived = torch.zeros_like(self._inputs, device=ops.device)
+        self._sent = None if ops.device.type == "cpu" else torch.Event(ops.device)
+        self._replay: Callable[[], T] = ops.capture(lambda: forward(self._batch, self._state_RH))
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Run a batch that lies on the host. The result's first N rows are valid until the next call."""
-        own, count = self._batch, self._rows_per_seq
-        seqs = torch.arange(own.num_seqs).clamp(max=batch.num_seqs - 1)
-        rows = (seqs[:, None] * count + torch.arange(count)).flatten()
-        slots_R = torch.full((own.num_rows,), -1)
-        slots_R[: batch.num_rows] = batch.slots_N
-        own.token_ids_R.copy_(batch.token_ids_R[rows], non_blocking=True)
-        own.positions_R.copy_(batch.positions_R[rows], non_blocking=True)
-        own.slots_N.copy_(slots_R, non_blocking=True)
-        width = batch.block_tables_SB.shape[1]
-        own.block_tables_SB[:, :width].copy_(batch.block_tables_SB[seqs], non_blocking=True)
-        return self._replay()[: batch.num_rows]
+    def __call__(self, batch: ForwardBatch, state_NH: Tensor | None = None) -> T:
+        """Run a batch that lies on the host. The result's N rows are valid until the next call of any recording."""
+        own, rows_per_seq = self._batch, self._rows_per_seq
+        starts = np.array(batch.row_starts)
+        counts = np.diff(starts)
+        seqs = np.minimum(np.arange(own.num_seqs), batch.num_seqs - 1)
+        within = np.minimum(np.arange(rows_per_seq), counts[seqs, None] - 1)
+        rows = (starts[seqs, None] + within).ravel()
+        real = np.zeros((own.num_seqs, rows_per_seq), dtype=bool)
+        real[: batch.num_seqs] = np.arange(rows_per_seq) < counts[:, None]
+        self._send(batch, rows, seqs, real.ravel())
+        full = bool((counts == rows_per_seq).all())
+        kept = (
+            slice(batch.num_rows) if full else to_device(torch.from_numpy(np.flatnonzero(real)), self._arrived.device)
+        )
+        if self._state_RH is not None:
+            assert state_NH is not None, "the pass takes states"
+            self._state_RH[kept] = state_NH
+        return _rows(self._replay(), kept)
+
+    def _send(
+        self,
+        batch: ForwardBatch,
+        rows: npt.NDArray[np.int64],
+        seqs: npt.NDArray[np.int64],
+        real: npt.NDArray[np.bool_],
+    ) -> None:
+        """Fill the recording's inputs. The buffer they leave from is written again only after they have left."""
+        own, count = self._batch, self._batch.num_rows
+        if self._sent is not None:
+            self._sent.synchronize()
+        host = self._inputs.numpy()
+        host[:count] = batch.token_ids_R.numpy()[rows]
+        host[count : 2 * count] = batch.positions_R.numpy()[rows]
+        host[2 * count : 3 * count] = -1
+        host[2 * count : 3 * count][real] = batch.slots_N.numpy()
+        table = host[3 * count :].reshape(own.num_seqs, -1)
+        tables_SB = batch.block_tables_SB.numpy()
+        table[:, : tables_SB.shape[1]] = tables_SB[seqs]
+        self._arrived.copy_(self._inputs, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+        ids_R, positions_R, slots_N = self._arrived[: 3 * count].view(3, count)
+        own.token_ids_R.copy_(ids_R)
+        own.positions_R.copy_(positions_R)
+        own.slots_N.copy_(slots_N)
+        own.block_tables_SB.copy_(self._arrived[3 * count :].view(own.num_seqs, -1))
 
 
-class DecodeGraphs:
+class PassGraphs(Generic[T]):
     """Recordings on a ladder of sizes and context bounds, over one store."""
 
     def __init__(
         self,
-        forward: Pass,
+        forward: Pass[T],
         ops: Ops,
         *,
         rows_per_seq: int,
         num_seqs: Sequence[int],
         max_contexts: Sequence[int],
         block_tokens: int,
+        state_width: int = 0,
     ) -> None:
-        """`num_seqs` and `max_contexts` ascend. Raises ValueError otherwise, or where the table pads rows."""
+        """`num_seqs` and `max_contexts` ascend. `state_width`: H of a pass that takes states, else 0.
+
+        Raises ValueError otherwise, or where the table pads rows.
+        """
         for ladder in (num_seqs, max_contexts):
             if not ladder or any(low >= high for low, high in pairwise(ladder)):
                 raise ValueError(f"a ladder ascends and is not empty, not {list(ladder)}")
@@ -77,23 +137,28 @@ class DecodeGraphs:
         self._forward, self._ops = forward, ops
         self._rows_per_seq, self._block_tokens = rows_per_seq, block_tokens
         self._num_seqs, self._max_contexts = tuple(num_seqs), tuple(max_contexts)
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._state_width = state_width
+        self._graphs: dict[tuple[int, int], DecodeGraph[T]] = {}
+
+    def __len__(self) -> int:
+        """Recordings made."""
+        return len(self._graphs)
 
     def prepare(self) -> None:
         """Record everything now, the largest first: smaller ones then find their memory in its pool."""
         for num_seqs, max_context in product(reversed(self._num_seqs), reversed(self._max_contexts)):
             self._graph(num_seqs, max_context)
 
-    def run(self, batch: ForwardBatch) -> Tensor | None:
+    def run(self, batch: ForwardBatch, state_NH: Tensor | None = None) -> T | None:
         """The pass over a batch on the host: [N, …], valid until the next call. None: no recording holds this batch."""
-        counts = {end - first for first, end in pairwise(batch.row_starts)}
+        most = max((end - first for first, end in pairwise(batch.row_starts)), default=0)
         size = bisect_left(self._num_seqs, batch.num_seqs)
         bound = bisect_left(self._max_contexts, max(batch.context_lens, default=0))
-        if counts != {self._rows_per_seq} or size == len(self._num_seqs) or bound == len(self._max_contexts):
+        if not 0 < most <= self._rows_per_seq or size == len(self._num_seqs) or bound == len(self._max_contexts):
             return None
-        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch)
+        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch, state_NH)
 
-    def _graph(self, num_seqs: int, max_context: int) -> DecodeGraph:
+    def _graph(self, num_seqs: int, max_context: int) -> DecodeGraph[T]:
         if (num_seqs, max_context) not in self._graphs:
             self._graphs[num_seqs, max_context] = DecodeGraph(
                 self._forward,
@@ -102,5 +167,35 @@ class DecodeGraphs:
                 rows_per_seq=self._rows_per_seq,
                 max_context=max_context,
                 block_tokens=self._block_tokens,
+                state_width=self._state_width,
             )
         return self._graphs[num_seqs, max_context]
+
+
+class DecodeGraphs(PassGraphs[Tensor]):
+    """Of a pass that takes no states and gives one tensor."""
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch], Tensor],
+        ops: Ops,
+        *,
+        rows_per_seq: int,
+        num_seqs: Sequence[int],
+        max_contexts: Sequence[int],
+        block_tokens: int,
+    ) -> None:
+        super().__init__(
+            lambda batch, _: forward(batch),
+            ops,
+            rows_per_seq=rows_per_seq,
+            num_seqs=num_seqs,
+            max_contexts=max_contexts,
+            block_tokens=block_tokens,
+        )
+
+
+def _rows(result: T, kept: slice | Tensor) -> T:
+    if isinstance(result, Tensor):
+        return cast(T, result[kept])
+    return cast(T, tuple(part[kept] for part in cast(tuple[Tensor, ...], result)))

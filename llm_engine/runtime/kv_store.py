@@ -6,7 +6,7 @@ All planes are views of one flat byte tensor, so that a transfer addresses a blo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from llm_engine.models.spec import ModelSpec
 
 _PLANE_ALIGN = 4096  # planes start on a page, so that regions can be registered and mapped on their own
 _MIN_BLOCKS = 8
+_SCALE_GROUP = 128  # values of a latent row that share a scale on fp8 pages
 # Part of every format id: how the rotated channels of a latent row are stored. Change it with the layout.
 _ROW_FORMAT = "latent‖rope interleaved, index rope half"
 
@@ -35,7 +36,10 @@ class KvStore:
     """Views of an arena that a model writes to and reads from. Block ids and their owners are the block pool's."""
 
     def __init__(self, layout: KvLayout, arena: Tensor, dtype: torch.dtype) -> None:
-        """`arena`: flat uint8, at least `layout.arena_bytes` long, 64-byte aligned. Raises ValueError otherwise."""
+        """`arena`: flat uint8, at least `layout.arena_bytes` long, 64-byte aligned. Raises ValueError otherwise.
+
+        It lies where the model computes. `dtype`: of the planes' values, uint8 for fp8 pages.
+        """
         if arena.dtype != torch.uint8 or arena.dim() != 1 or arena.numel() < layout.arena_bytes:
             raise ValueError(
                 f"arena must be flat uint8 of at least {layout.arena_bytes} bytes, not {arena.shape} {arena.dtype}"
@@ -63,45 +67,95 @@ class KvStore:
     def num_blocks(self) -> int:
         return self.layout.num_blocks
 
+    @property
+    def device(self) -> torch.device:
+        """Where the planes lie."""
+        return self.arena.device
+
     @classmethod
-    def allocate(cls, layout: KvLayout, dtype: torch.dtype) -> KvStore:
-        """A store over private zeroed memory, for workers that hand nothing on."""
-        return cls(layout, torch.zeros(layout.arena_bytes, dtype=torch.uint8), dtype)
+    def allocate(cls, layout: KvLayout, dtype: torch.dtype, device: torch.device | None = None) -> KvStore:
+        """A store over zeroed memory of its own."""
+        return cls(layout, torch.zeros(layout.arena_bytes, dtype=torch.uint8, device=device), dtype)
 
 
-def plan_layout(spec: ModelSpec, kv: KvConfig, dtype: torch.dtype, *, with_mtp: bool) -> KvLayout:
-    """Place the planes of a model's caches one after the other.
+def page_dtype(spec: ModelSpec, kv: KvConfig, backend: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the planes' values under `kv.format`: the compute dtype, or uint8 for fp8 pages.
 
-    `kv.num_blocks` blocks, or as many as fit `kv.memory_mb` MiB. Raises ConfigError when that is too few.
+    Raises ConfigError where the backend or the model's widths do not have such pages.
     """
-    planes = list(_planes(spec, kv.block_tokens, dtype.itemsize, with_mtp))
+    if kv.format == "auto":
+        return dtype
+    if backend == "cpu":
+        raise ConfigError("kv.format=fp8: the pages of engine.backend=cpu hold values as computed; set kv.format=auto")
+    groups, rest = divmod(spec.kv_lora_rank, _SCALE_GROUP)
+    if dtype != torch.bfloat16 or rest or groups & (groups - 1):
+        raise ConfigError(
+            f"kv.format=fp8: needs engine.dtype bf16 or fp8 and a kv_lora_rank of 128, 256, 512, …, "
+            f"not {dtype_name(dtype)} and {spec.kv_lora_rank}; set kv.format=auto"
+        )
+    return torch.uint8
+
+
+def plan_layout(
+    spec: ModelSpec, kv: KvConfig, dtype: torch.dtype, *, with_mtp: bool, num_bytes: int | None = None
+) -> KvLayout:
+    """Place the planes of a model's caches one after the other. `dtype`: of their values, uint8 for fp8 pages.
+
+    `kv.num_blocks` blocks, or as many as fit `num_bytes` (None: `kv.host_mb`). Raises ConfigError when that is too few.
+    """
+    planes = list(_planes(spec, kv.block_tokens, dtype, with_mtp))
     num_blocks = kv.num_blocks
     if num_blocks is None:
+        room = kv.host_mb << 20 if num_bytes is None else num_bytes
         per_block = sum(layers * size for _, layers, size in planes)
-        num_blocks = ((kv.memory_mb << 20) - len(planes) * _PLANE_ALIGN) // per_block
+        num_blocks = (room - len(planes) * _PLANE_ALIGN) // per_block
         if num_blocks < _MIN_BLOCKS:
             needed = -(-(_MIN_BLOCKS * per_block + len(planes) * _PLANE_ALIGN) // (1 << 20))
-            raise ConfigError(f"kv.memory_mb={kv.memory_mb}: expected at least {needed}, room for {_MIN_BLOCKS} blocks")
+            raise ConfigError(
+                f"kv.memory_mb={max(room, 0) >> 20}: expected at least {needed}, room for {_MIN_BLOCKS} blocks"
+            )
+    return place_planes(planes, kv.block_tokens, num_blocks)
+
+
+def place_planes(planes: Sequence[tuple[str, int, int]], block_tokens: int, num_blocks: int) -> KvLayout:
+    """Planes given as (name, layers, bytes of a block), each of which begins on a page."""
     placed, offset = [], 0
     for name, layers, size in planes:
         placed.append(Plane(name=name, num_layers=layers, block_bytes=size, offset=offset))
         offset += -(-layers * num_blocks * size // _PLANE_ALIGN) * _PLANE_ALIGN
-    return KvLayout(block_tokens=kv.block_tokens, num_blocks=num_blocks, planes=tuple(placed))
+    return KvLayout(block_tokens=block_tokens, num_blocks=num_blocks, planes=tuple(placed))
 
 
-def format_id(spec: ModelSpec, fingerprint: str, layout: KvLayout, dtype: torch.dtype, numerics: str) -> str:
-    """Identity of cached values: caches with equal ids may exchange blocks, others never. `num_blocks` is no part."""
-    dtype_name = str(dtype).removeprefix("torch.")
+def format_id(
+    spec: ModelSpec, fingerprint: str, layout: KvLayout, dtype: torch.dtype, numerics: str, kernels: str = ""
+) -> str:
+    """Identity of cached values: caches with equal ids may exchange blocks, others never. `num_blocks` is no part.
+
+    `dtype`: of the pages. `kernels`: the table that computes them, which is part of it where tokens are promised to
+    the last bit: two tables round differently.
+    """
+    pages = "fp8" if dtype == torch.uint8 else dtype_name(dtype)
     planes = [(plane.name, plane.num_layers, plane.block_bytes) for plane in layout.planes]
-    parts = (_ROW_FORMAT, spec.digest(), fingerprint, dtype_name, numerics, layout.block_tokens, planes)
+    computed = kernels if numerics == "exact" else numerics
+    parts = (_ROW_FORMAT, spec.digest(), fingerprint, pages, numerics, computed, layout.block_tokens, planes)
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-    return f"{dtype_name}-{numerics}-b{layout.block_tokens}-{digest}"
+    return f"{pages}-{numerics}-b{layout.block_tokens}-{digest}"
 
 
-def _planes(spec: ModelSpec, block_tokens: int, itemsize: int, with_mtp: bool) -> Iterator[tuple[str, int, int]]:
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, `bfloat16`, …"""
+    return str(dtype).removeprefix("torch.")
+
+
+def _planes(spec: ModelSpec, block_tokens: int, dtype: torch.dtype, with_mtp: bool) -> Iterator[tuple[str, int, int]]:
     """(name, layers, bytes of a block), in the order of the arena."""
-    latent = block_tokens * spec.latent_dim * itemsize
-    index = 0 if spec.indexer is None else block_tokens * spec.indexer.head_dim * itemsize
+    latent, index = spec.latent_dim * dtype.itemsize, 0
+    if spec.indexer is not None:
+        index = spec.indexer.head_dim * dtype.itemsize
+    if dtype == torch.uint8:  # fp8 pages: e4m3 values, an fp32 scale for every 128 of them, the rotated part in bf16
+        latent = spec.kv_lora_rank + 4 * (spec.kv_lora_rank // _SCALE_GROUP) + 2 * spec.rope.dim
+        index += 4 if index else 0
+    latent, index = block_tokens * latent, block_tokens * index
     groups = [("", spec.num_layers)]
     if with_mtp and spec.num_mtp_layers:
         groups.append(("mtp_", spec.num_mtp_layers))

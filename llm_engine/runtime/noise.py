@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llm_engine.ops import to_device
+
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -76,7 +78,7 @@ class ExponentialNoise:
         keys_R1 = keys.view(np.int64)[:, None]
         if isinstance(self._steps, np.ndarray):
             return torch.from_numpy(_exponential(keys_R1 + self._steps, _NUMPY))
-        out: Tensor = _exponential(torch.from_numpy(keys_R1).to(self._steps.device) + self._steps, _TORCH)
+        out: Tensor = _exponential(to_device(torch.from_numpy(keys_R1), self._steps.device) + self._steps, _TORCH)
         return out
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import ForwardBatch
+from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.runtime.batch import SequenceRows, build_batch
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
@@ -29,12 +29,26 @@ class Model(Protocol):
     @property
     def row_tile(self) -> int: ...
     @property
+    def dtype(self) -> torch.dtype: ...  # of hidden states
+    @property
     def has_mtp(self) -> bool: ...
 
     def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor: ...
     def logits(self, hidden_MH: Tensor) -> Tensor: ...
     def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor: ...
     def draft_logits(self, hidden_MH: Tensor) -> Tensor: ...
+
+
+class RecordedPasses(Protocol):
+    """Passes of decode that were recorded. N rows, H hidden, V vocabulary; None: no recording holds the batch."""
+
+    def decode(self, batch: ForwardBatch) -> tuple[Tensor, Tensor] | None:
+        """Hidden states [N, H] and logits [N, V], valid until the next pass."""
+        ...
+
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Tensor | None:
+        """States [N, H] of the MTP layer, valid until the next pass."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +62,18 @@ class StepOutput:
 
 
 class Runner:
-    """Drives one model over one store. A sequence needs a slot (`open`) while it takes part in passes."""
+    """Drives one model over one store. A sequence needs a slot (`open`) while it takes part in passes.
 
-    def __init__(self, model: Model, store: KvStore, num_slots: int) -> None:
+    Batches are built on the host and cross to the store's device. `recorded`: passes of decode that need not be
+    launched kernel by kernel.
+    """
+
+    def __init__(self, model: Model, store: KvStore, num_slots: int, recorded: RecordedPasses | None = None) -> None:
         self.model = model
-        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.arena.device)
+        self.device = store.device
+        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.device)
         self._store = store
+        self._recorded = recorded
         self._free_slots = list(range(num_slots))[::-1]
 
     def open(self, seq: Sequence) -> None:
@@ -80,21 +100,32 @@ class Runner:
             SequenceRows(chunk.seq.tokens[chunk.start : chunk.end], chunk.start, chunk.seq.blocks) for chunk in chunks
         ]
         batch = self._batch(rows)
-        hidden_RH = self.model.forward(batch, self._store, on_layer)
+        if not chunks and self._recorded is not None and (result := self._recorded.decode(batch)) is not None:
+            hidden_NH, logits_NV = result
+            # A copy: states are read after further passes, which reuse the recordings' memory.
+            return self._draw(hidden_NH.clone(), batch.row_starts, decodes, chunks, logits_NV)
+        hidden_RH = self.model.forward(batch.to(self.device), self._store, on_layer)
         return self._draw(hidden_RH, batch.row_starts, decodes, chunks)
 
     def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor) -> Tensor:
-        """States [N, H] of the MTP layer for rows of (next token, hidden state)."""
+        """States [N, H] of the MTP layer for rows of (next token, hidden state). Valid until the next pass."""
         batch = self._batch(rows)
+        if self._recorded is not None and (states_NH := self._recorded.draft(batch, hidden_NH)) is not None:
+            return states_NH
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
-        return self.model.mtp(batch, hidden_RH, self._store)[: len(hidden_NH)]
+        return self.model.mtp(batch.to(self.device), hidden_RH, self._store)[: len(hidden_NH)]
 
     def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
         return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
 
     def _draw(
-        self, hidden_RH: Tensor, starts: tuple[int, ...], decodes: Seq[Sequence], chunks: Seq[Chunk]
+        self,
+        hidden_RH: Tensor,
+        starts: tuple[int, ...],
+        decodes: Seq[Sequence],
+        chunks: Seq[Chunk],
+        logits_MV: Tensor | None = None,
     ) -> StepOutput:
         num_decodes = len(decodes)
         num_decode_rows = starts[num_decodes]
@@ -103,9 +134,11 @@ class Runner:
             return StepOutput(hidden_RH, starts, Drawn([], {}), [])
         hidden_MH = hidden_RH[:num_decode_rows]
         if ends:
-            hidden_MH = torch.cat([hidden_MH, hidden_RH[ends]])
+            hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
         drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
         counts = [1 + len(seq.drafts) for seq in decodes] + [1] * len(ends)
-        drawn = self.sampler.draw(self.model.logits(hidden_MH), DrawRows(drawing, [0] * len(drawing), counts))
+        if logits_MV is None:
+            logits_MV = self.model.logits(hidden_MH)
+        drawn = self.sampler.draw(logits_MV, DrawRows(drawing, [0] * len(drawing), counts))
         drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
         return StepOutput(hidden_RH, starts, drawn, drawn_starts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.api.request import TokenLogprobs
+from llm_engine.ops import to_device
 from llm_engine.runtime.logit_edits import LogitEdits
 from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.sched.sequence import Sequence
@@ -109,8 +111,8 @@ class Sampler:
         else:
             tokens_R, scores_R = self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled)
         tokens = [
-            token if math.isfinite(score) else INVALID
-            for token, score in zip(tokens_R.tolist(), scores_R.tolist(), strict=True)
+            int(token) if math.isfinite(score) else INVALID
+            for token, score in torch.stack([tokens_R.double(), scores_R.double()], 1).tolist()  # one wait for both
         ]
         wanted = self._reports[slot_of_row] if report else np.zeros(0, dtype=bool)
         return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {})
@@ -129,7 +131,7 @@ class Sampler:
             return self._noise(keys)
         if rows == list(range(len(self._primed))):
             return self._primed_noise_RV
-        return self._primed_noise_RV[rows]
+        return self._primed_noise_RV[self._upload(np.array(rows))]
 
     def _draw_sampled(
         self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64], sampled: npt.NDArray[np.bool_]
@@ -139,21 +141,24 @@ class Sampler:
             return self._race(logits_RV, slots, keys)
         tokens_R, scores_R = _best(logits_RV)
         chosen = np.flatnonzero(sampled)
-        where = torch.from_numpy(chosen).to(self._device)
+        where = self._upload(chosen)
         tokens_R[where], scores_R[where] = self._race(logits_RV[where], slots[chosen], keys[chosen])
         return tokens_R, scores_R
 
     def _race(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
-        temperature_R = torch.from_numpy(self._temperature[slots]).to(self._device)
+        temperature_R = self._upload(self._temperature[slots])
         probs_RV = (logits_RV / temperature_R.unsqueeze(1)).softmax(dim=-1)
         filtered = self._filtered[slots]
         if filtered.any():
             chosen = np.flatnonzero(filtered)
-            where = torch.from_numpy(chosen).to(self._device)
-            top_k = torch.from_numpy(self._top_k[slots[chosen]]).to(self._device)
-            top_p = torch.from_numpy(self._top_p[slots[chosen]]).to(self._device)
+            where = self._upload(chosen)
+            top_k = self._upload(self._top_k[slots[chosen]])
+            top_p = self._upload(self._top_p[slots[chosen]])
             probs_RV[where] = keep_most_likely(probs_RV[where], top_k, top_p)
         return _best(probs_RV.div_(self._noise_of(keys)))
+
+    def _upload(self, values: npt.NDArray[Any]) -> Tensor:
+        return to_device(torch.from_numpy(values), self._device)
 
     def _edit(self, logits_RV: Tensor, rows: DrawRows) -> Tensor:
         """A copy with bias, penalties and bans applied to the rows of sequences that have any."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from llm_engine.ops import to_device
 from llm_engine.runtime.batch import SequenceRows
 from llm_engine.runtime.runner import Runner
 from llm_engine.runtime.sampler import INVALID, DrawRows
@@ -59,7 +60,7 @@ class Speculator:
         active = [(seq, wanted) for seq, wanted in zip(seqs, num_drafts, strict=True) if wanted and seq in last_row]
         if active:
             self._runner.sampler.prime([seq for seq, _ in active], [1 + wanted for _, wanted in active])
-        states_AH = states_RH[[last_row[seq] for seq, _ in active]]
+        states_AH = self._rows_of(states_RH, [last_row[seq] for seq, _ in active])
         while active:
             tokens = self._draw([seq for seq, _ in active], states_AH)
             unfinished = []
@@ -71,7 +72,7 @@ class Speculator:
             active = [active[place] for place in unfinished]
             if active:
                 chained = [self._chained_row(seq) for seq, _ in active]
-                states_AH = self._runner.mtp(chained, states_AH[unfinished])
+                states_AH = self._runner.mtp(chained, self._rows_of(states_AH, unfinished))
 
     def _catch_up(self) -> tuple[Tensor, dict[Sequence, int]]:
         """Run all waiting rows; returns the layer's states and each sequence's last row in them."""
@@ -92,6 +93,11 @@ class Speculator:
         """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""
         rows = DrawRows(seqs, [len(seq.drafts) for seq in seqs], [1] * len(seqs))
         return self._runner.sampler.draw(self._runner.model.draft_logits(states_AH), rows, report=False).tokens
+
+    def _rows_of(self, states_RH: Tensor, rows: list[int]) -> Tensor:
+        if rows == list(range(len(states_RH))):
+            return states_RH
+        return states_RH[to_device(torch.tensor(rows, dtype=torch.int64), self._runner.device)]
 
     def _chained_row(self, seq: Sequence) -> SequenceRows:
         """The newest draft, at the position before its own."""

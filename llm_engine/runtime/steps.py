@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.request import FinishReason
+from llm_engine.ops import to_device
 from llm_engine.runtime.layer_feed import LayerFeed, Span
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.roster import Roster
@@ -219,8 +220,8 @@ def state_bytes(hidden_H: Tensor) -> bytes:
     return hidden_H.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
-def state_from_bytes(data: bytes, hidden_size: int, dtype: torch.dtype) -> Tensor:
+def state_from_bytes(data: bytes, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Inverse of `state_bytes`, as one row [1, H]. Raises ValueError when the size does not fit."""
     if len(data) != hidden_size * dtype.itemsize:
         raise ValueError(f"hidden state of {len(data)} bytes: expected {hidden_size * dtype.itemsize}")
-    return torch.frombuffer(bytearray(data), dtype=dtype).unsqueeze(0)
+    return to_device(torch.frombuffer(bytearray(data), dtype=dtype).unsqueeze(0), device)

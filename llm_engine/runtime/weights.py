@@ -1,9 +1,16 @@
-"""Reads a checkpoint: one pass over the shards, dequantised and converted on the way, fingerprinted as stored."""
+"""Reads a checkpoint: one pass over the shards, dequantised and converted on the way, fingerprinted as stored.
+
+`load_weights` keeps all of it in host memory. `WeightStream` brings tensors to a device while a model is being built:
+a model that packs what it asks for and lets go of it never has more than a few of them around.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,29 +19,35 @@ from typing import Any
 import torch
 import xxhash
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
 from safetensors import safe_open
 from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.checkpoint import (
+    FINAL_NORM,
+    HEAD,
     StoredTensor,
     TensorInfo,
     Weights,
     expected_tensors,
     is_ignorable,
+    layer_prefix,
     mtp_copies,
     scale_name,
     scan,
 )
 from llm_engine.models.fp8 import dequantise_blocks
 from llm_engine.models.spec import ModelSpec
+from llm_engine.ops import to_device
 
 logger = logging.getLogger(__name__)
 
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _FP8_DTYPE = "F8_E4M3"
 _MAX_NAMED = 4  # how many offenders an error message names
+_READERS = 4
+_AHEAD_BYTES = 1 << 30  # read before they are asked for
 
 
 def load_weights(
@@ -45,12 +58,7 @@ def load_weights(
     `with_mtp=False` leaves the draft layer out. `progress` shows a bar while loading, on terminals only.
     Raises ConfigError, in one line, naming tensors that are missing, unknown, of a wrong shape or an unknown format.
     """
-    with_mtp = with_mtp and spec.num_mtp_layers > 0
-    stored = scan(path)
-    infos = expected_tensors(spec, with_mtp=with_mtp)
-    copies = {copy: main for copy, main in mtp_copies(spec).items() if with_mtp and copy in stored}
-    infos |= {copy: infos[main] for copy, main in copies.items()}
-    _check(path, stored, infos, spec.num_layers + int(with_mtp))
+    stored, infos, copies, with_mtp = _survey(path, spec, with_mtp)
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     in_file_order = sorted(infos, key=lambda name: (stored[name].file, name))
@@ -67,11 +75,120 @@ def load_weights(
     return Weights(tensors, _fingerprint(digests), has_mtp=with_mtp)
 
 
+class WeightStream(Mapping[str, Tensor]):
+    """The tensors of a checkpoint on a device, each read when it is asked for and not kept here.
+
+    Threads read ahead in the order in which a model is built, hash what they read, and dequantise on the device. Use it
+    as a context manager around `build_model`, then ask for the `fingerprint`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        with_mtp: bool = True,
+        progress: bool = True,
+    ) -> None:
+        """As `load_weights`. Raises ConfigError as it does."""
+        stored, infos, copies, self.has_mtp = _survey(path, spec, with_mtp)
+        self._path, self._spec, self._dtype, self._device = path, spec, dtype, device
+        self._copies, self._infos = copies, infos
+        self._shards = _Shards(stored)
+        self._digests: dict[str, str] = {}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
+        self._waiting = deque(_build_order(infos, spec.num_layers))
+        self._coming: dict[str, Future[Tensor]] = {}
+        self._ahead_bytes = 0
+        console = Console(stderr=True)
+        columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not (progress and console.is_terminal)
+        )
+        self._bar = self._progress.add_task(path.name, total=sum(map(self._size, infos)))
+
+    @property
+    def weights(self) -> Weights:
+        """For `build_model`; the fingerprint is not known yet."""
+        return Weights(self, "", has_mtp=self.has_mtp)
+
+    def fingerprint(self) -> str:
+        """Of the whole content, also of what nobody has asked for."""
+        for name in self._infos:
+            if name not in self._digests:
+                _, self._digests[name] = _stored(self._shards, self._spec, name)
+        return _fingerprint({name: self._digests[name] for name in self._infos})
+
+    def __enter__(self) -> WeightStream:
+        self._shards.__enter__()
+        self._progress.start()
+        self._drop_equal_copies()
+        self._read_ahead()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._readers.shutdown(cancel_futures=True)
+        self._progress.stop()
+        self._shards.__exit__(kind, exc, tb)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._infos:
+            raise KeyError(name)
+        coming = self._coming.pop(name, None)
+        if coming is None:  # asked for again, or out of the order
+            return self._read(name)
+        tensor = coming.result()
+        self._ahead_bytes -= self._size(name)
+        self._progress.advance(self._bar, self._size(name))
+        self._read_ahead()
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def _drop_equal_copies(self) -> None:
+        for copy, main in self._copies.items():
+            for name in (copy, main):
+                _, self._digests[name] = _stored(self._shards, self._spec, name)
+            if self._digests[copy] == self._digests[main]:
+                del self._infos[copy], self._digests[copy]
+                self._waiting.remove(copy)
+            else:
+                logger.warning("%s: %s differs from %s; drafts use their own", self._path, copy, main)
+
+    def _read_ahead(self) -> None:
+        while self._waiting and self._ahead_bytes < _AHEAD_BYTES:
+            name = self._waiting.popleft()
+            self._ahead_bytes += self._size(name)
+            self._coming[name] = self._readers.submit(self._read, name)
+
+    def _read(self, name: str) -> Tensor:
+        """In any thread. Streams of devices are those of the thread that builds: work on a device stays in order."""
+        if self._device.index is not None:
+            torch.accelerator.set_device_index(self._device.index)
+        parts, digest = _stored(self._shards, self._spec, name)
+        self._digests[name] = digest
+        dtype = torch.float32 if self._infos[name].exact else self._dtype
+        return _converted(name, self._shards, self._spec, [to_device(part, self._device) for part in parts], dtype)
+
+    def _size(self, name: str) -> int:
+        return self._shards.stored[name].num_bytes
+
+
 class _Shards:
     """Open files of a checkpoint; tensors come memory-mapped."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored
+        self._lock = threading.Lock()
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
 
@@ -83,28 +200,64 @@ class _Shards:
 
     def read(self, name: str) -> Tensor:
         file = self.stored[name].file
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 
 
+def _survey(
+    path: Path, spec: ModelSpec, with_mtp: bool
+) -> tuple[dict[str, StoredTensor], dict[str, TensorInfo], dict[str, str], bool]:
+    """What is stored, what is to be loaded, which of it may repeat another tensor, whether there is a draft layer."""
+    with_mtp = with_mtp and spec.num_mtp_layers > 0
+    stored = scan(path)
+    infos = expected_tensors(spec, with_mtp=with_mtp)
+    copies = {copy: main for copy, main in mtp_copies(spec).items() if with_mtp and copy in stored}
+    infos |= {copy: infos[main] for copy, main in copies.items()}
+    _check(path, stored, infos, spec.num_layers + int(with_mtp))
+    return stored, infos, copies, with_mtp
+
+
+def _build_order(infos: Mapping[str, TensorInfo], num_layers: int) -> list[str]:
+    """About the order in which a model asks: the head is built after the main layers."""
+    late = layer_prefix(num_layers)
+    return sorted(infos, key=lambda name: (name.startswith(late), name in (FINAL_NORM, HEAD)))  # stable
+
+
 def _load(shards: _Shards, spec: ModelSpec, name: str, dtype: torch.dtype) -> tuple[Tensor, str]:
     """One tensor in `dtype`, and a digest of its stored bytes (scales included)."""
+    parts, digest = _stored(shards, spec, name)
+    return _converted(name, shards, spec, parts, dtype), digest
+
+
+def _stored(shards: _Shards, spec: ModelSpec, name: str) -> tuple[list[Tensor], str]:
+    """Values, with their scales if they are fp8, as stored, and a digest of the bytes."""
     values = shards.read(name)
     content = xxhash.xxh3_128(_bytes(values))
+    parts = [values]
     if shards.stored[name].dtype == _FP8_DTYPE:
         scale_key = scale_name(name, shards.stored)
         if scale_key is None or spec.fp8_block is None:
             needed = "its _scale_inv tensor" if scale_key is None else "weight_block_size in config.json"
             raise ConfigError(f"{shards.stored[name].file}: {name} is fp8 but {needed} is missing")
-        scale = shards.read(scale_key)
-        content.update(_bytes(scale))
-        try:
-            values = dequantise_blocks(values, scale, spec.fp8_block)
-        except ValueError as exc:
-            raise ConfigError(f"{shards.stored[name].file}: {scale_key}: {exc}") from exc
-    return values.to(dtype), f"{shards.stored[name].dtype}{content.hexdigest()}"
+        parts.append(shards.read(scale_key))
+        content.update(_bytes(parts[1]))
+    return parts, f"{shards.stored[name].dtype}{content.hexdigest()}"
+
+
+def _converted(name: str, shards: _Shards, spec: ModelSpec, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stored values, wherever they lie, in the dtype of the compute path."""
+    values, *scales = parts
+    if not scales:
+        return values.to(dtype)
+    assert spec.fp8_block is not None, "checked when the scales were read"
+    try:
+        return dequantise_blocks(values, scales[0], spec.fp8_block).to(dtype)
+    except ValueError as exc:
+        scale_key = scale_name(name, shards.stored)
+        raise ConfigError(f"{shards.stored[name].file}: {scale_key}: {exc}") from exc
 
 
 def _check(path: Path, stored: Mapping[str, StoredTensor], infos: Mapping[str, TensorInfo], num_layers: int) -> None:

@@ -1,4 +1,8 @@
-"""From a configuration to an engine: read the model's shape, lay out the caches, load weights, build."""
+"""From a configuration to an engine: read the model's shape, load weights, lay out the caches, build.
+
+On the host the caches lie in memory that the worker's hand-off gives, so that peers reach them. On a card they are the
+engine's own, sized from what is left beside weights and the largest pass; see `staging` for how they are handed on.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +15,41 @@ from dataclasses import dataclass
 import torch
 
 from llm_engine.api.config import ClusterConfig
+from llm_engine.api.errors import ConfigError
 from llm_engine.api.handoff import KvLayout
 from llm_engine.api.messages import Role
-from llm_engine.models.deepseek_v32 import build_model
+from llm_engine.models.deepseek_v32 import CausalLM, build_model
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops.load import load_ops
+from llm_engine.ops.load import choose_device, load_ops
 from llm_engine.ops.table import Ops
 from llm_engine.runtime.engine import Engine
-from llm_engine.runtime.kv_store import KvStore, format_id, plan_layout
-from llm_engine.runtime.weights import load_weights
+from llm_engine.runtime.kv_store import KvStore, format_id, page_dtype, plan_layout
+from llm_engine.runtime.memory import MemoryReport, free_and_total, size_caches, taken, trial_pass
+from llm_engine.runtime.recorded import Recorded
+from llm_engine.runtime.weights import WeightStream
 from llm_engine.sched import LayerSink
 from llm_engine.serving import preflight
+from llm_engine.serving.staging import Mirror, staging_layout
 
 _log = logging.getLogger(__name__)
+
+HostMemory = Callable[[int], memoryview]  # gives so many bytes of page-aligned memory that peers can reach
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is known before weights are read: enough to allocate the caches' arena."""
+    """What is known before weights are read. `layout`: of caches on the host; on a card it depends on what is free."""
 
     spec: ModelSpec
     ops: Ops
-    layout: KvLayout
+    pages: torch.dtype
+    layout: KvLayout | None
     with_mtp: bool
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the caches lie in host memory."""
+        return self.ops.device.type == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +57,69 @@ class Assembly:
     """An engine with the identity its caches have on the wire."""
 
     engine: Engine
-    layout: KvLayout
+    store: KvStore
     format_id: str
     weight_version: str
+    region: KvLayout  # of the host memory that peers reach: the caches, or the slots they are handed on through
+    mirror: Mirror | None = None  # between the caches and that memory, where they are two
+    memory: MemoryReport | None = None  # None on the host
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the engine's caches."""
+        return self.store.layout
 
 
 def plan(config: ClusterConfig, *, uses_control_port: bool) -> Plan:
-    """Run the preflight checks, read the model's shape and lay out the caches. Raises ConfigError."""
+    """Run the preflight checks, read the model's shape and choose kernels and pages. Raises ConfigError."""
     preflight.check(config, uses_control_port=uses_control_port)
     spec = ModelSpec.from_dir(config.model.path)
-    ops = load_ops(config.engine.backend, config.engine.numerics, config.engine.dtype)
-    with_mtp = spec.num_mtp_layers > 0 and config.engine.num_drafts > 0
-    layout = plan_layout(spec, config.kv, ops.dtype, with_mtp=with_mtp)
+    engine = config.engine
+    ops = load_ops(engine.backend, engine.numerics, engine.dtype, engine.device)
+    pages = page_dtype(spec, config.kv, engine.backend, ops.dtype)
+    with_mtp = spec.num_mtp_layers > 0 and engine.num_drafts > 0
+    if ops.device.type != "cpu":
+        return Plan(spec, ops, pages, None, with_mtp)
+    layout = plan_layout(spec, config.kv, pages, with_mtp=with_mtp)
     preflight.check_memory(layout.arena_bytes + preflight.checkpoint_bytes(config.model.path))
-    return Plan(spec, ops, layout, with_mtp)
+    return Plan(spec, ops, pages, layout, with_mtp)
 
 
 def assemble(
-    config: ClusterConfig, plan: Plan, buffer: memoryview, role: Role, on_layer: LayerSink | None = None
+    config: ClusterConfig, plan: Plan, host_memory: HostMemory, role: Role, on_layer: LayerSink | None = None
 ) -> Assembly:
-    """Load weights and build the engine over `buffer` (`plan.layout.arena_bytes` of memory). Raises ConfigError."""
+    """Load weights and build the engine. Raises ConfigError.
+
+    `host_memory` is called once, but by an aggregated engine on a card, which needs none.
+    """
     started = time.monotonic()
     use_threads(config.engine.threads)
     plan.ops.self_check()
-    weights = load_weights(config.model.path, plan.spec, plan.ops.dtype, with_mtp=plan.with_mtp)
-    model = build_model(plan.spec, weights, plan.ops, config.model.max_len)
-    store = KvStore(plan.layout, torch.frombuffer(buffer, dtype=torch.uint8), plan.ops.dtype)
-    identity = format_id(plan.spec, weights.fingerprint, plan.layout, plan.ops.dtype, config.engine.numerics)
-    engine = Engine(config, model, store, role=role, format_id=identity, on_layer=on_layer)
+    with WeightStream(config.model.path, plan.spec, plan.ops.dtype, plan.ops.device, with_mtp=plan.with_mtp) as stream:
+        model = build_model(plan.spec, stream.weights, plan.ops, config.model.max_len)
+        fingerprint = stream.fingerprint()
+    weights_s = time.monotonic() - started
+    if plan.on_host:
+        store, report = _on_host(plan, host_memory), None
+        recorded = _record(config, plan, model, store, role)
+    else:
+        store, recorded, report = _on_device(config, plan, model, role)
+        _log.info("%s", report)
+    kernels, numerics = plan.ops.name, config.engine.numerics
+    identity = format_id(plan.spec, fingerprint, store.layout, plan.pages, numerics, kernels)
+    engine = Engine(config, model, store, role=role, format_id=identity, on_layer=on_layer, recorded=recorded)
     gc.collect()
     gc.freeze()  # weights and modules live as long as the process: the collector need not look at them again
-    _log.info("model %s ready after %.2f s, format %s", config.model.served_name, time.monotonic() - started, identity)
-    return Assembly(engine, plan.layout, identity, weights.fingerprint)
+    _log.info(
+        "model %s ready after %.2f s (weights %.2f s) on %s, kernels %s, format %s",
+        config.model.served_name, time.monotonic() - started, weights_s, plan.ops.device, kernels, identity,
+    )  # fmt: skip
+    region, mirror = store.layout, None
+    if not plan.on_host and role is not Role.AGGREGATED:
+        region = staging_layout(store.layout, config.kv, engine.max_len)
+        slots = torch.frombuffer(host_memory(region.arena_bytes), dtype=torch.uint8)
+        mirror = Mirror(store, region, slots, plan.ops)
+    return Assembly(engine, store, identity, fingerprint, region, mirror, report)
 
 
 def use_threads(num_threads: int) -> None:
@@ -82,4 +129,66 @@ def use_threads(num_threads: int) -> None:
 
 def thread_setup(config: ClusterConfig) -> Callable[[], None]:
     """What the step thread does first."""
-    return lambda: use_threads(config.engine.threads)
+
+    def prepare() -> None:
+        use_threads(config.engine.threads)
+        if config.engine.backend != "cpu":
+            choose_device(config.engine.device)
+
+    return prepare
+
+
+def _on_host(plan: Plan, host_memory: HostMemory) -> KvStore:
+    assert plan.layout is not None, "known for caches on the host"
+    memory = torch.frombuffer(host_memory(plan.layout.arena_bytes), dtype=torch.uint8)
+    return KvStore(plan.layout, memory, plan.pages)
+
+
+def _on_device(
+    config: ClusterConfig, plan: Plan, model: CausalLM, role: Role
+) -> tuple[KvStore, Recorded | None, MemoryReport]:
+    device = plan.ops.device
+    weights = taken(device)
+    smallest = config.kv.model_copy(update={"num_blocks": 8})
+    trial = plan_layout(plan.spec, smallest, plan.pages, with_mtp=plan.with_mtp)
+    most_drawn = config.scheduler.max_num_seqs * (1 + config.engine.num_drafts)
+    rows = config.scheduler.max_step_tokens + most_drawn
+    activations = trial_pass(model, trial, plan.pages, device, rows, most_drawn)
+    layout = size_caches(config, plan.spec, plan.pages, device, activations, plan.with_mtp)
+    try:
+        store = KvStore.allocate(layout, plan.pages, device)
+    except torch.OutOfMemoryError as exc:
+        free, _ = free_and_total(device)
+        raise ConfigError(
+            f"kv.num_blocks={layout.num_blocks}: the caches need {layout.arena_bytes >> 20} MiB of the device, "
+            f"{free >> 20} are free; lower kv.num_blocks, kv.memory_mb or kv.memory_fraction"
+        ) from exc
+    before, _ = free_and_total(device)
+    recorded = _record(config, plan, model, store, role)
+    free, total = free_and_total(device)
+    report = MemoryReport(
+        weights=weights,
+        activations=activations,
+        caches=layout.arena_bytes,
+        graphs=max(before - free, 0),
+        free=free,
+        total=total,
+    )
+    return store, recorded, report
+
+
+def _record(config: ClusterConfig, plan: Plan, model: CausalLM, store: KvStore, role: Role) -> Recorded | None:
+    """Record the passes of decode, where that is wanted and the table can."""
+    if role is Role.PREFILL or not config.engine.graphs or plan.ops.row_tile != 1:
+        return None
+    recorded = Recorded(
+        model,
+        store,
+        plan.ops,
+        num_drafts=config.engine.num_drafts if plan.with_mtp else 0,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_len=min(model.max_len, store.num_blocks * store.block_tokens),
+    )
+    if not plan.on_host:  # where nothing is recorded, preparing would only compute
+        recorded.prepare()
+    return recorded

@@ -38,6 +38,8 @@ def devices(config: ClusterConfig) -> str:
     backend = config.engine.backend
     if backend not in ACCELERATORS:
         return f"{os.cpu_count()} CPUs"
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreted on the CPU"
     module: Any = importlib.import_module("torch")
     if backend == "npu":
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_engine.ops import ForwardBatch, Ops, load_ops
 from llm_engine.ops_triton.lang import INTERPRETED
-from llm_engine.runtime.graphs import DecodeGraphs
+from llm_engine.runtime.graphs import DecodeGraphs, PassGraphs
 from tests.models.harness import Harness, random_tokens
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the harness keeps its tensors on the CPU")
@@ -54,11 +54,37 @@ def test_the_smallest_recording_that_holds_a_batch_is_chosen(nano_dir: Path, exa
     for unfit in (
         [(seq, 0, [3, 4]) for seq in range(5)],  # too many sequences
         [(0, 47, [3, 4])],  # too long a context
-        [(0, 4, [3])],  # another number of rows
-        [(0, 4, [3, 4]), (1, 0, [3])],
+        [(0, 4, [3, 4, 5])],  # too many rows
+        [(0, 4, [3, 4]), (1, 0, [3, 4, 5])],
     ):
         assert ladder.run(harness.batch(unfit)) is None
     assert len(shapes) == 2
+
+
+def test_sequences_with_fewer_rows_leave_places_empty(nano_dir: Path, exact: Ops) -> None:
+    """As when drafts end at the longest length. States that go in stand beside their rows."""
+    harness = Harness.load(nano_dir, exact, num_seqs=3, max_len=48)
+    rows = [(0, 0, [3, 4, 5]), (1, 0, [6]), (2, 0, [7, 8])]
+    batch = harness.batch(rows)
+    states = torch.randn(batch.num_rows, harness.model.spec.hidden_size)
+    plain = harness.model.mtp(batch, states, harness.store)
+    arena = harness.store.arena.clone()
+
+    def draft(batch: ForwardBatch, state_RH: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert state_RH is not None
+        return harness.model.mtp(batch, state_RH, harness.store), batch.positions_R
+
+    ladder = PassGraphs(
+        draft, exact, rows_per_seq=3, num_seqs=[4], max_contexts=[16], block_tokens=16,
+        state_width=harness.model.spec.hidden_size,
+    )  # fmt: skip
+    harness.store.arena.zero_()
+    recorded = ladder.run(batch, states)
+    assert recorded is not None
+    assert torch.equal(recorded[0], plain)
+    assert recorded[1].tolist() == [0, 1, 2, 0, 0, 1]
+    written = harness.store.arena != 0
+    assert torch.equal(harness.store.arena[written], arena[written])
 
 
 def test_impossible_ladders_are_refused(exact: Ops) -> None:

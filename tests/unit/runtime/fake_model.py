@@ -57,6 +57,7 @@ class FakeModel:
         self.spec = SPEC
         self.max_len = max_len
         self.row_tile = row_tile
+        self.dtype = torch.float32
         self.has_mtp = True
         self.num_mtp_passes = 0
         self.poison: int | None = None

@@ -1,0 +1,94 @@
+"""The passes of decode that an engine records at start: verifying K drafts, catching up the draft layer, one draft.
+
+Everything is recorded before the first request comes: a recording made later would stall what runs, and a card does not
+take other work while it records.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llm_engine.models.deepseek_v32 import CausalLM
+from llm_engine.ops import ForwardBatch, Ops
+from llm_engine.runtime.graphs import Pass, PassGraphs
+from llm_engine.runtime.kv_store import KvStore
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FIRST_CONTEXT = 2048
+_CONTEXT_STEP = 8
+
+
+class Recorded:
+    """See `runner.RecordedPasses`. Holds memory of its own; results are overwritten by the next pass."""
+
+    def __init__(
+        self, model: CausalLM, store: KvStore, ops: Ops, *, num_drafts: int, max_num_seqs: int, max_len: int
+    ) -> None:
+        sizes, contexts = batch_ladder(max_num_seqs), context_ladder(max_len)
+
+        def ladder(forward: Pass[T], rows_per_seq: int, state_width: int = 0) -> PassGraphs[T]:
+            return PassGraphs(
+                forward,
+                ops,
+                rows_per_seq=rows_per_seq,
+                num_seqs=sizes,
+                max_contexts=contexts,
+                block_tokens=store.block_tokens,
+                state_width=state_width,
+            )
+
+        def verify(batch: ForwardBatch, _: Tensor | None) -> tuple[Tensor, Tensor]:
+            hidden_RH = model.forward(batch, store)
+            return hidden_RH, model.logits(hidden_RH)
+
+        def draft(batch: ForwardBatch, state_RH: Tensor | None) -> Tensor:
+            assert state_RH is not None
+            return model.mtp(batch, state_RH, store)
+
+        self._verify = ladder(verify, 1 + num_drafts)
+        rows = {0: [], 1: [2]}.get(num_drafts, [1, 1 + num_drafts])
+        self._drafts = [ladder(draft, count, model.spec.hidden_size) for count in rows]
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record everything. Takes seconds."""
+        started = time.monotonic()
+        self._verify.prepare()
+        for graphs in self._drafts:
+            graphs.prepare()
+        count = len(self._verify) + sum(map(len, self._drafts))
+        _log.info("%d passes of decode recorded in %.1f s", count, time.monotonic() - started)
+
+    def decode(self, batch: ForwardBatch) -> tuple[Tensor, Tensor] | None:
+        """Hidden states and logits of all rows, or None where no recording holds the batch."""
+        return self._verify.run(batch)
+
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Tensor | None:
+        """States of the draft layer for all rows, or None where no recording holds the batch."""
+        for graphs in self._drafts:
+            states_NH = graphs.run(batch, hidden_NH)
+            if states_NH is not None:
+                return states_NH
+        return None
+
+
+def batch_ladder(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, … and the most."""
+    return sorted({min(1 << power, max_num_seqs) for power in range(max_num_seqs.bit_length() + 1)})
+
+
+def context_ladder(max_len: int) -> list[int]:
+    """Bounds that grow by a factor of 8, the last one being the most."""
+    bounds, bound = [], _FIRST_CONTEXT
+    while 2 * bound < max_len:
+        bounds.append(bound)
+        bound *= _CONTEXT_STEP
+    return [*bounds, max_len]
