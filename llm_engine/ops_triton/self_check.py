@@ -17,10 +17,10 @@ _ROWS: Final = 66  # more than a tile
 
 def check_products(make_product: Callable[[Tensor], Product], dtype: torch.dtype, device: torch.device) -> None:
     """Compare products of the same rows in several batches, bit for bit. Raises ConfigError. Seconds, to compile."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for depth, out in _DEPTH_AND_OUT:
-        rows = torch.randn(_ROWS, depth, generator=generator).to(device, dtype)
-        product = make_product(torch.randn(out, depth, generator=generator).to(device, dtype))
+        rows = torch.randn(_ROWS, depth, generator=generator, device=device).to(dtype)
+        product = make_product(torch.randn(out, depth, generator=generator, device=device).to(dtype))
         if not _independent(product, rows):
             raise ConfigError(
                 f"engine.numerics=exact: this card rounds a row by its place in the batch "
