@@ -1,19 +1,19 @@
 """Time of prefill and of a decode step of a slice of the model on one card, beside the least time the card needs.
 
-`baton bench engine --slice L --batch B --context C [--mtp K] [--routing uniform|trace] [--json]`. The slice has the
-real model's width, one dense layer and L - 1 with experts. TPOT is wall time between the tokens of a sequence on the
-host, everything included; with drafts it follows from the step's time and the acceptance that is assumed.
+`baton bench engine --slice L --point BxC [--point BxC …] [--mtp K] [--routing uniform|trace] [--profile] [--json]`. The
+slice has the real model's width, one dense layer and L - 1 with experts; all points run over one set of weights. TPOT
+is wall time between the tokens of a sequence on the host, everything included; with drafts it follows from the step's
+time and the acceptance that is assumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,183 +21,125 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds
-from benchmarks.engine_slice import SliceCaches, drawn_weights, routed, slice_spec
+from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds, target_ms
+from benchmarks.engine_profile import kernel_times, lines_of
+from benchmarks.engine_run import Point, Sequences
+from benchmarks.engine_slice import drawn_weights, routed, slice_spec
 from llm_engine.models.deepseek_v32 import CausalLM, build_model
 from llm_engine.models.spec import ModelSpec
-from llm_engine.ops import ForwardBatch, Ops, load_ops
-from llm_engine.runtime.batch import SequenceRows, build_batch
-from llm_engine.runtime.graphs import DecodeGraphs
+from llm_engine.ops import Ops, load_ops
 
-BLOCK_TOKENS = 64
+_TABLE = ("1x1024", "1x65536", "16x8192", "64x4096", "128x2048")  # the points whose targets are known
+_PROFILED_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """What is the same for every point."""
 
-    batch: int
-    context: int
-    mtp: int = 0
     acceptance: float = 0.85  # of every draft, given those before it
-    steps: int = 32
-    chunk: int = 8192  # rows of a prefill pass
     fp8: bool = True
     trace: Tensor | None = None  # expert ids [T, K]; None: uniform routing
-
-
-class Slice:
-    """A model with caches, and sequences that own scattered blocks of them."""
-
-    def __init__(self, spec: ModelSpec, ops: Ops, options: Options) -> None:
-        self.ops, self.options = ops, options
-        # Every step advances a sequence by all its rows; the graph's bound covers the warm-up too.
-        longest = options.context + (options.steps + 2) * (1 + options.mtp)
-        per_seq = -(-longest // BLOCK_TOKENS)
-        self.bound = per_seq * BLOCK_TOKENS
-        max_rows = max(options.chunk, options.batch * (1 + options.mtp))
-        table = routed(ops, spec, max_rows, options.trace)
-        with_mtp = options.mtp > 0
-        weights = drawn_weights(spec, ops, with_mtp=with_mtp)
-        self.model: CausalLM = build_model(spec, weights, table, self.bound)
-        blocks = options.batch * per_seq
-        self.caches = SliceCaches.allocate(spec, ops, blocks, BLOCK_TOKENS, fp8=options.fp8, mtp=with_mtp)
-        order = random.Random(0).sample(range(blocks), blocks)
-        self.tables = [order[seq :: options.batch] for seq in range(options.batch)]
-        self._vocab = spec.vocab_size
-
-    def rows(self, seq: int, start: int, count: int) -> SequenceRows:
-        """Some tokens of a sequence at positions from `start` on."""
-        return SequenceRows([(seq + start + i) % self._vocab for i in range(count)], start, self.tables[seq])
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Next tokens of all rows and, with drafts, the drafted ones: [R + S · K]."""
-        hidden_RH = self.model.forward(batch, self.caches)
-        tokens_R = self.model.logits(hidden_RH).argmax(-1)
-        return torch.cat([tokens_R, *self._drafts(batch, hidden_RH)])
-
-    def _drafts(self, batch: ForwardBatch, hidden_RH: Tensor) -> list[Tensor]:
-        """One pass over all verified rows, then single rows; these keep their positions, which costs the same."""
-        drafted: list[Tensor] = []
-        last = torch.arange(batch.num_seqs, device=self.ops.device) * (1 + self.options.mtp) + self.options.mtp
-        for _ in range(self.options.mtp):
-            hidden_RH = self.model.mtp(batch, hidden_RH, self.caches)
-            if not drafted:
-                hidden_RH = hidden_RH[last]
-                batch = _only(batch, last)
-            drafted.append(self.model.draft_logits(hidden_RH).argmax(-1))
-        return drafted
-
-    def prefill(self) -> float:
-        """Seconds to prefill every sequence, in passes of at most `chunk` rows."""
-        waiting = [(seq, 0) for seq in range(self.options.batch)]
-        self._wait()
-        started = time.perf_counter()
-        while waiting:
-            budget, rows = self.options.chunk, []
-            while waiting and budget:
-                seq, start = waiting.pop(0)
-                count = min(self.options.context - start, budget)
-                rows.append(self.rows(seq, start, count))
-                budget -= count
-                if start + count < self.options.context:
-                    waiting.insert(0, (seq, start + count))
-            batch = build_batch(rows, block_tokens=BLOCK_TOKENS, row_tile=self.ops.row_tile).to(self.ops.device)
-            hidden_RH = self.model.forward(batch, self.caches)
-            ends = torch.tensor(batch.row_starts[1:], device=self.ops.device) - 1
-            self.model.logits(hidden_RH[ends]).argmax(-1)
-        self._wait()
-        return time.perf_counter() - started
-
-    def decode(self) -> tuple[list[float], float]:
-        """Seconds of each step, tokens read back; and of a step when the host only launches."""
-        rows_per_seq = 1 + self.options.mtp
-        graphs = DecodeGraphs(
-            self.forward,
-            self.ops,
-            rows_per_seq=rows_per_seq,
-            num_seqs=[self.options.batch],
-            max_contexts=[self.bound],
-            block_tokens=BLOCK_TOKENS,
-        )
-        graphs.prepare()
-        times = []
-        for step in range(self.options.steps):
-            started = time.perf_counter()
-            self._step(graphs, self.options.context + step * rows_per_seq).tolist()
-            times.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        for _ in range(self.options.steps):
-            self._step(graphs, self.options.context)
-        self._wait()
-        return times, (time.perf_counter() - started) / self.options.steps
-
-    def _step(self, graphs: DecodeGraphs, start: int) -> Tensor:
-        rows = [self.rows(seq, start, 1 + self.options.mtp) for seq in range(self.options.batch)]
-        tokens = graphs.run(build_batch(rows, block_tokens=BLOCK_TOKENS, row_tile=self.ops.row_tile))
-        assert tokens is not None, "the recording was made for these steps"
-        return tokens
-
-    def _wait(self) -> None:
-        if self.ops.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-
-def _only(batch: ForwardBatch, rows: Tensor) -> ForwardBatch:
-    """A batch of one row a sequence: those given. Nothing of it waits for the device."""
-    return ForwardBatch(
-        token_ids_R=batch.token_ids_R[rows],
-        positions_R=batch.positions_R[rows],
-        slots_N=batch.slots_N[rows],
-        block_tables_SB=batch.block_tables_SB,
-        row_starts=tuple(range(batch.num_seqs + 1)),
-        context_lens=batch.context_lens,
-    )
+    profile: bool = False
 
 
 @torch.inference_mode()
-def measure(spec: ModelSpec, ops: Ops, options: Options, card: Card) -> dict[str, Any]:
-    """Prefill and decode, with the floors of `card`."""
-    built = time.perf_counter()
-    model = Slice(spec, ops, options)
-    load_s = time.perf_counter() - built
-    model.prefill()  # compiles and allocates
-    prefill_s = model.prefill()
-    times, launch_s = model.decode()
-    step_s = statistics.median(times)
-    accepted = 1 + sum(options.acceptance**draft for draft in range(1, options.mtp + 1))
-    read = decode_bytes(spec, options.batch, options.context, 1 + options.mtp)
-    floor_s, prefill_floor_s = read / card.bytes_per_s, prefill_seconds(spec, card, options.batch, options.context)
-    on_device = ops.device.type != "cpu"
-    return {
+def measure(
+    spec: ModelSpec, ops: Ops, points: Sequence[Point], options: Options, card: Card
+) -> Iterator[dict[str, Any]]:
+    """Prefill and decode at each point, with the floors of `card`. Weights are drawn once."""
+    started = time.perf_counter()
+    with_mtp = any(point.mtp for point in points)
+    max_rows = max(max(point.chunk, point.batch * point.rows_per_seq) for point in points)
+    table = routed(ops, spec, max_rows, options.trace)
+    weights = drawn_weights(spec, ops, with_mtp=with_mtp)
+    model = build_model(spec, weights, table, max(point.longest for point in points))
+    common = {
         "table": ops.name,
         "pages": "fp8" if options.fp8 else str(ops.dtype).removeprefix("torch."),
         "layers": spec.num_layers,
-        "batch": options.batch,
-        "context": options.context,
-        "mtp": options.mtp,
-        "acceptance": options.acceptance if options.mtp else None,
         "routing": "uniform" if options.trace is None else "trace",
-        "load_s": round(load_s, 2),
+        "load_s": round(time.perf_counter() - started, 2),
+        "weights_gb": _gigabytes(ops, torch.accelerator.memory_allocated),
+    }
+    for point in points:
+        yield common | _measure_point(model, ops, point, options, card)
+
+
+def _measure_point(model: CausalLM, ops: Ops, point: Point, options: Options, card: Card) -> dict[str, Any]:
+    spec, on_card = model.spec, ops.device.type != "cpu"
+    if on_card:
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+    sequences = Sequences(model, ops, point, fp8=options.fp8)
+    sequences.prefill()  # compiles and allocates
+    prefill_s = sequences.prefill()
+    times = sequences.decode()
+    accepted = 1 + sum(options.acceptance**draft for draft in range(1, point.mtp + 1))
+    read = decode_bytes(spec, point.batch, point.context, point.rows_per_seq)
+    floor_s = read / card.bytes_per_s
+    prefill_floor_s = prefill_seconds(spec, card, point.batch, point.context)
+    wanted_ms = None if point.mtp else target_ms(spec, point.batch, point.context)
+    result: dict[str, Any] = {
+        "batch": point.batch,
+        "context": point.context,
+        "mtp": point.mtp,
+        "acceptance": options.acceptance if point.mtp else None,
         "prefill_s": round(prefill_s, 4),
+        "prefill_chunk": point.chunk,
         "prefill_floor_s": round(prefill_floor_s, 4),
-        "prefill_tokens_per_s": round(options.batch * options.context / prefill_s),
-        "step_ms": round(step_s * 1e3, 3),
-        "launch_only_ms": round(launch_s * 1e3, 3),
-        "tpot_ms": round(step_s / accepted * 1e3, 3),
+        "prefill_over_floor": round(prefill_s / prefill_floor_s, 3),
+        "prefill_tokens_per_s": round(point.batch * point.context / prefill_s),
+        "step_ms": round(times.step * 1e3, 3),
+        "device_ms": round(times.device * 1e3, 3),
+        "host_ms": round(times.host * 1e3, 3),
+        "host_overhead": round(max(1 - times.device / times.step, 0), 4),
+        "tpot_ms": round(times.step / accepted * 1e3, 3),
         "floor_bytes": round(read),
         "floor_ms": round(floor_s * 1e3, 3),
-        "step_over_floor": round(step_s / floor_s, 3),
-        "memory_gb": round(torch.accelerator.max_memory_allocated() / 1e9, 2) if on_device else None,
+        "step_over_floor": round(times.step / floor_s, 3),
+        "target_ms": wanted_ms,
+        "target_over_floor": None if wanted_ms is None else round(wanted_ms / 1e3 / floor_s, 3),
+        "caches_gb": round(sequences.caches.num_bytes / 1e9, 2),
+        "peak_gb": _gigabytes(ops, torch.accelerator.max_memory_allocated),
     }
+    if options.profile and on_card:
+        result["decode_kernels"] = _profile_decode(sequences)
+        result["prefill_kernels"] = kernel_times(sequences.prefill, 1)
+    return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+def _profile_decode(sequences: Sequences) -> list[dict[str, Any]]:
+    step = sequences.record()
+    step(0)
+
+    def steps() -> None:
+        for number in range(_PROFILED_STEPS):
+            step(number)
+
+    return kernel_times(steps, _PROFILED_STEPS)
+
+
+def _gigabytes(ops: Ops, read: Any) -> float | None:
+    return None if ops.device.type == "cpu" else round(read() / 1e9, 2)
+
+
+def _point(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected sequences x tokens, such as 16x8192")
+    return int(found[1]), int(found[2])
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="baton bench engine", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--slice", type=int, default=8, metavar="L", help="layers (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default %(default)s)")
-    parser.add_argument("--context", type=int, default=1024, metavar="C", help="tokens prefilled (default %(default)s)")
+    parser.add_argument(
+        "--point", type=_point, action="append", metavar="BxC", help="sequences x tokens prefilled; may be repeated"
+    )
+    parser.add_argument("--table", action="store_true", help=f"the points {', '.join(_TABLE)}")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="one point's sequences (default %(default)s)")
+    parser.add_argument("--context", type=int, default=1024, metavar="C", help="and tokens (default %(default)s)")
     parser.add_argument("--mtp", type=int, default=0, choices=range(4), metavar="K", help="drafts a step")
     parser.add_argument("--acceptance", type=float, default=0.85, help="assumed of every draft (default %(default)s)")
     parser.add_argument("--routing", choices=("uniform", "trace"), default="uniform")
@@ -207,23 +149,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32, help="decode steps measured (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=8192, help="rows of a prefill pass (default %(default)s)")
     parser.add_argument("--gb-per-s", type=float, default=4270.0, help="memory rate of the floor (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--profile", action="store_true", help="also the time of every kernel")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = _parser()
     args = parser.parse_args(argv)
     if (args.routing == "trace") != (args.trace is not None):
         parser.error("--routing trace and --trace FILE go together")
+    pairs = [*(args.point or []), *(map(_point, _TABLE) if args.table else [])] or [(args.batch, args.context)]
+    points = [
+        Point(batch=batch, context=context, mtp=args.mtp, steps=args.steps, chunk=args.chunk)
+        for batch, context in pairs
+    ]
     options = Options(
-        batch=args.batch,
-        context=args.context,
-        mtp=args.mtp,
         acceptance=args.acceptance,
-        steps=args.steps,
-        chunk=args.chunk,
         fp8=args.format == "fp8",
         trace=None if args.trace is None else torch.from_numpy(np.load(args.trace)),
+        profile=args.profile,
     )
     ops = load_ops("triton", args.numerics, args.format)
-    result = measure(slice_spec(args.slice), ops, options, Card(bytes_per_s=args.gb_per_s * 1e9))
-    print(json.dumps(result) if args.json else "\n".join(f"{name:22}{value}" for name, value in result.items()))
+    results = []
+    for result in measure(slice_spec(args.slice), ops, points, options, Card(bytes_per_s=args.gb_per_s * 1e9)):
+        results.append(result)
+        if not args.json:
+            print("\n".join(lines_of(result)), flush=True)
+    if args.json:
+        print(json.dumps(results))
     return 0
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from llm_engine.models.spec import IndexerSpec, ModelSpec
 
 _LATENT_BYTES, _INDEX_BYTES = 656, 132
+# Milliseconds a step, drafts aside, that eight layers should take on an H200.
+_TARGETS_MS = {(1, 1024): 2.1, (1, 65536): 2.3, (16, 8192): 9.8, (64, 4096): 18.5, (128, 2048): 23.9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,11 @@ def decode_bytes(spec: ModelSpec, batch: int, context: int, rows_per_seq: int = 
     seen = context if spec.indexer is None else min(context, spec.indexer.topk)
     scored = _scored(spec.indexer, context)
     return weights + batch * spec.num_layers * (_LATENT_BYTES * seen + _INDEX_BYTES * scored)
+
+
+def target_ms(spec: ModelSpec, batch: int, context: int) -> float | None:
+    """Milliseconds that a decode step is wanted to take, where that was laid down."""
+    return _TARGETS_MS.get((batch, context)) if spec.num_layers == 8 else None
 
 
 def prefill_seconds(spec: ModelSpec, card: Card, batch: int, context: int) -> float:

@@ -109,6 +109,13 @@ class SliceCaches:
     layers: tuple[Planes, ...]
     mtp: Planes | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all planes."""
+        planes = [*self.layers, *([] if self.mtp is None else [self.mtp])]
+        tensors = [tensor for pair in planes for tensor in (pair.latent, pair.index) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     @classmethod
     def allocate(
         cls, spec: ModelSpec, ops: Ops, blocks: int, block_tokens: int, *, fp8: bool, mtp: bool

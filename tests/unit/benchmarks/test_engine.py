@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from benchmarks import engine
-from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds
-from benchmarks.engine_slice import DrawnTensors, SliceCaches, routed, slice_spec
+from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds, target_ms
+from benchmarks.engine_run import BLOCK_TOKENS, Point, Sequences, best
+from benchmarks.engine_slice import DrawnTensors, SliceCaches, drawn_weights, routed, slice_spec
+from llm_engine.models.deepseek_v32 import build_model
 from llm_engine.models.sizes import size_config
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import GateConfig, Ops, load_ops
+from llm_engine.runtime.batch import SequenceRows, build_batch
 
 NANO = ModelSpec.from_config(size_config("nano"))
 
@@ -73,28 +76,74 @@ def test_routing_is_spread_or_follows_the_trace(ops: Ops) -> None:
 
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_measures_prefill_and_decode(ops: Ops, mtp: int) -> None:
-    options = engine.Options(batch=3, context=40, mtp=mtp, steps=2, chunk=50, fp8=False)
-    result = engine.measure(NANO, ops, options, Card())
-    assert result["prefill_s"] > 0
-    assert result["tpot_ms"] == pytest.approx(
-        result["step_ms"] / (1 + sum(0.85**k for k in range(1, mtp + 1))), rel=0.01
-    )
-    assert result["step_over_floor"] > 1
-    assert json.loads(json.dumps(result)) == result
+    """Two points over one set of weights."""
+    points = [Point(batch=batch, context=40, mtp=mtp, steps=2, chunk=50) for batch in (3, 1)]
+    results = list(engine.measure(NANO, ops, points, engine.Options(fp8=False), Card()))
+    assert [result["batch"] for result in results] == [3, 1]
+    for result in results:
+        assert result["prefill_s"] > 0
+        accepted = 1 + sum(0.85**k for k in range(1, mtp + 1))
+        assert result["tpot_ms"] == pytest.approx(result["step_ms"] / accepted, rel=0.01)
+        assert result["step_over_floor"] > 1
+        assert result["device_ms"] > 0
+        assert result["host_ms"] > 0
+        assert result["caches_gb"] >= 0
+    assert json.loads(json.dumps(results)) == results
+
+
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_every_step_takes_the_tokens_of_the_one_before(ops: Ops, mtp: int) -> None:
+    """Steps that feed each other on the device give what passes over the same tokens give, one at a time."""
+    point = Point(batch=2, context=40, mtp=mtp, steps=2, chunk=80)
+    with torch.inference_mode():
+        model = build_model(NANO, drawn_weights(NANO, ops, with_mtp=mtp > 0), ops, point.longest)
+        chained, single = (Sequences(model, ops, point, fp8=False) for _ in range(2))
+        chained.prefill()
+        single.prefill()
+        step, fed = chained.record(), []
+        for sequences in (chained, single):
+            sequences._tokens_SK.zero_()
+        for number in range(3):
+            fed.append(chained._tokens_SK.clone())
+            tokens = step(number).clone()
+            start = 40 + number * point.rows_per_seq
+            rows = [SequenceRows(fed[-1][seq].tolist(), start, single._tables[seq]) for seq in range(point.batch)]
+            hidden = model.forward(build_batch(rows, block_tokens=BLOCK_TOKENS, row_tile=1), single.caches)
+            assert tokens.tolist() == model.logits(hidden).argmax(-1).tolist()
+            assert chained._tokens_SK[:, 0].tolist() == tokens.view(point.batch, -1)[:, -1].tolist()
+
+
+def test_best_is_the_largest() -> None:
+    torch.manual_seed(0)
+    for vocab in (129280, 640, 97):
+        logits = torch.randn(3, vocab)
+        assert best(logits).tolist() == logits.argmax(-1).tolist()
 
 
 def test_sequences_are_prefilled_whole(ops: Ops) -> None:
     """Chunks of 50 rows over three prompts of 40: the caches equal those of a pass over everything."""
     with torch.inference_mode():
-        slices = [
-            engine.Slice(NANO, ops, engine.Options(batch=3, context=40, chunk=chunk, fp8=False)) for chunk in (50, 120)
-        ]
-        for part in slices:
-            part.prefill()
-        planes = [torch.stack([layer.latent for layer in part.caches.layers[:1]]) for part in slices]
+        points = [Point(batch=3, context=40, steps=2, chunk=chunk) for chunk in (50, 120)]
+        model = build_model(NANO, drawn_weights(NANO, ops, with_mtp=False), ops, points[0].longest)
+        runs = [Sequences(model, ops, point, fp8=False) for point in points]
+        for run in runs:
+            run.prefill()
+        planes = [torch.stack([layer.latent for layer in run.caches.layers[:1]]) for run in runs]
     torch.testing.assert_close(*planes, atol=2e-2, rtol=2e-2)
     written = planes[0].abs().amax(-1).flatten() > 0
     assert int(written.sum()) == 3 * 40
+
+
+def test_a_point_is_sequences_by_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        engine.main(["--point", "16"])
+    assert "16x8192" in capsys.readouterr().err
+
+
+def test_targets_belong_to_eight_layers() -> None:
+    assert target_ms(slice_spec(8), 64, 4096) == 18.5
+    assert target_ms(slice_spec(8), 64, 4097) is None
+    assert target_ms(slice_spec(9), 64, 4096) is None
 
 
 def test_a_trace_needs_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
