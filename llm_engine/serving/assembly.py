@@ -99,6 +99,7 @@ def assemble(
         model = build_model(plan.spec, stream.weights, plan.ops, config.model.max_len)
         fingerprint = stream.fingerprint()
     weights_s = time.monotonic() - started
+    plan.ops.warm_up(config.scheduler.max_step_tokens)
     if plan.on_host:
         store, report = _on_host(plan, host_memory), None
         recorded = _record(config, plan, model, store, role)

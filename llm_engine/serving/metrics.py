@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -59,6 +59,12 @@ class WorkerMetrics:
     ) -> None:
         """Export the gauges of `load`, the worker's identity and its links."""
         self.registry.register(_LoadCollector(info, load, links))
+
+    def device_memory(self, num_bytes: Mapping[str, int]) -> None:
+        """What this worker takes of its accelerator, by use."""
+        gauge = Gauge("baton_device_memory_bytes", "Device memory by use", ["use"], registry=self.registry)
+        for use, count in num_bytes.items():
+            gauge.labels(use).set(count)
 
     def accepted(self, num_tokens: int) -> None:
         """A request of `num_tokens` tokens was taken."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -87,6 +88,8 @@ class Worker(ABC, Generic[D]):
             self._info = info = self._bind()
             self._steps.start()
             await self._steps.call(lambda engine: None)  # the thread runs, and the first load is known
+            if self._assembly.memory is not None:
+                self._metrics.device_memory(dataclasses.asdict(self._assembly.memory))
             self._metrics.watch(info, lambda: self._vitals.load, lambda: self.links)
             services = (self._plane.run(info), *self._peer_services(info))
             self._services = [asyncio.create_task(service) for service in services]

@@ -1,0 +1,106 @@
+"""`exact` on the card: the same tokens however a request is served, for pages in full and in fp8.
+
+The reference computes every request alone, without drafts, recordings or a prefix cache, in one chunk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from llm_engine.api.messages import Submit
+from llm_engine.api.request import pack_tokens, unpack_tokens
+from llm_engine.sched import Failure
+from tests.gpu.lab import Lab, StagedPair, requests
+from tests.unit.runtime.harness import Driver
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+
+LENGTHS = (1, 15, 17, 33, 48, 50, 64, 65, 80, 90, 120, 130)
+NUM_OUTPUT = 12
+Outputs = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module", params=["bf16-auto", "bf16-fp8"])
+def lab(request: pytest.FixtureRequest, tiny_dir: Path, card: Any) -> Lab:
+    dtype, pages = request.param.split("-")
+    return Lab.load(tiny_dir, numerics="exact", dtype=dtype, pages=pages)
+
+
+@pytest.fixture(scope="module")
+def submits(lab: Lab) -> list[Submit]:
+    return requests(lab.spec, LENGTHS, NUM_OUTPUT)
+
+
+@pytest.fixture(scope="module")
+def outputs(lab: Lab, submits: list[Submit]) -> Outputs:
+    alone = lab.alone(submits)
+    assert {len(tokens) for tokens in alone.values()} == {NUM_OUTPUT}
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(LENGTHS), "the comparison can fail"
+    return alone
+
+
+def serve(driver: Driver, submits: list[Submit]) -> Outputs:
+    for submit in submits:
+        driver.add(submit)
+    driver.run()
+    return driver.outputs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "recorded"])
+@pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
+def test_in_batches(lab: Lab, submits: list[Submit], outputs: Outputs, num_drafts: int, graphs: bool) -> None:
+    driver, _ = lab.driver(num_drafts=num_drafts, graphs=graphs, chunk=32, max_num_seqs=8)
+    assert serve(driver, submits) == outputs
+
+
+@pytest.mark.parametrize("chunk", [16, 48, 256])
+def test_in_chunks(lab: Lab, submits: list[Submit], outputs: Outputs, chunk: int) -> None:
+    driver, _ = lab.driver(num_drafts=1, chunk=chunk, max_num_seqs=12)
+    assert serve(driver, submits) == outputs
+
+
+def test_with_a_warm_prefix_cache(lab: Lab, submits: list[Submit], outputs: Outputs) -> None:
+    driver, _ = lab.driver(num_drafts=2, graphs=True, chunk=64)
+    assert serve(driver, submits) == outputs
+    driver.outputs.clear()
+    again = [msgspec.structs.replace(submit, attempt=submit.attempt + 1) for submit in submits]
+    assert serve(driver, again) == outputs
+    assert sum(result.stats.cached_tokens for result in driver.results) > 0
+
+
+def test_after_preemption(lab: Lab, submits: list[Submit], outputs: Outputs) -> None:
+    """Too few blocks: sequences are handed back and come again with what they have."""
+    driver, _ = lab.driver(num_drafts=1, num_blocks=24, chunk=64, max_num_seqs=8, prefix_cache=False)
+    waiting = {submit.request_id: submit for submit in submits}
+    for submit in submits:
+        driver.add(submit)
+    for _ in range(4000):
+        result = driver.step()
+        for failure in driver.failed:
+            _resubmit(driver, failure, waiting)
+        driver.failed.clear()
+        if result is None and len(driver.finishes) == len(submits):
+            break
+    assert driver.outputs == outputs
+    assert sum(result.stats.preempted for result in driver.results) > 0, "nothing was preempted"
+
+
+def _resubmit(driver: Driver, failure: Failure, waiting: dict[str, Submit]) -> None:
+    assert failure.retryable, failure.reason
+    old = waiting[failure.seq.request_id]
+    prompt = unpack_tokens(old.tokens)[: old.num_prompt]
+    tokens = pack_tokens([*prompt, *driver.outputs[old.request_id]])
+    new = msgspec.structs.replace(old, attempt=old.attempt + 1, tokens=tokens)
+    waiting[old.request_id] = new
+    driver.add(new)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+def test_handed_over_through_host_memory(lab: Lab, submits: list[Submit], outputs: Outputs, num_drafts: int) -> None:
+    pair = StagedPair(lab, num_drafts, graphs=True, chunk=32)
+    few = submits[:8]
+    assert pair.run(few) == {submit.request_id: outputs[submit.request_id] for submit in few}

@@ -1,0 +1,112 @@
+"""Prefill and decode workers as processes that share one card, behind the router; one of them is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deploy.processes import ProcessCluster
+from tests.e2e.client import Ask, complete_all, essence, random_asks
+from tests.gpu.conftest import Note
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(280)]
+
+_START_S = 240.0  # a process that finds no compiled kernels makes them
+_WHOLE: dict[str, Any] = {
+    "model.name": "baton",
+    "model.max_len": 512,
+    "engine.backend": "triton",
+    "engine.dtype": "bf16",
+    "engine.numerics": "exact",
+    "engine.num_drafts": 1,
+    "kv.num_blocks": 512,
+    "scheduler.max_num_seqs": 16,
+    "router.heartbeat_timeout_s": 1.5,
+    "router.queue_timeout_s": 100.0,
+}
+
+
+def cluster(path: Path, run_dir: Path, transport: str, pages: str, **pools: int) -> ProcessCluster:
+    own = {"model.path": str(path), "transfer.transport": transport, "kv.format": pages}
+    return ProcessCluster(run_dir, {**_WHOLE, **own}, **pools)
+
+
+def started(running: ProcessCluster) -> ProcessCluster:
+    try:
+        running.start(_START_S)
+    except BaseException:
+        running.stop()
+        raise
+    return running
+
+
+def served(running: ProcessCluster, asks: list[Ask], at_once: int) -> list[Any]:
+    return [essence(c) for c in asyncio.run(complete_all(running.url, asks, at_once=at_once, streaming=True))]
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[Ask]:
+    return random_asks(24, seed=3, longest=200, max_tokens=40)
+
+
+@pytest.fixture(scope="module", params=["auto", "fp8"], ids=["bf16-pages", "fp8-pages"])
+def pages(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, asks: list[Ask], pages: str) -> list[Any]:
+    """One aggregated worker, one request at a time."""
+    run_dir = tmp_path_factory.mktemp("aggregated")
+    running = started(cluster(tiny_dir, run_dir, "auto", pages, prefill=0, decode=0, aggregated=1))
+    try:
+        return served(running, asks, at_once=1)
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def pair(
+    request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, pages: str
+) -> Iterator[ProcessCluster]:
+    running = started(cluster(tiny_dir, tmp_path_factory.mktemp("pair"), request.param, pages))
+    yield running
+    running.stop()
+
+
+def test_two_processes_give_the_tokens_of_one(
+    pair: ProcessCluster, asks: list[Ask], reference: list[Any], note: Note
+) -> None:
+    begun = time.monotonic()
+    assert served(pair, asks, at_once=12) == reference
+    note(seconds=round(time.monotonic() - begun, 2), requests=len(asks), **memory(pair))
+
+
+def test_a_killed_worker_costs_no_token(pair: ProcessCluster, asks: list[Ask], reference: list[Any]) -> None:
+    for victim in ("decode-0", "prefill-0"):
+
+        async def disturbed(name: str = victim) -> list[Any]:
+            serving = asyncio.create_task(complete_all(pair.url, asks, at_once=12, streaming=True))
+            await asyncio.sleep(0.3)  # some are under way; where exactly does not matter
+            pair.kill(name, signal.SIGKILL)
+            await asyncio.to_thread(pair.restart, name, _START_S)
+            return await serving
+
+        assert [essence(choice) for choice in asyncio.run(disturbed())] == reference, victim
+
+
+def memory(running: ProcessCluster) -> dict[str, float]:
+    """The memory report of the decode worker, in MiB, from its metrics."""
+    address = running.infos["decode-0"]["metrics_addr"]
+    text = httpx.get(address, trust_env=False).text
+    lines = [line for line in text.splitlines() if line.startswith("baton_device_memory_bytes{")]
+    found = {line.split('"')[1]: round(float(line.split()[-1]) / (1 << 20), 1) for line in lines}
+    assert found, "no memory report"
+    return found
