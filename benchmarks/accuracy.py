@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.grading import Verdict, ask, wilson
 from benchmarks.loadgen import served_model
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from llm_engine.training.samples import Sample, draw
 from llm_engine.training.skills import EVALUATION
 

@@ -21,25 +21,24 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import psutil
 
+from benchmarks.handoff_compute import Compute, DeviceCompute, HostCompute
+from benchmarks.handoff_limits import DeviceLimit, Limit, MemoryLimit, Rate, SocketLimit
 from benchmarks.handoff_rig import (
     BLOCK_TOKENS,
     FORMATS,
     KEY,
-    Limit,
-    MemoryLimit,
     Parcel,
-    SocketLimit,
+    device_memory,
     make_info,
     make_layout,
     pick,
     receive,
 )
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.writer import Handoff, HandoffClient
@@ -47,6 +46,9 @@ from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout
 from llm_engine.api.messages import Peer, Role, Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
+
+if TYPE_CHECKING:
+    from kv_transfer.device import DeviceRegion
 
 _FIRST = FirstToken(token=0, logprobs=None, hidden=bytes(14336), cached_tokens=0)
 _SMALL_TOKENS = 512
@@ -95,16 +97,20 @@ class Run:
     mode: Mode
     samples: list[Sample] = field(default_factory=list)
     round_s: list[float] = field(default_factory=list)
-    limits: list[float] = field(default_factory=list)  # GB/s, one before every round
+    cpu_s: list[float] = field(default_factory=list)  # of the writing process, a round
+    limits: list[Rate] = field(default_factory=list)  # one before every round
 
 
 class Writer:
     """The sending process: a pool, a client, and a step thread for every hand-off at once."""
 
-    def __init__(self, args: argparse.Namespace, layout: KvLayout, client: HandoffClient, peer: Peer) -> None:
+    def __init__(
+        self, args: argparse.Namespace, layout: KvLayout, client: HandoffClient, peer: Peer, compute: Compute
+    ) -> None:
         self._layout = layout
         self._client = client
         self._peer = peer
+        self._compute_layer = compute
         self._layer_s = args.compute_ms_per_layer / 1e3
         self._chunk_blocks = max(1, (args.chunk_tokens or args.tokens) // BLOCK_TOKENS)
         self._numbers = itertools.count()
@@ -147,14 +153,13 @@ class Writer:
         cached = cached_tokens // BLOCK_TOKENS
         for layer in range(num_layers if cached else 0):
             handoff.layer_ready(layer, 0, blocks[:cached])
-        due = time.monotonic()
+        compute = self._compute_layer.begin()
         for first in range(cached, len(blocks), self._chunk_blocks):
             chunk = blocks[first : first + self._chunk_blocks]
             for layer in range(num_layers):
-                due += self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks))
-                time.sleep(max(0.0, due - time.monotonic()))
+                compute.layer(self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks)))
                 handoff.layer_ready(layer, first, chunk)
-        return time.monotonic()
+        return compute.end()
 
 
 def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -163,6 +168,7 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
     exposed = sorted(report.exposed_s * 1e3 for report in reports)
     round_bytes = sum(report.num_bytes for report in reports) / len(run.round_s)
     rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
+    plain = [rate.gb_per_s for rate in run.limits]
     verify = [received[str(sample.parcel.number)]["verify_s"] for sample in run.samples]
     control = [max(0.0, r.exposed_s - r.drain_s - v) for r, v in zip(reports, verify, strict=True)]
     result: dict[str, Any] = {
@@ -176,10 +182,12 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
         "total_ms_p50": round(1e3 * statistics.median(s.ended - s.started for s in run.samples), 3),
         "gb_per_s_best": round(max(rates), 2),
         "gb_per_s_median": round(statistics.median(rates), 2),
-        f"{limit.name}_gb_per_s_best": round(max(run.limits), 2),
-        f"{limit.name}_gb_per_s_median": round(statistics.median(run.limits), 2),
-        "share_of_limit_best": round(max(rates) / max(run.limits), 3),
-        "share_of_limit_median": round(statistics.median(a / b for a, b in zip(rates, run.limits, strict=True)), 3),
+        f"{limit.name}_gb_per_s_best": round(max(plain), 2),
+        f"{limit.name}_gb_per_s_median": round(statistics.median(plain), 2),
+        "share_of_limit_best": round(max(rates) / max(plain), 3),
+        "share_of_limit_median": round(statistics.median(a / b for a, b in zip(rates, plain, strict=True)), 3),
+        "cpu_ms_per_gb": round(statistics.median(run.cpu_s) * 1e12 / round_bytes, 1),
+        f"{limit.name}_cpu_ms_per_gb": round(statistics.median(r.cpu_s for r in run.limits) * 1e12 / round_bytes, 1),
         "stage_ms_p50": {
             "hash": round(1e3 * statistics.median(r.hash_s for r in reports), 3),
             "send": round(1e3 * statistics.median(r.write_s for r in reports), 3),
@@ -205,36 +213,39 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
     """Run every wanted mode against a receiver in a child process."""
     wanted = modes(args.tokens, args.repeat)
     runs = [Run(mode) for name, mode in wanted.items() if args.mode in (name, "all")]
-    source = Arena.create(layout.arena_bytes, shared=False)
-    np.frombuffer(source.buffer, dtype=np.uint8)[:] = 7
+    source, compute = _source(args, layout)
     async with _receiver(args.words) as (child, hello):
         client = HandoffClient(
-            config=config, key=KEY, info=make_info("p", Role.PREFILL, layout, ""), layout=layout, source=source.buffer
+            config=config, key=KEY, info=make_info("p", Role.PREFILL, layout, ""), layout=layout, source=source
         )
         serving = asyncio.create_task(client.run())
         run_bytes = max(plane.block_bytes for plane in layout.planes) * layout.num_blocks
-        limit: Limit = (
-            MemoryLimit(source.buffer, hello, run_bytes)
-            if args.transport == "shm"
-            else SocketLimit(source.buffer, hello)
-        )
-        writer = Writer(args, layout, client, Peer(name="d", incarnation="d", control_addr=hello["address"]))
-        await writer.round(Mode("warm-up", BLOCK_TOKENS, 1))
+        limit: Limit
+        if not isinstance(source, memoryview):
+            limit = DeviceLimit(source, hello)
+        elif args.transport == "shm":
+            limit = MemoryLimit(source, hello, run_bytes)
+        else:
+            limit = SocketLimit(source, hello)
+        peer = Peer(name="d", incarnation="d", control_addr=hello["address"])
+        writer = Writer(args, layout, client, peer, compute)
+        await writer.round(Mode("warm-up", args.tokens, 1))
+        await writer.round(Mode("warm-up", args.tokens, 1, scattered=True))
         for run in runs:
             await _run(run, writer, limit, layout.bytes_per_block())
-        peer = client.stats().peers[0]
+        link = client.stats().peers[0]
         await client.close()
         await serving
         writer.close()
         received = json.loads((await child.communicate(b""))[0])
     return {
-        "transport": peer.transport,
-        "reason": peer.reason,
+        "transport": link.transport,
+        "reason": link.reason,
         "checksum": args.checksum,
         "kv_format": args.kv_format,
         "layers": args.layers,
         "compute_ms_per_layer": args.compute_ms_per_layer,
-        "machine": machine(),
+        "machine": machine() + (f", {_cards()}" if args.transport == "cuda_ipc" else ""),
         "modes": [summarise(run, limit, received) for run in runs],
     }
 
@@ -244,9 +255,20 @@ async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int) -> 
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
     for _ in range(mode.rounds):
         run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
         run.samples += await writer.round(mode)
         run.round_s.append(time.monotonic() - started)
+        run.cpu_s.append(time.process_time() - cpu)
+
+
+def _source(args: argparse.Namespace, layout: KvLayout) -> tuple[memoryview | DeviceRegion, Compute]:
+    """The writer's pool and what computes into it."""
+    if args.transport == "cuda_ipc":
+        region = device_memory(layout, args.device, filled=True)
+        return region, DeviceCompute(region.device)
+    memory = Arena.create(layout.arena_bytes, shared=False).buffer
+    np.frombuffer(memory, dtype=np.uint8)[:] = 7
+    return memory, HostCompute()
 
 
 @contextlib.asynccontextmanager
@@ -268,7 +290,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="baton bench handoff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--transport", choices=("shm", "tcp", "mooncake"), default="shm")
+    parser.add_argument("--transport", choices=("shm", "tcp", "mooncake", "cuda_ipc"), default="shm")
+    parser.add_argument("--device", type=int, default=0, help="card of the writer, with cuda_ipc (default 0)")
+    parser.add_argument("--receiver-device", type=int, default=-1, help="of the receiver (default: the last)")
     parser.add_argument("--tokens", type=int, default=4096, help="context of one hand-off (default %(default)s)")
     parser.add_argument("--geometry", choices=("v3.2",), default="v3.2", help="pages and planes of this model")
     parser.add_argument("--layers", type=int, default=61, help="main layers; fewer fit more tokens into memory")
@@ -292,7 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     args = parse(argv)
     layout = make_layout(args.layers, max(32, -(-args.tokens // BLOCK_TOKENS)), args.kv_format)
-    available = psutil.virtual_memory().available
+    if args.transport == "cuda_ipc" and (reason := _no_card()):
+        print(f"baton bench: {reason}", file=sys.stderr)
+        return 2
+    available = _available_bytes(args)
     if not args.receiver and 2 * layout.arena_bytes > _MEMORY_SHARE * available:
         need, have = 2 * layout.arena_bytes / 1e9, available / 1e9
         print(
@@ -312,6 +339,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = asyncio.run(measure(args, layout, config))
     print(json.dumps(result) if args.json else _lines(result))
     return 0
+
+
+def _cards() -> str:
+    import torch
+
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _no_card() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "cuda_ipc needs a card, torch sees none"
+
+
+def _available_bytes(args: argparse.Namespace) -> int:
+    """Where the pools go; a card's memory may be shared by both."""
+    if args.transport == "cuda_ipc":
+        import torch
+
+        return int(torch.cuda.mem_get_info(args.device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _lines(result: dict[str, Any]) -> str:

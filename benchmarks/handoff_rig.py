@@ -1,36 +1,37 @@
-"""Both ends of the hand-off benchmark: a receiver in a process of its own, and what the link between them can do."""
+"""Both ends of the hand-off benchmark: geometry, block bookkeeping, and a receiver in a process of its own."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
-import mmap
 import os
 import random
-import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+import msgspec
 
+from benchmarks.handoff_limits import SocketSink
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.receiver import HandoffServer
+from kv_transfer.transports import Memory
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout, Plane
 from llm_engine.api.messages import Role, Submit, WorkerInfo
+
+if TYPE_CHECKING:
+    from kv_transfer.device import DeviceRegion
 
 KEY = b"benchmark" * 4
 BLOCK_TOKENS = 64
 MTP_LAYERS = 1
 # Bytes a token and layer: latent with rope, and the indexer's key.
 FORMATS = {"bf16": (1152, 256), "fp8": (656, 132)}
-_CHUNK = 4 << 20  # of a plain socket copy
 
 
 class Parcel(NamedTuple):
@@ -128,96 +129,37 @@ class _Blocks:
 
 async def receive(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -> None:
     """The child: serves until its stdin closes, then prints what it measured, by number of the hand-off."""
-    arena = Arena.create(layout.arena_bytes, shared=True)
+    hello: dict[str, Any] = {"pid": os.getpid()}
+    sink: SocketSink | None = None
+    arena: Memory
+    if args.transport == "cuda_ipc":
+        region = arena = device_memory(layout, args.receiver_device, filled=False)
+        hello["device"] = base64.b64encode(msgspec.msgpack.encode(region.describe())).decode()
+    else:
+        arena = Arena.create(layout.arena_bytes, shared=True)
+        sink = SocketSink(arena.buffer)
+        hello |= {"fd": arena.fileno(), "port": sink.port}
     pool = _Blocks(layout.num_blocks)
     server = HandoffServer(config=config, key=KEY, layout=layout, arena=arena, reserver=pool)
-    address = server.bind("127.0.0.1")
+    address = hello["address"] = server.bind("127.0.0.1")
     running = asyncio.create_task(server.run(make_info("d", Role.DECODE, layout, address)))
-    sink = _SocketSink(arena.buffer)
-    hello = {"address": address, "pid": os.getpid(), "fd": arena.fileno(), "port": sink.port}
     print(json.dumps(hello), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.close()
     await running
-    sink.close()
+    if sink is not None:
+        sink.close()
     print(json.dumps(pool.reports), flush=True)
 
 
-class Limit(Protocol):
-    """What the link could do at best, between the same two processes."""
+def device_memory(layout: KvLayout, ordinal: int, *, filled: bool) -> DeviceRegion:
+    """A pool on a card; `filled` with noise, or with zeros. A negative ordinal counts from the last card."""
+    import torch
 
-    name: str
+    from kv_transfer.device import DeviceRegion
 
-    def rate(self, num_bytes: int) -> float:
-        """GB/s of one plain copy of so many bytes from the source into the receiver's pool."""
-        ...
-
-
-class MemoryLimit:
-    """memcpy into the receiver's memory, in pieces as long as a hand-off's longest contiguous run."""
-
-    name = "memcpy"
-
-    def __init__(self, source: memoryview, hello: dict[str, Any], run_bytes: int) -> None:
-        self._source = np.frombuffer(source, np.uint8)
-        self._run_bytes = run_bytes
-        with open(f"/proc/{hello['pid']}/fd/{hello['fd']}", "r+b") as file:
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            self._target = np.frombuffer(mmap.mmap(file.fileno(), len(source), flags=flags), np.uint8)
-
-    def rate(self, num_bytes: int) -> float:
-        """See Limit."""
-        started = time.monotonic()
-        for first in range(0, num_bytes, self._run_bytes):
-            last = min(first + self._run_bytes, num_bytes)
-            np.copyto(self._target[first:last], self._source[first:last])
-        return num_bytes / (time.monotonic() - started) / 1e9
-
-
-class SocketLimit:
-    """One plain TCP connection over the same loopback: sendall here, recv_into the pool there, one byte back."""
-
-    name = "socket"
-
-    def __init__(self, source: memoryview, hello: dict[str, Any]) -> None:
-        self._source = source
-        self._sock = socket.create_connection(("127.0.0.1", hello["port"]))
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def rate(self, num_bytes: int) -> float:
-        """See Limit."""
-        started = time.monotonic()
-        self._sock.sendall(num_bytes.to_bytes(8, "little"))
-        for first in range(0, num_bytes, _CHUNK):
-            self._sock.sendall(self._source[first : min(first + _CHUNK, num_bytes)])
-        if not self._sock.recv(1):
-            raise ConnectionError("the receiver of the plain copy is gone")
-        return num_bytes / (time.monotonic() - started) / 1e9
-
-
-class _SocketSink:
-    """Receiver's end of SocketLimit, in a thread."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
-        self._listener.close()
-
-    def _serve(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:  # closed
-            return
-        with sock:
-            while head := sock.recv(8, socket.MSG_WAITALL):
-                done, num_bytes = 0, int.from_bytes(head, "little")
-                while done < num_bytes:
-                    done += sock.recv_into(self._memory[done : min(done + _CHUNK, num_bytes)])
-                sock.sendall(b"k")
+    device = torch.device("cuda", ordinal % torch.cuda.device_count())
+    size = -(-layout.arena_bytes // 8) * 8
+    if filled:
+        return DeviceRegion(torch.randint(0, 256, (size,), dtype=torch.uint8, device=device))
+    return DeviceRegion(torch.zeros(size, dtype=torch.uint8, device=device))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loadgen import Outcome
+from benchmarks.machine import machine
 
 QUANTILES = (50, 90, 99)
 
@@ -25,15 +24,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     data = np.asarray(values) * 1e3
     result = {f"p{q}": round(float(np.percentile(data, q)), 3) for q in QUANTILES}
     return result | {"mean": round(float(data.mean()), 3)}
-
-
-def machine() -> str:
-    """A name for the machine the numbers come from."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def summarise(

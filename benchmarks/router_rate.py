@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from benchmarks.added_ttft import added_ttft
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from benchmarks.stream_gaps import stream_gaps
 from deploy.processes import Child, ProcessCluster, free_port
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loadgen import Job
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from benchmarks.versus import make_jobs, measure_baton
 
 

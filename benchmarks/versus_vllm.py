@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from benchmarks.versus import closed_loop, make_jobs, measure_baton
 from deploy.processes import free_port
 

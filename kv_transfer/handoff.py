@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.link import Link
 from kv_transfer.metrics import HandoffReport
-from kv_transfer.outbox import Outbox, Pumped
+from kv_transfer.outbox import Pumped
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
@@ -59,7 +59,7 @@ class Handoff:
         self._submit = submit
         self._weight_version = weight_version
         self._on_failed = on_failed
-        self._outbox = Outbox(context.layout, context.source, num_tokens)
+        self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
         self._awaited = False

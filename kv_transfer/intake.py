@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 from kv_transfer.custody import Custody, Held
 from kv_transfer.link import Landed
@@ -15,7 +15,7 @@ from kv_transfer.offers import Attempts, OfferQueue, Waiting
 from kv_transfer.pairs import Pair
 from kv_transfer.probes import Probes
 from kv_transfer.reserver import BlockReserver, R
-from kv_transfer.verifier import Landing, Verifier
+from kv_transfer.verifier import AnyLanding, new_verifier
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ServingError, TransferError
 from llm_engine.api.handoff import (
@@ -33,6 +33,9 @@ from llm_engine.api.handoff import (
 )
 from llm_engine.api.messages import Message
 
+if TYPE_CHECKING:  # needs torch
+    from kv_transfer.device import DeviceRegion
+
 
 @dataclass(slots=True, eq=False)
 class _Active(Generic[R]):
@@ -40,7 +43,7 @@ class _Active(Generic[R]):
 
     waiting: Waiting
     held: Held[R]
-    landing: Landing
+    landing: AnyLanding
 
 
 class Intakes(Generic[R]):
@@ -52,7 +55,7 @@ class Intakes(Generic[R]):
         config: TransferConfig,
         layout: KvLayout,
         region: str,
-        memory: memoryview,
+        memory: memoryview | DeviceRegion,
         reserver: BlockReserver[R],
         send: Callable[[Pair, Message], None],
         tally: Tally,
@@ -71,7 +74,7 @@ class Intakes(Generic[R]):
         self._attempts = Attempts()
         self._active: dict[str, _Active[R]] = {}  # by request: granted, neither concluded nor revoked
         self._admitting = 0
-        self._verifier = Verifier(layout, memory)
+        self._verifier = new_verifier(layout, memory)
         self._probes = Probes(self.custody, reserver, self._verifier, self.send, config.commit_timeout_s)
         self._tasks: asyncio.TaskGroup
 

@@ -23,9 +23,9 @@ from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest
 Policy = Literal["full", "sampled", "count"]
 POLICIES: dict[str, Policy] = {"full": "full", "sampled": "sampled", "count": "count"}
 
-_ONE_MEMORY = ("local", "shm")
-_PAGE = 4096
-_LINE = 64
+_ONE_MEMORY = ("local", "shm", "cuda_ipc")
+PAGE_BYTES = 4096
+LINE_BYTES = 64
 
 
 def policy_for(setting: str, transport: str) -> Policy:
@@ -49,14 +49,14 @@ class RowDigest:
     def update(self, data: memoryview) -> None:
         """The next bytes: whole blocks. How they are cut into calls does not matter."""
         size = self._block_bytes
-        if self._phase is None or size <= _PAGE:
+        if self._phase is None or size <= PAGE_BYTES:
             self._hash.update(data)
             return
         blocks = np.frombuffer(data, np.uint8).reshape(-1, size)
-        num_pages = size // _PAGE
-        pages = blocks[:, : num_pages * _PAGE].reshape(-1, num_pages, _PAGE)
-        lines = pages[:, :, self._phase : self._phase + _LINE].reshape(len(blocks), -1)
-        self._hash.update(np.hstack((lines, blocks[:, -_LINE:])).tobytes())
+        num_pages = size // PAGE_BYTES
+        pages = blocks[:, : num_pages * PAGE_BYTES].reshape(-1, num_pages, PAGE_BYTES)
+        lines = pages[:, :, self._phase : self._phase + LINE_BYTES].reshape(len(blocks), -1)
+        self._hash.update(np.hstack((lines, blocks[:, -LINE_BYTES:])).tobytes())
 
     def value(self) -> int:
         """Of everything so far."""
@@ -65,7 +65,7 @@ class RowDigest:
 
 def sample_phase(policy: Policy, lease: LeaseKey) -> int | None:
     """Where lines are sampled under a lease: nobody who leaves pages out can rely on it."""
-    return (lease.lease_id + lease.epoch) % (_PAGE // _LINE) * _LINE if policy == "sampled" else None
+    return (lease.lease_id + lease.epoch) % (PAGE_BYTES // LINE_BYTES) * LINE_BYTES if policy == "sampled" else None
 
 
 class ManifestBuilder:

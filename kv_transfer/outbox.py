@@ -38,18 +38,28 @@ class Pumped(enum.Enum):
     WRITTEN = "written"  # every block of every layer has been written; reported once
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
+    """Blocks of one layer; `ready`: when they are, for memory that is computed behind the caller's back."""
+
     layer: int
     first: int
     blocks: tuple[int, ...]
+    ready: object
 
 
 @dataclass(frozen=True, slots=True)
-class _Granted:
+class Granted:
+    """What a grant says, beside its plan."""
+
     lease: LeaseKey
     plan: CopyPlan
     skip: int  # leading blocks of the sequence that the receiver has
     blocks: tuple[int, ...]
+
+    def sources(self, item: Item) -> tuple[tuple[int, ...], int]:
+        """The blocks of an item that must be sent, and the position in the lease of the first of them."""
+        drop = max(0, self.skip - item.first)
+        return item.blocks[drop:], item.first + drop - self.skip
 
 
 class Outbox:
@@ -68,9 +78,9 @@ class Outbox:
         self._written: dict[int, int] = {}  # layer → blocks written, where the receiver has not been told
         self._told_bytes = 0
         self._lock = threading.Lock()
-        self._items: deque[_Item] = deque()
+        self._items: deque[Item] = deque()
         self._next = [0] * len(layer_planes(layout))
-        self._granted: _Granted | None = None
+        self._granted: Granted | None = None
         self._queued = False  # the sender has been woken and has not begun its turn
         self._left = -1  # (layer, block) pairs still to be written; -1 before the grant
 
@@ -88,7 +98,7 @@ class Outbox:
             if not all(0 <= block < self._layout.num_blocks for block in blocks):
                 raise ValueError(f"layer {layer}: block ids {list(blocks)}, expected 0..{self._layout.num_blocks - 1}")
             self._next[layer] = first + len(blocks)
-            self._items.append(_Item(layer, first, tuple(blocks)))
+            self._items.append(Item(layer, first, tuple(blocks), self._mark()))
             return self._wake()
 
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
@@ -105,7 +115,7 @@ class Outbox:
         lease = LeaseKey(grant.lease_id, grant.epoch)
         self._manifest = ManifestBuilder(self._layout, policy, lease)
         with self._lock:
-            self._granted = _Granted(lease, plan, skip, tuple(grant.blocks))
+            self._granted = Granted(lease, plan, skip, tuple(grant.blocks))
             self._left = len(self._next) * expected
             self._queued = True
 
@@ -158,13 +168,11 @@ class Outbox:
                 return Pumped.WRITTEN
             return Pumped.MORE if self._wake() else Pumped.IDLE
 
-    def _write_turn(self, link: Link, granted: _Granted) -> None:
+    def _write_turn(self, link: Link, granted: Granted) -> None:
         batch: list[tuple[PlaneLayer, Copy]] = []
         batch_bytes = turn_bytes = 0
         while turn_bytes < _TURN_BYTES and (item := self._take()) is not None:
-            drop = max(0, granted.skip - item.first)
-            sources = item.blocks[drop:]
-            start = item.first + drop - granted.skip
+            sources, start = granted.sources(item)
             runs = merge_runs(sources, granted.blocks[start : start + len(sources)])
             for row in granted.plan.layers[item.layer]:
                 for copy in granted.plan.copies(row, runs):
@@ -174,9 +182,7 @@ class Outbox:
                         self._write(link, granted.lease, batch, batch_bytes)
                         turn_bytes += batch_bytes
                         batch, batch_bytes = [], 0
-            self._left -= len(sources)
-            if sources:
-                self._written[item.layer] = start + len(sources)
+            self._count(item, sources, start)
         if batch:
             self._write(link, granted.lease, batch, batch_bytes)
 
@@ -196,7 +202,16 @@ class Outbox:
         self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
         self.hash_s += time.monotonic() - started
 
-    def _take(self) -> _Item | None:
+    def _mark(self) -> object:
+        """Host memory holds what it holds when it is reported."""
+        return None
+
+    def _count(self, item: Item, sources: Sequence[int], start: int) -> None:
+        self._left -= len(sources)
+        if sources:
+            self._written[item.layer] = start + len(sources)
+
+    def _take(self) -> Item | None:
         with self._lock:
             return self._items.popleft() if self._items else None
 

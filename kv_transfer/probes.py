@@ -9,7 +9,7 @@ from typing import Generic
 from kv_transfer.custody import Custody, Held
 from kv_transfer.pairs import Pair
 from kv_transfer.reserver import BlockReserver, R
-from kv_transfer.verifier import Verifier
+from kv_transfer.verifier import AnyVerifier
 from llm_engine.api.handoff import Probe, ProbeCommit, ProbeGrant, ProbeResult
 from llm_engine.api.messages import Message
 
@@ -21,7 +21,7 @@ class Probes(Generic[R]):
         self,
         custody: Custody[R],
         reserver: BlockReserver[R],
-        verifier: Verifier,
+        verifier: AnyVerifier,
         send: Callable[[Pair, Message], None],
         timeout_s: float,
     ) -> None:

@@ -21,7 +21,7 @@ from kv_transfer.memory import Arena
 from kv_transfer.metrics import PeerStats, ReceiverStats, Tally
 from kv_transfer.pairs import Pair, Pairs
 from kv_transfer.reserver import BlockReserver, R, ReservedBlocks
-from kv_transfer.transports import ReceiverEnd, open_inlet, usable
+from kv_transfer.transports import Memory, ReceiverEnd, open_inlet, usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, ProtocolError, TransferError
 from llm_engine.api.handoff import (
@@ -59,13 +59,13 @@ class HandoffServer(Generic[R]):
         config: TransferConfig,
         key: bytes,
         layout: KvLayout,
-        arena: Arena,
+        arena: Memory,
         reserver: BlockReserver[R],
         network: LocalNetwork | None = None,
     ) -> None:
-        """`arena` must hold the layout; the shm transport needs it shared. `network`: for transport `local`.
+        """`arena` must hold the layout, on the host or on a card; the shm transport needs it shared.
 
-        Raises LayoutMismatch when the layout does not fit.
+        `network`: for transport `local`. Raises LayoutMismatch when the layout does not fit.
         """
         check_layout(layout, arena.num_bytes)
         self._config = config
@@ -82,7 +82,7 @@ class HandoffServer(Generic[R]):
             config=config,
             layout=layout,
             region=arena.region,
-            memory=arena.buffer,
+            memory=arena.buffer if isinstance(arena, Arena) else arena,
             reserver=reserver,
             send=self._send,
             tally=self._tally,

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
@@ -23,6 +23,7 @@ from kv_transfer.local import LocalNetwork
 from kv_transfer.manifest import POLICIES, Policy
 from kv_transfer.metrics import Tally
 from kv_transfer.mooncake import Engine
+from kv_transfer.outbox import Outbox
 from kv_transfer.sender import Sender
 from kv_transfer.transports import WriterEnd, connect, offer
 from llm_engine.api.config import TransferConfig
@@ -47,6 +48,9 @@ from llm_engine.api.handoff import (
 from llm_engine.api.messages import Codec, Message, WorkerInfo
 from llm_engine.api.messages import Peer as Target
 
+if TYPE_CHECKING:  # needs torch, which workers without a card in the data plane do without
+    from kv_transfer.device import DeviceRegion
+
 log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0  # or grant_timeout_s, if that is shorter
@@ -60,7 +64,7 @@ class ClientContext:
     key: bytes
     info: WorkerInfo
     layout: KvLayout
-    source: memoryview
+    source: memoryview | DeviceRegion
     network: LocalNetwork | None
     transports: Sequence[str]
     engine: Engine | None
@@ -72,6 +76,14 @@ class ClientContext:
     crash: Callable[[Exception], None]  # a bug: the worker must notice
     tally: Tally = field(default_factory=Tally)
     handoffs: set[Handoff] = field(default_factory=set)
+
+    def new_outbox(self, num_tokens: int) -> Outbox:
+        """For one hand-off out of `source`."""
+        if isinstance(self.source, memoryview):
+            return Outbox(self.layout, self.source, num_tokens)
+        from kv_transfer.device_outbox import DeviceOutbox
+
+        return DeviceOutbox(self.layout, self.source, num_tokens)
 
 
 class Session:
@@ -212,7 +224,10 @@ class Session:
             self.context.post(self.cut, error)
 
         context = self.context
-        end = WriterEnd(config=context.config, key=context.key, network=context.network, engine=context.engine)
+        device = None if isinstance(context.source, memoryview) else context.source
+        end = WriterEnd(
+            config=context.config, key=context.key, network=context.network, engine=context.engine, device=device
+        )
         return connect(connected, end, on_lost)
 
     async def _receive(self) -> None:

@@ -196,10 +196,20 @@ class ShmInlet(Listener):
 
 def check_user(sock: socket.socket) -> None:
     """Raises ProtocolError unless the other end of a unix socket runs as the same user."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(raw)
+    _, uid, _ = _credentials(sock)
     if uid != os.geteuid():
         raise ProtocolError(f"peer runs as user {uid}, expected {os.geteuid()}")
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Process at the other end of a unix socket; 0 if it is in another PID namespace."""
+    return _credentials(sock)[0]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(raw)
+    return pid, uid, gid
 
 
 def _receive_descriptor(sock: socket.socket) -> int:

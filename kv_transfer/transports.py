@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from kv_transfer.host import host_id
 from kv_transfer.link import Inlet, Link
@@ -18,8 +19,17 @@ from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, TransferError
 from llm_engine.api.handoff import Connected, KvLayout, LinkOffer
 
-PREFERENCE = ("local", "shm", "mooncake", "tcp")
-SAME_PLACE = {"local": "one process", "shm": "one host, network namespace and user"}
+if TYPE_CHECKING:  # needs torch
+    from kv_transfer.device import DeviceRegion
+
+Memory: TypeAlias = "Arena | DeviceRegion"
+
+PREFERENCE = ("local", "cuda_ipc", "shm", "mooncake", "tcp")
+SAME_PLACE = {
+    "local": "one process",
+    "cuda_ipc": "one host, network and PID namespace, user and driver",
+    "shm": "one host, network namespace and user",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +38,7 @@ class ReceiverEnd:
 
     config: TransferConfig
     key: bytes
-    arena: Arena
+    arena: Memory
     layout: KvLayout
     events: Events
     network: LocalNetwork | None
@@ -43,13 +53,19 @@ class WriterEnd:
     key: bytes
     network: LocalNetwork | None
     engine: Engine | None  # with transport mooncake
+    device: DeviceRegion | None  # where the caches are, if on a card
 
 
-def usable(config: TransferConfig, network: LocalNetwork | None, arena: Arena | None = None) -> tuple[list[str], str]:
+def usable(config: TransferConfig, network: LocalNetwork | None, arena: Memory | None = None) -> tuple[list[str], str]:
     """Transports to offer under `config`, best first, and what keeps the others out ("" if nothing does).
 
-    `arena`: the receiver's. Raises ConfigError when a transport that is asked for by name can't work here.
+    `arena`: the receiver's, or the writer's memory on a card. Raises ConfigError when a transport that is asked for by
+    name can't work here.
     """
+    if arena is not None and not isinstance(arena, Arena):
+        return _usable_on_card(config, arena)
+    if config.transport == "cuda_ipc":
+        raise ConfigError("transfer.transport=cuda_ipc: the caches are in host memory, they must be on a card")
     if config.transport != "auto":
         if reason := _missing(config.transport, network, arena):
             raise ConfigError(f"transfer.transport={config.transport}: {reason}")
@@ -65,11 +81,19 @@ def offer(name: str, network: LocalNetwork | None) -> LinkOffer:
     """What a writer says about a transport."""
     if name == "local" and network is not None:
         return LinkOffer(transport=name, host_id=network.host_id())
+    if name == "cuda_ipc":
+        from kv_transfer.device import place_id
+
+        return LinkOffer(transport=name, host_id=place_id())
     return LinkOffer(transport=name, host_id=host_id() if name == "shm" else "")
 
 
 def open_inlet(name: str, end: ReceiverEnd) -> Inlet:
     """Listen for writers. Raises ConfigError."""
+    if not isinstance(end.arena, Arena):
+        from kv_transfer.cuda_ipc import CudaIpcInlet
+
+        return CudaIpcInlet(end.arena, end.key, end.events)
     if name == "local" and end.network is not None:
         return LocalInlet(end.arena, end.layout, end.events, end.network)
     if name == "shm":
@@ -85,6 +109,12 @@ def connect(connected: Connected, end: WriterEnd, on_lost: Callable[[TransferErr
     region_bytes = connected.layout.arena_bytes
     if link.transport == "local" and end.network is not None:
         return LocalLink.connect(end.network, ticket=ticket, region=region, on_lost=on_lost)
+    if link.transport == "cuda_ipc" and end.device is not None:
+        from kv_transfer.cuda_ipc import CudaIpcLink
+
+        return CudaIpcLink.connect(
+            link, end.key, end.device, ticket=ticket, region=region, region_bytes=region_bytes, on_lost=on_lost
+        )
     if link.transport == "shm":
         return ShmLink.connect(link, end.key, ticket=ticket, region=region, region_bytes=region_bytes, on_lost=on_lost)
     if link.transport == "mooncake" and end.engine is not None:
@@ -95,6 +125,16 @@ def connect(connected: Connected, end: WriterEnd, on_lost: Callable[[TransferErr
         stall_s = end.config.commit_timeout_s
         return TcpLink.connect(link, end.key, ticket=ticket, region=region, stall_timeout_s=stall_s, on_lost=on_lost)
     raise TransferError(f"receiver chose transport {link.transport!r}, which was not offered")
+
+
+def _usable_on_card(config: TransferConfig, region: DeviceRegion) -> tuple[list[str], str]:
+    from kv_transfer.device import missing
+
+    if config.transport not in ("auto", "cuda_ipc"):
+        raise ConfigError(f"transfer.transport={config.transport}: copies from host memory, the caches are on a card")
+    if reason := missing(region):
+        raise ConfigError(f"transfer.transport={config.transport}: cuda_ipc does not work here: {reason}")
+    return ["cuda_ipc"], ""
 
 
 def _missing(name: str, network: LocalNetwork | None, arena: Arena | None) -> str:

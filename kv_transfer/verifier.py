@@ -13,14 +13,67 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from kv_transfer.layout import PlaneLayer, layer_planes, merge_runs, plane_rows
 from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import Policy, RowDigest, block_checksum, check_counts, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest
 
+if TYPE_CHECKING:  # needs torch
+    from kv_transfer.device import DeviceRegion
+
 _INLINE_BYTES = 1 << 20  # hashing less than this costs less than a hop to a thread
 _THREADS = min(4, os.cpu_count() or 1)
+
+
+class AnyLanding(Protocol):
+    """The checksums of one lease's blocks, over host or device memory; see Landing."""
+
+    policy: Policy
+
+    def advance(self, layers: Iterable[tuple[int, int]]) -> None:
+        """The writer says that so many blocks of these layers have landed."""
+        ...
+
+    def on_landed(self, cells: Sequence[Cells]) -> None:
+        """The link has stored these cells."""
+        ...
+
+    def end(self) -> None:
+        """The lease is over."""
+        ...
+
+
+class AnyVerifier(Protocol):
+    """Of host or device memory; see Verifier."""
+
+    num_rows: int
+
+    def land(self, lease: LeaseKey, blocks: Sequence[int], policy: Policy) -> AnyLanding:
+        """Begin to receive these blocks."""
+        ...
+
+    async def check(self, manifest: Manifest, landing: AnyLanding, num_tokens: int) -> str | None:
+        """None if the manifest is complete and the bytes are those that were sent; otherwise what is wrong."""
+        ...
+
+    async def block_checksum(self, block: int) -> int:
+        """xxh3-64 over one block of every plane and layer."""
+        ...
+
+    def close(self) -> None:
+        """Join the threads, let the memory go."""
+        ...
+
+
+def new_verifier(layout: KvLayout, memory: memoryview | DeviceRegion) -> AnyVerifier:
+    """For the memory that `layout` describes."""
+    if isinstance(memory, memoryview):
+        return Verifier(layout, memory)
+    from kv_transfer.device_verifier import DeviceVerifier
+
+    return DeviceVerifier(layout, memory)
 
 
 class _Row:
@@ -169,8 +222,9 @@ class Verifier:
         """Begin to receive these blocks."""
         return Landing(self._layout, self._memory, policy, lease, tuple(blocks), self._threads.submit)
 
-    async def check(self, manifest: Manifest, landing: Landing, num_tokens: int) -> str | None:
+    async def check(self, manifest: Manifest, landing: AnyLanding, num_tokens: int) -> str | None:
         """None if the manifest is complete and the bytes are those that were sent; otherwise what is wrong."""
+        assert isinstance(landing, Landing)
         wrong = check_counts(manifest, self._layout, len(landing.blocks), num_tokens, landing.policy)
         if wrong is not None or landing.policy == "count":
             return wrong

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq.asyncio
 
@@ -28,6 +28,9 @@ from llm_engine.api.errors import Overloaded, TransferError
 from llm_engine.api.handoff import KvLayout, ReceiverMessage
 from llm_engine.api.messages import Codec, Submit, WorkerInfo
 from llm_engine.api.messages import Peer as Target
+
+if TYPE_CHECKING:  # needs torch
+    from kv_transfer.device import DeviceRegion
 
 __all__ = ["Handoff", "HandoffClient"]
 
@@ -47,18 +50,19 @@ class HandoffClient:
         key: bytes,
         info: WorkerInfo,
         layout: KvLayout,
-        source: memoryview,
+        source: memoryview | DeviceRegion,
         network: LocalNetwork | None = None,
         wrap_link: Callable[[Link], Link] = lambda link: link,
     ) -> None:
-        """`key`: the cluster key. `source`: the bytes `layout` describes (any arena, shared or not).
+        """`key`: the cluster key. `source`: the bytes `layout` describes (any arena, or memory of a card).
 
         `network`: where the receivers of transport `local` are. `wrap_link`: put something around every link (tests).
         """
-        transports, note = usable(config, network)
+        host_source = source if isinstance(source, memoryview) else None
+        transports, note = usable(config, network, None if isinstance(source, memoryview) else source)
         if note:
             log.warning("hand-offs from %s: %s", info.name, note)
-        check_layout(layout, len(source))
+        check_layout(layout, len(source) if isinstance(source, memoryview) else source.num_bytes)
         own_host = info.request_addr.removeprefix("tcp://").rpartition(":")[0] or "127.0.0.1"
         self._closed = asyncio.Event()
         self._done = asyncio.Event()
@@ -77,7 +81,9 @@ class HandoffClient:
             source=source,
             network=network,
             transports=transports,
-            engine=Engine(source, own_host, config) if "mooncake" in transports else None,
+            engine=Engine(host_source, own_host, config)
+            if host_source is not None and "mooncake" in transports
+            else None,
             wrap_link=wrap_link,
             zmq=zmq.asyncio.Context(),
             codec=Codec(key, ReceiverMessage),

@@ -89,7 +89,7 @@ class SchedulerConfig(Section):
 class TransferConfig(Section):
     """The hand-off between prefill and decode."""
 
-    transport: Literal["auto", "local", "shm", "tcp", "mooncake"] = "auto"
+    transport: Literal["auto", "local", "cuda_ipc", "shm", "tcp", "mooncake"] = "auto"
     mooncake_protocol: Literal["tcp", "rdma", "ascend"] = "tcp"  # rdma and ascend are also chosen by `auto`
     mooncake_device: str = ""  # a NIC's name; empty: the engine chooses
     # The receiver's counts. full: every byte; sampled: a line of every page; count: no bytes; auto: sampled on one host

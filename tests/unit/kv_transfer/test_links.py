@@ -91,7 +91,7 @@ class Bench:
             region=region or self.arena.region,
             ticket=ticket,
         )
-        end = WriterEnd(config=self.config, key=key, network=None, engine=self.engine)
+        end = WriterEnd(config=self.config, key=key, network=None, engine=self.engine, device=None)
         link = connect(connected, end, self.lost.append)
         self.links.append(link)
         return link

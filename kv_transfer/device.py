@@ -1,0 +1,186 @@
+"""Device memory that blocks are sent from and received into, without a way through host memory.
+
+A region is one flat tensor of bytes, laid out as `KvLayout` says. Work on it is enqueued on a stream of its own: the
+compute stream is never made to wait, and the region's stream waits for it by events only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
+
+import msgspec
+import torch
+from torch import Tensor
+
+from kv_transfer.cuda import driver
+from kv_transfer.host import host_id
+from kv_transfer.layout import PlaneLayer, merge_runs
+from kv_transfer.manifest import LINE_BYTES, PAGE_BYTES
+from llm_engine.api.errors import LayoutMismatch, TransferError
+from llm_engine.api.handoff import KvLayout
+
+WORD_BYTES = 8
+_ENGINE_RUN_BYTES = 4 << 20  # runs at least so long on average are left to the copy engines
+Mark: TypeAlias = "torch.cuda.Event | None"
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
+    """How another process of the host finds a region: a handle of the allocation, and the place in it."""
+
+    device: str  # uuid of the card
+    driver: int
+    handle: bytes
+    offset: int
+    num_bytes: int
+    allocation_bytes: int
+
+    def check(self, layout_bytes: int) -> None:
+        """Raises TransferError unless the region lies inside its allocation and holds the layout."""
+        if len(self.handle) != 64 or self.offset < 0 or self.offset + self.num_bytes > self.allocation_bytes:
+            raise TransferError(
+                f"device region of {self.num_bytes} bytes at {self.offset} of {self.allocation_bytes}: not inside"
+            )
+        if self.num_bytes < layout_bytes:
+            raise TransferError(f"device region holds {self.num_bytes} bytes, the layout needs {layout_bytes}")
+
+
+class DeviceRegion:
+    """`memory`: flat uint8 tensor. `region` names it for this life of the process, as `Arena.region` does."""
+
+    shared = False
+
+    def __init__(self, memory: Tensor) -> None:
+        """Raises LayoutMismatch for memory of another kind."""
+        if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
+            raise LayoutMismatch(f"device region: expected flat bytes, not {memory.dtype} {tuple(memory.shape)}")
+        if memory.data_ptr() % WORD_BYTES or memory.numel() % WORD_BYTES:
+            raise LayoutMismatch(
+                f"device region: {memory.numel()} bytes at {memory.data_ptr():#x}, expected words of 8"
+            )
+        self.memory = memory
+        self.words = memory.view(torch.int64)
+        self.region = secrets.token_hex(8)
+        self.num_bytes = memory.numel()
+        self.device = memory.device
+        self.stream = (
+            torch.cuda.Stream(self.device, priority=-1) if memory.is_cuda else None  # type: ignore[no-untyped-call]
+        )
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def ordinal(self) -> int:
+        """Index of the card among those visible here."""
+        return self.device.index or 0
+
+    @property
+    def uuid(self) -> str:
+        """Of the card."""
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def describe(self) -> Descriptor:
+        """Raises TransferError when the driver can't share the memory."""
+        cuda = driver()
+        cuda.bind(self.ordinal)
+        handle, offset, size = cuda.export(self.memory.data_ptr())
+        return Descriptor(
+            device=self.uuid,
+            driver=cuda.version,
+            handle=handle,
+            offset=offset,
+            num_bytes=self.num_bytes,
+            allocation_bytes=size,
+        )
+
+    def mark(self) -> Mark:
+        """Everything enqueued so far on the caller's stream. Step thread."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait_for(self, mark: Mark) -> None:
+        """What is enqueued on the region's stream from now on comes after `mark`."""
+        if self.stream is not None and mark is not None:
+            self.stream.wait_event(mark)
+
+    def queue(self) -> AbstractContextManager[object]:
+        """What torch and Triton enqueue inside goes to the region's stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def synchronize(self) -> None:
+        """Wait, without the interpreter's lock, until the region's stream has done everything."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def table(self, blocks: Sequence[int]) -> Tensor:
+        """Block ids on the device; the last few tables are kept, because every layer of a chunk asks for the same."""
+        key = tuple(blocks)
+        table = self._tables.pop(key, None)
+        if table is None:
+            with self.queue():
+                table = torch.tensor(key, dtype=torch.int32, device=self.device)
+        self._tables[key] = table
+        if len(self._tables) > 8:
+            del self._tables[next(iter(self._tables))]
+        return table
+
+
+def missing(region: DeviceRegion) -> str:
+    """Why peers can't reach the region, or ""."""
+    if region.stream is None:
+        return f"the caches are on {region.device}, not on a card"
+    if not place_id():
+        return "/proc is not readable, so peers can't tell whether they share a host"
+    try:
+        region.describe()
+    except TransferError as exc:
+        return str(exc)
+    return ""
+
+
+def place_id() -> str:
+    """Equal on two processes exactly if one can map the other's device memory and see it end; "" if unknown."""
+    try:
+        return f"{host_id()}/{os.stat('/proc/self/ns/pid').st_ino}/{driver().version}"
+    except (OSError, TransferError):
+        return ""
+
+
+def check_words(layout: KvLayout) -> None:
+    """Raises LayoutMismatch unless every cell begins and ends on a word."""
+    for plane in layout.planes:
+        if plane.offset % WORD_BYTES or plane.block_bytes % WORD_BYTES:
+            raise LayoutMismatch(
+                f"plane {plane.name}: blocks of {plane.block_bytes} bytes at {plane.offset} are not words of 8 bytes"
+            )
+
+
+def row_start(layout: KvLayout, row: PlaneLayer) -> int:
+    """First byte of a plane row."""
+    return layout.planes[row.plane].address(row.layer, 0, layout.num_blocks)
+
+
+def alignment(*num_bytes: int) -> int:
+    """The largest power of two, at most two words, that divides them all, in words."""
+    return 2 if all(size % 16 == 0 for size in num_bytes) else 1
+
+
+def long_runs(sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> list[tuple[int, int, int]] | None:
+    """(source block, target block, blocks) runs if they are long enough for the copy engines, else None."""
+    runs = merge_runs(sources, targets)
+    if len(sources) * block_bytes < _ENGINE_RUN_BYTES * len(runs):
+        return None
+    return [(run.source, run.target, run.num_blocks) for run in runs]
+
+
+def sampled_words(block_bytes: int, phase: int | None) -> tuple[int, int, bool]:
+    """(words of a cell that count, first sampled word of a page, whether it is sampled)."""
+    if phase is None or block_bytes <= PAGE_BYTES:
+        return block_bytes // WORD_BYTES, 0, False
+    lines = block_bytes // PAGE_BYTES + 1
+    return lines * LINE_BYTES // WORD_BYTES, phase // WORD_BYTES, True

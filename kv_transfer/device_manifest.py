@@ -1,0 +1,51 @@
+"""The manifest over device memory: the same counts as on the host, with checksums computed where the bytes are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kv_transfer.device import DeviceRegion
+from kv_transfer.device_ops import DeviceDigests
+from kv_transfer.layout import PlaneLayer
+from kv_transfer.link import LeaseKey
+from kv_transfer.manifest import Policy, sample_phase
+from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest
+
+
+class DeviceManifest:
+    """Collects the checksums on the sending side. Sender thread; `build` any thread afterwards."""
+
+    def __init__(self, region: DeviceRegion, layout: KvLayout, policy: Policy, lease: LeaseKey) -> None:
+        self.policy = policy
+        self._layout = layout
+        self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
+        self._values: list[list[int]] = []
+
+    @property
+    def hashes(self) -> bool:
+        """Whether `add` costs anything."""
+        return self._digests is not None
+
+    def add(self, rows: Sequence[PlaneLayer], blocks: Sequence[int], first: int) -> None:
+        """Blocks of these rows, from position `first` of the lease on. Enqueues."""
+        if self._digests is not None:
+            for row in rows:
+                self._digests.add(row, blocks, first)
+
+    def seal(self) -> None:
+        """Everything was added: fetch the checksums. Waits for the device."""
+        if self._digests is not None:
+            self._values = self._digests.values()
+
+    def build(self, num_tokens: int, num_blocks: int) -> Manifest:
+        """The manifest of `num_blocks` sent blocks of a sequence of `num_tokens` tokens; after `seal`."""
+        planes = [
+            PlaneManifest(
+                plane=plane.name,
+                num_blocks=num_blocks,
+                num_bytes=num_blocks * plane.num_layers * plane.block_bytes,
+                checksums=tuple(self._values[index]) if self._values else (),
+            )
+            for index, plane in enumerate(self._layout.planes)
+        ]
+        return Manifest(num_tokens=num_tokens, planes=tuple(planes))

@@ -1,0 +1,133 @@
+"""Compares a manifest with device memory, where the bytes are. See `verifier` for what is compared when."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from kv_transfer.device import DeviceRegion
+from kv_transfer.device_ops import DeviceDigests
+from kv_transfer.layout import layer_planes, plane_rows
+from kv_transfer.link import Cells, LeaseKey
+from kv_transfer.manifest import Policy, check_counts, checksum, sample_phase
+from kv_transfer.verifier import AnyLanding
+from llm_engine.api.handoff import KvLayout, Manifest
+
+
+class DeviceLanding:
+    """A `verifier.Landing` over device memory."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        region: DeviceRegion,
+        policy: Policy,
+        lease: LeaseKey,
+        blocks: Sequence[int],
+        submit: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self.layout = layout
+        self.blocks = blocks
+        self.policy = policy
+        self._submit = submit
+        self._layers = [] if policy == "count" else list(layer_planes(layout))
+        self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
+        self._asked = [0] * len(self._layers)  # loop only
+        self._done = [0] * len(self._layers)
+        self._lock = threading.Lock()
+        self._over = False
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are hashed at all."""
+        return len(self._layers)
+
+    def advance(self, layers: Iterable[tuple[int, int]]) -> None:
+        """See Landing.advance."""
+        due: list[tuple[int, int]] = []
+        for layer, num_blocks in layers:
+            wanted = min(num_blocks, len(self.blocks))
+            if 0 <= layer < len(self._layers) and wanted > self._asked[layer]:
+                self._asked[layer] = wanted
+                due.append((layer, wanted))
+        if due:
+            self._submit(partial(self._enqueue, due))
+
+    def on_landed(self, cells: Sequence[Cells]) -> None:
+        """Peers store here unseen."""
+
+    def end(self) -> None:
+        """Hash no more: the blocks have another owner."""
+        self._over = True
+
+    def left_bytes(self) -> int:
+        """What has not been hashed yet."""
+        return sum(
+            (len(self.blocks) - done) * sum(self.layout.planes[row.plane].block_bytes for row in rows)
+            for rows, done in zip(self._layers, self._done, strict=True)
+        )
+
+    def finish(self, manifest: Manifest) -> str | None:
+        """Hash the rest and compare. None: it holds; otherwise what is wrong. Waits for the device."""
+        if self._digests is None:
+            return None
+        self._enqueue([(layer, len(self.blocks)) for layer in range(len(self._layers))])
+        values = self._digests.values()
+        for claim, own, plane in zip(manifest.planes, values, self.layout.planes, strict=True):
+            for layer, (claimed, found) in enumerate(zip(claim.checksums, own, strict=True)):
+                if claimed != found:
+                    return f"plane {plane.name}, layer {layer}: the bytes here are not the bytes that were sent"
+        return None
+
+    def _enqueue(self, due: Sequence[tuple[int, int]]) -> None:
+        assert self._digests is not None
+        with self._lock:
+            for layer, num_blocks in due:
+                done = self._done[layer]
+                if self._over or num_blocks <= done:
+                    continue
+                for row in self._layers[layer]:
+                    self._digests.add(row, self.blocks[done:num_blocks], done)
+                self._done[layer] = num_blocks
+
+
+class DeviceVerifier:
+    """A `verifier.Verifier` over device memory. One thread: work on the card is ordered by its stream anyway."""
+
+    def __init__(self, layout: KvLayout, region: DeviceRegion) -> None:
+        self._layout = layout
+        self._region = region
+        self.num_rows = sum(plane.num_layers for plane in layout.planes)
+        self._thread = ThreadPoolExecutor(1, "kv-verify")
+
+    def close(self) -> None:
+        """Join the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def land(self, lease: LeaseKey, blocks: Sequence[int], policy: Policy) -> DeviceLanding:
+        """Begin to receive these blocks."""
+        return DeviceLanding(self._layout, self._region, policy, lease, tuple(blocks), self._thread.submit)
+
+    async def check(self, manifest: Manifest, landing: AnyLanding, num_tokens: int) -> str | None:
+        """See Verifier.check."""
+        assert isinstance(landing, DeviceLanding)
+        wrong = check_counts(manifest, self._layout, len(landing.blocks), num_tokens, landing.policy)
+        if wrong is not None or landing.policy == "count":
+            return wrong
+        return await asyncio.get_running_loop().run_in_executor(self._thread, landing.finish, manifest)
+
+    async def block_checksum(self, block: int) -> int:
+        """xxh3-64 over one block of every plane and layer, fetched from the card (probes)."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._block_checksum, block)
+
+    def _block_checksum(self, block: int) -> int:
+        parts = []
+        with self._region.queue():
+            for row in plane_rows(self._layout):
+                plane = self._layout.planes[row.plane]
+                start = plane.address(row.layer, block, self._layout.num_blocks)
+                parts.append(self._region.memory[start : start + plane.block_bytes].cpu().numpy().tobytes())
+        return checksum(b"".join(parts))
