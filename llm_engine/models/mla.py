@@ -33,8 +33,9 @@ class MlaAttention:
         names = ["q_a_proj.weight", "kv_a_proj_with_mqa.weight"]
         if spec.indexer is not None:
             names.append("indexer.wk.weight")
-        self._widths = [weights[name].shape[0] for name in names]
-        self._inputs = ops.pack_linear(weights.stacked(*names))
+        inputs = [weights[name] for name in names]
+        self._widths = [weight.shape[0] for weight in inputs]
+        self._inputs = ops.pack_linear(torch.cat(inputs))
         self._query_norm = weights["q_a_layernorm.weight"]
         self._latent_norm = weights["kv_a_layernorm.weight"]
         self._query = ops.pack_linear(weights["q_b_proj.weight"])
