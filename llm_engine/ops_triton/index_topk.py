@@ -31,7 +31,10 @@ from llm_engine.ops_triton.lang import (
 from llm_engine.ops_triton.plan import GROUP_ROWS, TritonPlan
 from llm_engine.ops_triton.topk import choose
 
-_KEYS: Final = 128  # positions a program scores
+_KEYS: Final = 64  # positions of one step
+_WANTED_PROGRAMS: Final = 1056  # eight for every processor
+_MOST_TILES: Final = 32  # steps of one program
+_ALIGNED: Final = 128  # columns, which reading rows of scores prefers
 _SCORE_BYTES: Final = 256 << 20
 
 
@@ -43,7 +46,7 @@ def index_topk(
         return None
     turned_NhD, g_Nh = _turned(query_RhD, g_Rh, plan, interleaved, fp8=is_fp8(plane_BPD))
     sel_NK = query_RhD.new_empty(plan.num_rows, k, dtype=torch.int32)
-    width = ceil_div(plan.max_visible, _KEYS) * _KEYS
+    width = ceil_div(plan.max_visible, _ALIGNED) * _ALIGNED
     most = max(_SCORE_BYTES // (4 * width), GROUP_ROWS)
     scores_MT = turned_NhD.new_empty(min(most, plan.num_rows), width, dtype=torch.float32)
     group, groups = 0, len(plan.group_starts) - 1
@@ -77,12 +80,14 @@ def _launch_scores(
     turned_NhD: Tensor, g_Nh: Tensor, plane: Tensor, plan: TritonPlan, scores_MT: Tensor, groups: slice, first: int
 ) -> None:
     _, heads, width = turned_NhD.shape
-    columns = scores_MT.shape[1]
-    _scores[(ceil_div(columns, _KEYS), groups.stop - groups.start)](
+    columns, count = scores_MT.shape[1], groups.stop - groups.start
+    tiles = ceil_div(columns, _KEYS)
+    share = min(max(tiles * count // _WANTED_PROGRAMS, 1), _MOST_TILES)
+    _scores[(ceil_div(tiles, share), count)](
         turned_NhD, g_Nh, plane, plan.group_starts_G[groups], plan.group_sizes_G[groups], plan.seqs_N, plan.visible_N,
-        plan.tables_SB, scores_MT, first, plan.tables_SB.stride(0), columns,
-        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, _KEYS, is_fp8(plane),
-        num_warps=4, num_stages=2,
+        plan.tables_SB, scores_MT, first, plan.tables_SB.stride(0), columns, share,
+        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, GROUP_ROWS, _KEYS, is_fp8(plane),
+        num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -150,43 +155,48 @@ def _scores(
     num_skipped: int,
     num_blocks: int,
     num_columns: int,
+    num_share: int,
     HEADS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     P: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     FP8: tl.constexpr,
 ) -> None:
-    """Scores of KEYS positions for the rows of one group. Positions beyond a row's own are not written."""
-    start = tl.program_id(0) * KEYS
+    """`num_share` tiles of KEYS positions for the rows of one group. Positions beyond a row's own are not written."""
     first = tl.load(group_starts + tl.program_id(1))
     end = first + tl.load(group_sizes + tl.program_id(1))
     last_visible = tl.load(visible + end - 1)  # of the group's last row, which sees most
-    if start >= last_visible:
+    begin = tl.program_id(0) * num_share * KEYS
+    stop = tl.minimum(begin + num_share * KEYS, last_visible)
+    if begin >= stop:
         return
-    position = start + tl.arange(0, KEYS)
-    seen = position < last_visible
     table = tables + tl.load(seqs + first).to(tl.int64) * num_blocks
-    slot = row_slots(table, position, seen, P)
-    column, head = tl.arange(0, D_TILE), tl.arange(0, HEAD_TILE)
-    key_mask = seen[:, None] & (column[None, :] < D)
-    if FP8:
-        page = plane + (slot // P) * (P * (D + 4))
-        key = tl.load(e4m3_ptr(page + (slot % P) * D)[:, None] + column[None, :], mask=key_mask, other=0.0)
-        scale = tl.load((page + P * D).to(tl.pointer_type(tl.float32)) + slot % P, mask=seen, other=0.0)
-        query = e4m3_ptr(query)
-    else:
-        key = tl.load(plane + slot[:, None] * D + column[None, :], mask=key_mask, other=0.0)
-        scale = 1.0
-    for member in range(end - first):
-        row = first.to(tl.int64) + member
-        own = tl.load(visible + row)
-        query_at = query + row * (HEADS * D) + head[None, :] * D + column[:, None]
-        q = tl.load(query_at, mask=(head[None, :] < HEADS) & (column[:, None] < D), other=0.0)
-        zero = tl.zeros((KEYS, HEAD_TILE), tl.float32)
-        products = dot(key, q, zero)
-        weight = tl.load(g + row * HEADS + head, mask=head < HEADS, other=0.0)
-        score = tl.sum(tl.where(products > 0, products, 0.0) * weight[None, :], 1) * scale
-        at = scores + (row - num_skipped) * num_columns + position
-        tl.store(at, score, mask=position < own)
+    column = tl.arange(0, D_TILE)
+    wide = tl.arange(0, ROWS * HEAD_TILE)  # heads of one row, then those of the next
+    row, head = (first + wide // HEAD_TILE).to(tl.int64), wide % HEAD_TILE
+    there = (row < end) & (head < HEADS)
+    query_at = (e4m3_ptr(query) if FP8 else query) + (row * HEADS + head)[None, :] * D + column[:, None]
+    q = tl.load(query_at, mask=there[None, :] & (column[:, None] < D), other=0.0)
+    weight = tl.load(g + row * HEADS + head, mask=there, other=0.0)
+    member = first + tl.arange(0, ROWS)
+    own = tl.load(visible + member, mask=member < end, other=0)
+    out = scores + (member - num_skipped).to(tl.int64)[None, :] * num_columns
+    for start in range(begin, stop, KEYS):
+        position = start + tl.arange(0, KEYS)
+        seen = position < last_visible
+        slot = row_slots(table, position, seen, P)
+        key_mask = seen[:, None] & (column[None, :] < D)
+        if FP8:
+            page = plane + (slot // P) * (P * (D + 4))
+            key = tl.load(e4m3_ptr(page + (slot % P) * D)[:, None] + column[None, :], mask=key_mask, other=0.0)
+            scale = tl.load((page + P * D).to(tl.pointer_type(tl.float32)) + slot % P, mask=seen, other=0.0)
+        else:
+            key = tl.load(plane + slot[:, None] * D + column[None, :], mask=key_mask, other=0.0)
+            scale = tl.full((KEYS,), 1.0, tl.float32)
+        products = dot(key, q, tl.zeros((KEYS, ROWS * HEAD_TILE), tl.float32))
+        products = tl.maximum(products, 0.0) * weight[None, :]
+        score = tl.sum(tl.reshape(products, (KEYS, ROWS, HEAD_TILE)), 2) * scale[:, None]
+        tl.store(out + position[:, None], score, mask=position[:, None] < own[None, :])

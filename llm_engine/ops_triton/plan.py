@@ -28,11 +28,14 @@ class TritonPlan:
 
     num_rows: int
     max_visible: int
+    num_keys: int  # places for the keys of all sequences side by side
     block_tokens: int
     slots_N: Tensor  # int64; where each real row is written, -1: nowhere
     seqs_N: Tensor  # int32; sequence of each real row
     visible_N: Tensor  # int32; positions it sees: 0 .. visible - 1
     tables_SB: Tensor  # int32
+    lengths_S: Tensor  # int32; positions of each sequence that some row may see
+    starts_S: Tensor  # int32; first place of each sequence among `num_keys`
     cos_RJ: Tensor
     sin_RJ: Tensor
     group_starts_G: Tensor  # int32; first row of each group of up to GROUP_ROWS rows of one sequence
@@ -45,19 +48,30 @@ def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tens
     rows, positions = batch.num_rows, batch.positions_R
     counts = np.array([end - first for first, end in pairwise(batch.row_starts)], dtype=np.int64)
     group_starts, group_sizes = _groups(batch.row_starts, counts)
+    visible_N, most = (positions[:rows] + 1).int(), max(batch.context_lens, default=0)
+    num_keys = sum(batch.context_lens)
     if len(counts) and (counts == counts[0]).all():
-        seqs_N, starts_G, sizes_G = _uniform(batch.num_seqs, int(counts[0]), positions.device)
+        count = int(counts[0])
+        seqs_N, starts_G, sizes_G = _uniform(batch.num_seqs, count, positions.device)
+        lengths_S, num_keys = visible_N[count - 1 :: max(count, 1)], most * batch.num_seqs
+        starts_S = torch.arange(batch.num_seqs, device=positions.device, dtype=torch.int32) * most
     else:
+        lengths = np.array(batch.context_lens, dtype=np.int64)
         seqs_N = _upload(np.repeat(np.arange(len(counts)), counts), positions.device)
         starts_G, sizes_G = _upload(group_starts, positions.device), _upload(group_sizes, positions.device)
+        lengths_S = _upload(lengths, positions.device)
+        starts_S = _upload(np.cumsum(lengths) - lengths, positions.device)
     return TritonPlan(
         num_rows=rows,
-        max_visible=max(batch.context_lens, default=0),
+        max_visible=most,
+        num_keys=num_keys,
         block_tokens=block_tokens,
         slots_N=batch.slots_N,
         seqs_N=seqs_N,
-        visible_N=(positions[:rows] + 1).int(),
+        visible_N=visible_N,
         tables_SB=batch.block_tables_SB.contiguous(),
+        lengths_S=lengths_S,
+        starts_S=starts_S,
         cos_RJ=cos_TJ.index_select(0, positions),
         sin_RJ=sin_TJ.index_select(0, positions),
         group_starts_G=starts_G,

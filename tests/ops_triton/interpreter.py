@@ -41,6 +41,14 @@ def _dot(_builder: Any, a: Any, b: Any, acc: Any, _precision: Any, _imprecise: A
     return interpreter.TensorHandle((wide_a @ wide_b).numpy() + acc.data, acc.dtype.scalar)
 
 
+def _multiply(_builder: Any, a: Any, b: Any) -> Any:
+    dtype = a.dtype.scalar
+    if dtype != tl.bfloat16:
+        return interpreter.TensorHandle(np.multiply(a.data, b.data), dtype)
+    product = _as_torch(a.data, dtype) * _as_torch(b.data, dtype)
+    return interpreter.TensorHandle(product.view(torch.uint16).numpy(), dtype)
+
+
 def _launch_afresh(self: Any, *args: Any, **kwargs: Any) -> None:
     _prepared.clear()
     _launch(self, *args, **kwargs)
@@ -57,5 +65,6 @@ def _call_helper(self: Any, *args: Any, **kwargs: Any) -> Any:
 def install() -> None:
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.InterpreterBuilder.create_fmul = _multiply
     interpreter.GridExecutor.__call__ = _launch_afresh
     interpreter.InterpretedFunction.__call__ = _call_helper

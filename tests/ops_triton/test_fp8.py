@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llm_engine.models.fp8 import dequantise_blocks, quantise_blocks
 from llm_engine.ops import Ops, load_ops
-from llm_engine.ops_triton import build_on
+from llm_engine.ops_triton import build_on, mla
+from llm_engine.ops_triton.plan import TritonPlan
 from llm_engine.ops_triton.quant import quantise_rows, quantise_weight
 from tests.ops import reference
 from tests.ops.paged import PAIRS, Paged, all_angles
@@ -81,12 +82,12 @@ def test_experts_are_close_to_those_in_full(fp8: Ops, shared: bool) -> None:
 
 
 class Pages:
-    """One sequence of `length` rows in fp8 pages of scattered blocks."""
+    """One sequence of `length` rows in fp8 pages of scattered blocks, and a second of `beside` rows."""
 
-    def __init__(self, ops: Ops, length: int) -> None:
+    def __init__(self, ops: Ops, length: int, beside: int = 1) -> None:
         torch.manual_seed(length)
         self.ops = ops
-        self.cache = Paged.random([length], 16, torch.bfloat16, block_tokens=BLOCK_TOKENS)
+        self.cache = Paged.random([length, beside], 16, torch.bfloat16, block_tokens=BLOCK_TOKENS)
         blocks = len(self.cache.plane)
         self.latent = torch.full((blocks, BLOCK_TOKENS, PAGE_ROW), 0x7F, dtype=torch.uint8)  # e4m3 NaN
         self.index = torch.full((blocks, BLOCK_TOKENS, KEY + 4), 0x7F, dtype=torch.uint8)
@@ -96,6 +97,8 @@ class Pages:
         ops.write_latent(self.latent, self.kv, self.norm, 1e-6, plan)
         ops.write_index_keys(self.index, self.key, *self.key_norm, 1e-6, plan)
         self.slots = self.cache.batch([(0, 0, length)], 1).slots_N
+        other = torch.randn(beside, RANK + 2 * PAIRS).bfloat16()
+        ops.write_latent(self.latent, other, self.norm, 1e-6, self.cache.plan(ops, [(1, 0, beside)]))
 
     def latent_rows(self) -> Tensor:
         """What the latent pages hold, in float64."""
@@ -141,6 +144,30 @@ def test_attention_reads_the_pages(fp8: Ops) -> None:
             seen = list(range(69 + row)) if chosen is None else [t for t in sel[row].tolist() if t >= 0]
             expected = reference.attend(query[row], all_angles()[68 + row], rows[seen], key, value, 0.17)
             torch.testing.assert_close(got[row].double(), expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("k", [None, 48])
+def test_many_rows_read_unpacked_keys_with_the_same_bits(fp8: Ops, k: int | None) -> None:
+    """Two sequences of different lengths, against some of their rows alone, which read the pages."""
+    pages = Pages(fp8, 70, beside=40)
+    kv_b = fp8.pack_kv_b(torch.randn(4, 24, RANK).bfloat16() / 9, torch.randn(4, 16, RANK).bfloat16() / 9)
+    query = torch.randn(110, 4, 24 + 2 * PAIRS).bfloat16()
+    many, few = (pages.cache.plan(fp8, spans) for spans in ([(1, 0, 40), (0, 0, 70)], [(0, 67, 70)]))
+    assert isinstance(many, TritonPlan)
+    assert isinstance(few, TritonPlan)
+    sel = None
+    if k is not None:
+        sel = torch.rand(110, 70).masked_fill(torch.arange(70) >= many.visible_N[:, None], -1.0).topk(k).indices
+        sel = torch.where(many.visible_N[:, None] > k, sel.sort(1).values, -1)
+        sel = torch.where((sel < 0) & (torch.arange(k) < many.visible_N[:, None]), torch.arange(k), sel).int()
+    assert mla._pays(many, k or 70, RANK + 2 * PAIRS)
+    assert not mla._pays(few, k or 70, RANK + 2 * PAIRS)
+    whole = fp8.mla_attend(query, pages.latent, many, sel, kv_b, 0.17)
+    last = fp8.mla_attend(query[-3:], pages.latent, few, None if sel is None else sel[-3:].contiguous(), kv_b, 0.17)
+    assert torch.equal(whole[-3:], last)
+    few = pages.cache.plan(fp8, [(1, 37, 40)])
+    other = fp8.mla_attend(query[37:40], pages.latent, few, None, kv_b, 0.17)
+    assert torch.equal(whole[37:40], other)
 
 
 def test_the_indexer_reads_the_pages(fp8: Ops) -> None:
