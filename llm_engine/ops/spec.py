@@ -180,6 +180,16 @@ class SelfCheck(Protocol):
     def __call__(self) -> None: ...
 
 
+class WarmUp(Protocol):
+    """Compile now what is compiled per shape, for passes of up to `max_rows` rows over what is packed so far."""
+
+    def __call__(self, max_rows: int) -> None: ...
+
+
+def nothing_to_warm_up(max_rows: int) -> None:
+    """The warm-up of backends that compile nothing per shape."""
+
+
 class Pin(Protocol):
     """Fix host memory in its place for the life of the process, so that copies from and to the device need no wait."""
 

@@ -39,5 +39,6 @@ class Ops:
     mla_attend: spec.MlaAttend
 
     self_check: spec.SelfCheck
+    warm_up: spec.WarmUp = spec.nothing_to_warm_up
     capture: spec.Capture = spec.run_again
     pin: spec.Pin = spec.pin_nothing

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import Ops
+from llm_engine.ops.spec import nothing_to_warm_up
 from llm_engine.ops_cpu import mla, mla_free, moe, moe_free
 from llm_engine.ops_cpu import plan as exact_plan
 from llm_engine.ops_cpu.cache import write_index_keys, write_latent
@@ -55,6 +56,7 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
         pack_kv_b=partial(mla.PackedKvB.pack, gemm) if exact else partial(mla_free.FreeKvB.pack, gemm, dtype),
         mla_attend=mla.mla_attend if exact else mla_free.mla_attend,
         self_check=partial(check_products, gemm) if exact else _nothing_to_check,
+        warm_up=nothing_to_warm_up if exact else free.warm_up,
     )
 
 

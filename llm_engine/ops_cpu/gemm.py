@@ -5,7 +5,9 @@ choose kernels, blocking and the split over threads by the shape, so with the sh
 row is fixed too. The depth is cut at MAX_DEPTH, because deeper products are split over threads along the depth.
 `self_check` verifies both at start-up.
 
-Free (`fast`): one product over all rows; in bf16 through oneDNN with weights in its own layout.
+Free (`fast`): one product over all rows; in bf16 through oneDNN with weights in its own layout. oneDNN generates code
+for every number of rows it meets, which takes longer than the product itself, so there it meets few: rows go in chunks,
+and the last chunk is padded.
 
 Shapes: R rows, t row tiles, M = TILE_ROWS, I in, O out, h heads.
 """
@@ -20,6 +22,8 @@ from torch import Tensor
 TILE_ROWS: Final = 8
 MAX_DEPTH: Final = 512
 PANEL_ELEMENTS: Final = 256 << 10  # fp32 weights of one panel: 1 MiB
+_FINE_ROWS: Final = 16
+_CHUNK_ROWS: Final = 256
 
 
 class PackedProduct(Protocol):
@@ -131,25 +135,56 @@ class FreeLinear:
         return torch.mm(x_RI.float(), self._weight_IO).to(self._out_dtype)
 
 
+def rung(rows: int) -> int:
+    """The number of rows to compute for up to _CHUNK_ROWS rows: up to 16 as they are, then 24, 32, 48, 64, 96, …"""
+    if rows <= _FINE_ROWS:
+        return rows
+    step = 1 << ((rows - 1).bit_length() - 2)
+    return -(-rows // step) * step
+
+
+def padded(rows: int) -> int:
+    """`rows`, or as many more as make the last chunk a number that is computed."""
+    return rows - rows % _CHUNK_ROWS + rung(rows % _CHUNK_ROWS)
+
+
+def _up_to_rung(x: Tensor) -> Tensor:
+    """Zero rows added up to a number that is computed."""
+    missing = rung(len(x)) - len(x)
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
 class OneDnnLinear:
-    """x · Wᵀ in bf16 with fp32 accumulation, all rows at once."""
+    """x · Wᵀ in bf16 with fp32 accumulation."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.bfloat16().contiguous())
 
     def __call__(self, x_RI: Tensor) -> Tensor:
-        y_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI.bfloat16(), self._packed, None, "none", [], "")
-        return y_RO
+        if len(x_RI) <= _CHUNK_ROWS:
+            return self._product(x_RI)
+        return torch.cat([self._product(chunk) for chunk in torch.split(x_RI, _CHUNK_ROWS)])
+
+    def _product(self, x_RI: Tensor) -> Tensor:
+        x_MI = _up_to_rung(x_RI.bfloat16())
+        y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, self._packed, None, "none", [], "")
+        return y_MO[: len(x_RI)]
 
 
 class FreeHeads:
-    """A matrix a head, all rows at once."""
+    """A matrix a head."""
 
     def __init__(self, weight_hIO: Tensor, dtype: torch.dtype) -> None:
         self._weight_hIO = weight_hIO.to(dtype).contiguous()
 
     def __call__(self, x_RhI: Tensor) -> Tensor:
-        return torch.bmm(x_RhI.to(self._weight_hIO.dtype).transpose(0, 1), self._weight_hIO)
+        if len(x_RhI) <= _CHUNK_ROWS:
+            return self._product(x_RhI)
+        return torch.cat([self._product(chunk) for chunk in torch.split(x_RhI, _CHUNK_ROWS)], dim=1)
+
+    def _product(self, x_RhI: Tensor) -> Tensor:
+        x_MhI = _up_to_rung(x_RhI.to(self._weight_hIO.dtype))
+        return torch.bmm(x_MhI.transpose(0, 1), self._weight_hIO)[:, : len(x_RhI)]
 
 
 class FreeGemm:
@@ -158,14 +193,28 @@ class FreeGemm:
     def __init__(self, dtype: torch.dtype) -> None:
         self.has_bf16 = dtype == torch.bfloat16 and _onednn_has_bf16()
         self.inner_dtype = torch.bfloat16 if self.has_bf16 else torch.float32
+        self._compiled: dict[tuple[int, ...], PackedProduct] = {}  # one of every shape, by the shape of its weight
 
     def linear(self, weight_OI: Tensor, out_dtype: torch.dtype) -> PackedProduct:
-        if out_dtype == torch.bfloat16 and self.has_bf16:
-            return OneDnnLinear(weight_OI)
-        return FreeLinear(weight_OI, out_dtype)
+        if out_dtype != torch.bfloat16 or not self.has_bf16:
+            return FreeLinear(weight_OI, out_dtype)
+        product = OneDnnLinear(weight_OI)
+        self._compiled.setdefault(tuple(weight_OI.shape), product)
+        return product
 
     def heads(self, weight_hIO: Tensor) -> PackedProduct:
-        return FreeHeads(weight_hIO, self.inner_dtype)
+        product = FreeHeads(weight_hIO, self.inner_dtype)
+        if self.has_bf16:
+            self._compiled.setdefault(tuple(weight_hIO.shape), product)
+        return product
+
+    def warm_up(self, max_rows: int) -> None:
+        """See `llm_engine.ops.spec.WarmUp`: every number of rows that is computed, once for every shape of weight."""
+        sizes = {rung(rows) for rows in range(1, min(max_rows, _CHUNK_ROWS) + 1)}
+        for shape, product in self._compiled.items():
+            inputs = shape[1:] if len(shape) == 2 else shape[:2]
+            for size in sizes:
+                product(torch.zeros(size, *inputs, dtype=torch.bfloat16))
 
 
 def _onednn_has_bf16() -> bool:

@@ -6,7 +6,7 @@ what takes time. Apart: rows are sorted by expert and every expert runs alone.
 
 A shared expert of the routed experts' width is one more expert that every row chooses last, with weight one.
 
-Shapes: R rows, H hidden, E experts, F expert width, K chosen, N = R · K choices.
+Shapes: R rows, H hidden, E experts, F expert width, K chosen, N = R · K choices, P padded rows of all experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_engine.ops_cpu.gemm import Gemm, PackedProduct
+from llm_engine.ops_cpu.gemm import Gemm, PackedProduct, padded
 from llm_engine.ops_cpu.jit import (
     B2,
     F2,
@@ -107,23 +107,27 @@ def _wide(
 
 def _apart(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: FreeExperts) -> Tensor:
     choices = ids_RK.shape[1]
-    ids_N = ids_RK.flatten()
-    order_N = ids_N.argsort(stable=True)
-    x_NH = x_RH.index_select(0, order_N // choices)
-    down_NH, end = torch.empty_like(x_NH), 0
-    for (gate_up, down), count in zip(packed.apart, ids_N.bincount(minlength=len(packed.apart)).tolist(), strict=True):
+    ids_N = ids_RK.flatten().numpy()
+    counts_E = np.bincount(ids_N, minlength=len(packed.apart))
+    padded_E = np.array([padded(count) for count in counts_E.tolist()])
+    starts_E, padded_starts_E = counts_E.cumsum() - counts_E, padded_E.cumsum() - padded_E
+    order_N = ids_N.argsort(kind="stable")
+    slots_N = np.empty_like(order_N)  # where each choice stands among the padded rows of all experts
+    slots_N[order_N] = np.arange(len(ids_N)) + (padded_starts_E - starts_E)[ids_N[order_N]]
+    rows_P = np.zeros(padded_E.sum(), np.int64)  # padding repeats row 0
+    rows_P[slots_N] = np.arange(len(ids_N)) // choices
+    x_PH = x_RH.index_select(0, torch.from_numpy(rows_P))
+    down_PH = torch.empty_like(x_PH)
+    for (gate_up, down), first, count in zip(packed.apart, padded_starts_E.tolist(), padded_E.tolist(), strict=True):
         if count:
-            first, end = end, end + count
-            down_NH[first:end] = down(silu_mul(gate_up(x_NH[first:end])))
-    slots_N = torch.empty_like(order_N)
-    slots_N[order_N] = torch.arange(len(order_N))
+            down_PH[first : first + count] = down(silu_mul(gate_up(x_PH[first : first + count])))
     out_RH = torch.empty_like(x_RH, memory_format=torch.contiguous_format)
     over_rows(
         _combine,
         len(x_RH),
         choices * x_RH.shape[1],
-        row_array(down_NH),
-        slots_N.view(-1, choices).numpy(),
+        row_array(down_PH),
+        slots_N.reshape(-1, choices),
         weights_RK.contiguous().numpy(),
         row_array(out_RH),
     )
