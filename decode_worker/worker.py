@@ -11,9 +11,11 @@ from collections.abc import Coroutine
 from typing import Any, Self
 
 from decode_worker.intake import Intake, Place, is_probe
+from kv_transfer.device import DeviceRegion
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport, links_of
 from kv_transfer.receiver import HandoffServer
+from kv_transfer.transports import Memory
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LeaseRevoked, TransferError
 from llm_engine.api.messages import Cancel, Deltas, Role, Started, Submit, WorkerInfo
@@ -28,7 +30,7 @@ from llm_engine.serving.worker import Worker
 class DecodeWorker(Worker[Reservation]):
     """One replica of the decode pool."""
 
-    def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena) -> None:
+    def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Memory) -> None:
         """`arena`: the memory that `assembly.region` describes."""
         super().__init__(config, name, Role.DECODE, key, assembly)
         self._arena = arena
@@ -56,7 +58,7 @@ class DecodeWorker(Worker[Reservation]):
             return arenas[-1].buffer
 
         assembly = assemble(config, planned, host_memory, Role.DECODE)
-        (arena,) = arenas
+        arena = arenas[0] if arenas else DeviceRegion(assembly.store.arena)
         return cls(config, name, key, assembly, arena)
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ class DecodeWorker(Worker[Reservation]):
 
     async def _close_peers(self) -> None:
         await self._server.close()
-        self._arena.close()
+        if isinstance(self._arena, Arena):
+            self._arena.close()
 
     def _drain_peers(self) -> None:
         self._server.drain()

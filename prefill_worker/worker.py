@@ -16,8 +16,10 @@ from typing import Any, Self
 
 import msgspec
 
+from kv_transfer.device import DeviceRegion
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import links_of
+from kv_transfer.transports import Memory
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LayoutMismatch, Overloaded, TransferError, TransferTimeout
@@ -41,7 +43,7 @@ class PrefillWorker(Worker[Outbound]):
     """One replica of the prefill pool."""
 
     def __init__(
-        self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena, outbox: Outbox
+        self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Memory, outbox: Outbox
     ) -> None:
         """`arena`: the memory that `assembly.region` describes."""
         super().__init__(config, name, Role.PREFILL, key, assembly)
@@ -66,7 +68,7 @@ class PrefillWorker(Worker[Outbound]):
             return arenas[-1].buffer
 
         assembly = assemble(config, planned, host_memory, Role.PREFILL, outbox)
-        (arena,) = arenas
+        arena = arenas[0] if arenas else DeviceRegion(assembly.store.arena)
         return cls(config, name, key, assembly, arena, outbox)
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class PrefillWorker(Worker[Outbound]):
             key=self._key,
             info=info,
             layout=self._assembly.region,
-            source=self._arena.buffer,
+            source=self._arena.buffer if isinstance(self._arena, Arena) else self._arena,
         )
         return [self._client.run()]
 
@@ -218,7 +220,8 @@ class PrefillWorker(Worker[Outbound]):
             await self._client.close()
         if self._stager is not None:
             await asyncio.to_thread(self._stager.close)
-        self._arena.close()
+        if isinstance(self._arena, Arena):
+            self._arena.close()
 
     def _peers(self) -> PeerReport:
         if self._client is None:

@@ -47,9 +47,9 @@ _FP8_DTYPE = "F8_E4M3"
 _MAX_NAMED = 4  # how many offenders an error message names
 _LAYERS = "model.layers."
 _PARTS = (  # of a layer, as they are built
-    "shared_head", "embed_tokens", "enorm", "hnorm", "eh_proj", "input_layernorm", "post_attention", "self_attn.q_a_proj",
-    "self_attn.kv_a_proj", "self_attn.indexer.wk", "self_attn.q_a", "self_attn.kv_a", "self_attn.q_b", "self_attn.kv_b", "self_attn.o", "self_attn",
-    "mlp.gate.", "mlp.shared", "mlp",
+    "shared_head", "embed_tokens", "enorm", "hnorm", "eh_proj", "input_layernorm", "post_attention",
+    "self_attn.q_a_proj", "self_attn.kv_a_proj", "self_attn.indexer.wk", "self_attn.q_a", "self_attn.kv_a",
+    "self_attn.q_b", "self_attn.kv_b", "self_attn.o", "self_attn", "mlp.gate.", "mlp.shared", "mlp",
 )  # fmt: skip
 _READERS = 4
 _AHEAD_BYTES = 1 << 30  # read before they are asked for

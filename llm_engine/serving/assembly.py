@@ -33,6 +33,7 @@ from llm_engine.serving.staging import Mirror, staging_layout
 
 _log = logging.getLogger(__name__)
 
+DEVICE_TRANSPORT = "cuda_ipc"  # reaches caches on a card where they lie
 HostMemory = Callable[[int], memoryview]  # gives so many bytes of page-aligned memory that peers can reach
 
 
@@ -60,8 +61,8 @@ class Assembly:
     store: KvStore
     format_id: str
     weight_version: str
-    region: KvLayout  # of the host memory that peers reach: the caches, or the slots they are handed on through
-    mirror: Mirror | None = None  # between the caches and that memory, where they are two
+    region: KvLayout  # of the memory that peers reach: the caches, or the slots they are handed on through
+    mirror: Mirror | None = None  # between the caches and the slots, if there are any
     memory: MemoryReport | None = None  # None on the host
 
     @property
@@ -90,7 +91,7 @@ def assemble(
 ) -> Assembly:
     """Load weights and build the engine. Raises ConfigError.
 
-    `host_memory` is called once, but by an aggregated engine on a card, which needs none.
+    `host_memory` is called once if peers reach the caches through host memory, or if they lie there.
     """
     started = time.monotonic()
     use_threads(config.engine.threads)
@@ -116,7 +117,7 @@ def assemble(
         config.model.served_name, time.monotonic() - started, weights_s, plan.ops.device, kernels, identity,
     )  # fmt: skip
     region, mirror = store.layout, None
-    if not plan.on_host and role is not Role.AGGREGATED:
+    if not plan.on_host and role is not Role.AGGREGATED and config.transfer.transport != DEVICE_TRANSPORT:
         region = staging_layout(store.layout, config.kv, engine.max_len)
         slots = torch.frombuffer(host_memory(region.arena_bytes), dtype=torch.uint8)
         mirror = Mirror(store, region, slots, plan.ops)

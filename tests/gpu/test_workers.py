@@ -72,7 +72,7 @@ def reference(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, asks: li
         running.stop()
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"])
+@pytest.fixture(scope="module", params=["shm", "tcp", "cuda_ipc"])
 def pair(
     request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, pages: str
 ) -> Iterator[ProcessCluster]:
