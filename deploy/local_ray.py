@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy.actors import RouterActor, WorkerActor, redirect_output
 from deploy.desired import pool_of
@@ -94,6 +94,8 @@ def start_controller(
 class ControllerActor:
     """The controller in its Ray process."""
 
+    worker_kind: ClassVar[type[WorkerActor]] = WorkerActor  # what it starts
+
     def __init__(self, config_json: str, run_dir: str) -> None:
         self._run_dir = Path(run_dir)
         redirect_output(Path(self._log(CONTROLLER)))
@@ -115,7 +117,7 @@ class ControllerActor:
         resources = dict(pool.resources)
         gpus = resources.pop("GPU", 0)  # Ray knows this one by an option of its own
         options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, num_gpus=gpus, resources=resources)
-        return RayHandle(WorkerActor, options, config.model_dump_json(), pool_of(name), name, self._log(name))
+        return RayHandle(self.worker_kind, options, config.model_dump_json(), pool_of(name), name, self._log(name))
 
     def _launch_router(self) -> RayHandle:
         config_file = str(self._run_dir / "config.toml")

@@ -5,6 +5,9 @@ Each loop turns its signals into a demand, counted in replicas:
     prefill   TTFT as far as it is queueing, seconds of backlog, share of time spent computing
     decode    TPOT, share of KV blocks in use, share of places taken (requests that wait for a place count)
 
+Whatever waits, at the routers, in the queue of prefill or in an open hand-off, counts for the pool that keeps it
+waiting: the one that is full.
+
 A pool grows to its demand once that has exceeded its size for `up_after_s`, and shrinks by one when the rest would
 have been enough, with a margin, for `down_after_s`. The card budget couples them: the pool in greater need is served
 first, and when no card is free a pool with room to spare gives one up (a role flip), never one that is short itself.
@@ -41,11 +44,16 @@ class Signals:
 
     ttft_s: float | None = None  # 90th percentile
     queue_share: float = 0.0  # of TTFT: waiting for prefill to begin
-    backlog_s: float | None = None  # prefill work that waits, in seconds of the pool's work
+    backlog_s: float | None = None  # prefill work that waits at its workers, in seconds of the pool's work
     prefill_busy: float | None = None  # share of time that prefill workers compute
+    prefill_busy_now: float = 0.0  # the same since the last look
+    queued_s: float = 0.0  # prefill work of requests that wait at the routers, in seconds of the pool's work
     tpot_s: float | None = None  # 90th percentile
-    decode_kv: float | None = None  # share of decode blocks in use
-    decode_seqs: float | None = None  # share of decode places taken or waited for
+    decode_kv: float | None = None  # share of decode blocks in use at the last look
+    decode_kv_mean: float = 0.0  # over the window
+    decode_seqs: float | None = None  # share of decode places taken at the last look
+    decode_seqs_mean: float = 0.0
+    queued_seqs: float = 0.0  # open hand-offs and requests that wait at the routers, as a share of decode places
     seqs_per_decode: float = 0.0  # running sequences per decode worker
 
 
@@ -84,12 +92,15 @@ Loads = list[tuple[float, float, str]]  # load relative to its target, load that
 def _prefill_loads(signals: Signals, config: AutoscalerConfig) -> Loads:
     if signals.prefill_busy is None or signals.backlog_s is None:
         return []
-    busy, backlog = signals.prefill_busy / config.prefill_busy, signals.backlog_s / config.backlog_s
+    full = max(signals.prefill_busy_now, signals.prefill_busy) >= config.prefill_busy
+    blocked = not full and _places_taken(signals) >= config.decode_seqs  # what waits here waits for decode
+    backlog_s = 0.0 if blocked else signals.backlog_s + (signals.queued_s if full else 0.0)
+    busy, backlog = signals.prefill_busy / config.prefill_busy, backlog_s / config.backlog_s
     loads = [
         (busy, busy, f"prefill computes {signals.prefill_busy:.0%} of the time (target {config.prefill_busy:.0%})"),
-        (backlog, backlog, f"prefill backlog {signals.backlog_s:.2g} s (target {config.backlog_s:.2g} s)"),
+        (backlog, backlog, f"prefill backlog {backlog_s:.2g} s (target {config.backlog_s:.2g} s)"),
     ]
-    if signals.ttft_s is not None:
+    if signals.ttft_s is not None and not blocked:
         # More workers shorten the queue and not the computation of one prompt: only queueing asks for them.
         over = max(0.0, signals.ttft_s / config.ttft_slo_s - 1.0)
         text = f"TTFT p90 {signals.ttft_s:.2g} s (target {config.ttft_slo_s:.2g} s), {signals.queue_share:.0%} queueing"
@@ -101,10 +112,14 @@ def _prefill_loads(signals: Signals, config: AutoscalerConfig) -> Loads:
 def _decode_loads(state: PoolState, signals: Signals, config: AutoscalerConfig) -> Loads:
     if signals.decode_kv is None or signals.decode_seqs is None:
         return []
-    kv, seqs = signals.decode_kv / config.decode_kv, signals.decode_seqs / config.decode_seqs
+    share = _places_taken(signals)
+    if share >= config.decode_seqs:
+        share += signals.queued_seqs  # else open hand-offs wait for their prefill
+    kv, seqs = signals.decode_kv / config.decode_kv, share / config.decode_seqs
+    kv_mean, seqs_mean = signals.decode_kv_mean / config.decode_kv, signals.decode_seqs_mean / config.decode_seqs
     loads = [
-        (kv, kv, f"decode KV {signals.decode_kv:.0%} in use (target {config.decode_kv:.0%})"),
-        (seqs, seqs, f"decode places {signals.decode_seqs:.0%} taken or waited for (target {config.decode_seqs:.0%})"),
+        (kv, kv_mean, f"decode KV {signals.decode_kv:.0%} in use (target {config.decode_kv:.0%})"),
+        (seqs, seqs_mean, f"decode places {share:.0%} taken or waited for (target {config.decode_seqs:.0%})"),
     ]
     if signals.tpot_s is not None:
         tpot = signals.tpot_s / config.tpot_slo_s
@@ -113,6 +128,11 @@ def _decode_loads(state: PoolState, signals: Signals, config: AutoscalerConfig) 
         text = f"TPOT p90 {signals.tpot_s * 1e3:.3g} ms (target {config.tpot_slo_s * 1e3:.3g} ms)"
         loads.append((tpot if signals.seqs_per_decode > 1 else min(tpot, 1.0), tpot if shared else 0.0, text))
     return loads
+
+
+def _places_taken(signals: Signals) -> float:
+    """Share of decode places; the mean too, because a place that has just become free is soon taken again."""
+    return max(signals.decode_seqs or 0.0, signals.decode_seqs_mean)
 
 
 class ScalingPolicy:

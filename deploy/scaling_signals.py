@@ -70,21 +70,29 @@ class Window:
         prefill = {name: scrape for name, scrape in new.items() if scrape.role is Role.PREFILL}
         decode = [scrape for scrape in new.values() if scrape.role is Role.DECODE]
         stages = _labelled(routers, "baton_ttft_stage_seconds_sum")
-        queued = sum(s.sample.get(("baton_queued_requests", ""), 0.0) for s in new.values() if s.role is None)
-        busy_s = sum(sum(_labelled([grown[name]], "baton_step_seconds_sum").values()) for name in prefill)
+        queued = _gauge((scrape for scrape in new.values() if scrape.role is None), "baton_queued_requests")
+        busy_s, recent_s = _busy_s(prefill, old), _busy_s(prefill, self._scrapes[-2][1])
         computed = sum(grown[name].get(("baton_prefill_computed_tokens_total", ""), 0.0) for name in prefill)
-        waiting = sum(scrape.sample.get(("baton_waiting_tokens", ""), 0.0) for scrape in prefill.values())
-        running = sum(scrape.sample.get(("baton_running_sequences", ""), 0.0) for scrape in decode)
-        pending = sum(scrape.sample.get(("baton_pending_handoffs", ""), 0.0) for scrape in decode)
+        waiting = _gauge(prefill.values(), "baton_waiting_tokens")
+        running = _gauge(decode, "baton_running_sequences")
+        pending = _gauge(decode, "baton_pending_handoffs")
         places = sum(scrape.max_seqs for scrape in decode)
+        looks = [_decode_shares([s for s in scrapes.values() if s.role is Role.DECODE]) for _, scrapes in self._scrapes]
+        shares = [share for share in looks if share is not None]
+        per_request = computed / served if (served := _served(routers)) else 0.0
         return Signals(
             ttft_s=percentile(_labelled(routers, "baton_ttft_seconds_bucket"), _PERCENTILE),
             queue_share=stages.get("prefill_queue", 0.0) / sum(stages.values()) if sum(stages.values()) else 0.0,
             backlog_s=_backlog_s(waiting, computed, busy_s, len(prefill)),
-            prefill_busy=min(1.0, busy_s / ((now - since) * len(prefill))) if prefill else None,
+            prefill_busy=_share(busy_s, now - since, len(prefill)),
+            prefill_busy_now=_share(recent_s, now - self._scrapes[-2][0], len(prefill)) or 0.0,
+            queued_s=_backlog_s(queued * per_request, computed, busy_s, len(prefill)) or 0.0,
             tpot_s=percentile(_labelled(routers, "baton_tpot_seconds_bucket"), _PERCENTILE),
-            decode_kv=_blocks_in_use(decode),
-            decode_seqs=(running + pending + queued) / places if places else None,
+            decode_kv=shares[-1][0] if looks[-1] else None,
+            decode_kv_mean=sum(kv for kv, _ in shares) / len(shares) if shares else 0.0,
+            decode_seqs=shares[-1][1] if looks[-1] else None,
+            decode_seqs_mean=sum(seqs for _, seqs in shares) / len(shares) if shares else 0.0,
+            queued_seqs=(pending + queued) / places if places else 0.0,
             seqs_per_decode=running / len(decode) if decode else 0.0,
         )
 
@@ -175,6 +183,22 @@ def _labelled(samples: Iterable[Mapping[tuple[str, str], float]], metric: str) -
     return sums
 
 
+def _busy_s(workers: Mapping[str, Scrape], before: Mapping[str, Scrape]) -> float:
+    """Seconds that these workers computed since an earlier scrape."""
+    grown = (_grown(scrape, before.get(name)) for name, scrape in workers.items())
+    return sum(_labelled(grown, "baton_step_seconds_sum").values())
+
+
+def _share(busy_s: float, seconds: float, workers: int) -> float | None:
+    """Of the time of so many workers; None without any."""
+    return min(1.0, busy_s / (seconds * workers)) if workers and seconds > 0 else None
+
+
+def _served(routers: Iterable[Mapping[tuple[str, str], float]]) -> float:
+    """Requests that got their first token."""
+    return _labelled(routers, "baton_ttft_seconds_bucket").get("+Inf", 0.0)
+
+
 def _backlog_s(waiting: float, computed: float, busy_s: float, workers: int) -> float | None:
     """Seconds of work that wait; None while the speed of the pool is unknown."""
     if not workers:
@@ -184,7 +208,16 @@ def _backlog_s(waiting: float, computed: float, busy_s: float, workers: int) -> 
     return waiting * busy_s / (computed * workers) if computed > 0 and busy_s > 0 else None
 
 
-def _blocks_in_use(decode: Sequence[Scrape]) -> float | None:
+def _decode_shares(decode: Sequence[Scrape]) -> tuple[float, float] | None:
+    """Of KV blocks in use, and of places taken; None when no worker said so."""
     blocks = _labelled((scrape.sample for scrape in decode), "baton_blocks")
-    total = sum(blocks.values())
-    return sum(blocks.get(state, 0.0) for state in _IN_USE) / total if total else None
+    total, places = sum(blocks.values()), sum(scrape.max_seqs for scrape in decode)
+    if not total or not places:
+        return None
+    in_use = sum(blocks.get(state, 0.0) for state in _IN_USE)
+    return in_use / total, _gauge(decode, "baton_running_sequences") / places
+
+
+def _gauge(scrapes: Iterable[Scrape], metric: str) -> float:
+    """The sum over processes of a metric without labels."""
+    return sum(scrape.sample.get((metric, ""), 0.0) for scrape in scrapes)

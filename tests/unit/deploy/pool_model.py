@@ -81,6 +81,8 @@ class Cluster:
         self.running += admitted
         tpot = self.step_s + self.step_s_per_seq * self.running / workers
         self.running -= min(self.running, self.running * dt / (mix.output_tokens * tpot))
+        places_taken = self.running / places
+        kv = min(1.0, self.running * (mix.prompt_tokens + mix.output_tokens / 2) / (workers * self.kv_tokens))
         queue, compute = self.backlog / power, mix.prompt_tokens / self.prefill_rate
         self.signals = Signals(
             ttft_s=queue + compute,
@@ -88,8 +90,11 @@ class Cluster:
             backlog_s=queue,
             prefill_busy=served / (power * dt),
             tpot_s=tpot,
-            decode_kv=min(1.0, self.running * (mix.prompt_tokens + mix.output_tokens / 2) / (workers * self.kv_tokens)),
-            decode_seqs=(self.running + self.waiting) / places,
+            decode_kv=kv,
+            decode_kv_mean=kv,
+            decode_seqs=places_taken,
+            decode_seqs_mean=places_taken,
+            queued_seqs=self.waiting / places,
             seqs_per_decode=self.running / workers,
         )
 

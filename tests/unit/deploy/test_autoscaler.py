@@ -228,6 +228,32 @@ def test_the_routers_own_metrics_become_signals() -> None:
     assert signals.backlog_s is None, "no prefill worker was seen"
 
 
+def router_text(*, queued: int, first_tokens: int) -> str:
+    return f'baton_queued_requests {queued}\nbaton_ttft_seconds_bucket{{le="+Inf"}} {first_tokens}\n'
+
+
+def test_queued_requests_become_seconds_of_prefill_and_shares_of_decode_places() -> None:
+    window = Window(30.0)
+    for at, busy, first, running in ((0.0, 0.0, 0, 1), (10.0, 2.0, 20, 1), (12.0, 4.0, 40, 4)):
+        prefill = prefill_text(busy_s=busy, computed=1000 * busy, waiting=500)
+        decode = f"{decode_text(live=10, running=running)}baton_pending_handoffs 2\n"
+        window.add(
+            at,
+            {
+                "r": Scrape(parse(router_text(queued=6, first_tokens=first))),
+                "p": Scrape(parse(prefill), Role.PREFILL, 10),
+                "d": Scrape(parse(decode), Role.DECODE, 10),
+            },
+        )
+    signals = window.signals()
+    assert signals.prefill_busy == pytest.approx(4.0 / 12.0)
+    assert signals.prefill_busy_now == pytest.approx(1.0), "of the time since the last look"
+    assert signals.backlog_s == pytest.approx(0.5)
+    assert signals.queued_s == pytest.approx(0.6), "6 requests of 100 tokens at 1000 tokens a second"
+    assert (signals.decode_seqs, signals.queued_seqs) == (pytest.approx(0.4), pytest.approx(0.8))
+    assert signals.decode_seqs_mean == pytest.approx(0.2), "a peak at the last look is not the rule"
+
+
 def test_a_restarted_process_counts_from_zero_and_old_scrapes_leave_the_window() -> None:
     window = Window(20.0)
     for at, busy in ((0.0, 100.0), (10.0, 105.0), (20.0, 5.0)):

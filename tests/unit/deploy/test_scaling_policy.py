@@ -13,7 +13,15 @@ from llm_engine.api.config import AutoscalerConfig
 from tests.unit.deploy.pool_model import Cluster, Mix
 
 CALM = Signals(
-    ttft_s=0.3, backlog_s=0.1, prefill_busy=0.5, tpot_s=0.03, decode_kv=0.5, decode_seqs=0.5, seqs_per_decode=8
+    ttft_s=0.3,
+    backlog_s=0.1,
+    prefill_busy=0.5,
+    tpot_s=0.03,
+    decode_kv=0.5,
+    decode_kv_mean=0.5,
+    decode_seqs=0.5,
+    decode_seqs_mean=0.5,
+    seqs_per_decode=8,
 )
 IDLE = Signals(backlog_s=0.0, prefill_busy=0.0, decode_kv=0.0, decode_seqs=0.0)
 AGENTS = Mix(prompt_tokens=8000, output_tokens=100)  # long prompts, short answers
@@ -122,7 +130,12 @@ sizes = st.integers(1, 12)
         prefill_busy=st.none() | st.floats(0, 1),
         tpot_s=st.none() | st.floats(0, 1),
         decode_kv=st.none() | st.floats(0, 1),
-        decode_seqs=st.none() | shares,
+        decode_kv_mean=st.floats(0, 1),
+        decode_seqs=st.none() | st.floats(0, 1),
+        decode_seqs_mean=st.floats(0, 1),
+        prefill_busy_now=st.floats(0, 1),
+        queued_s=st.floats(0, 100),
+        queued_seqs=shares,
         seqs_per_decode=st.floats(0, 64),
     ),
     sizes,
@@ -231,3 +244,32 @@ def test_a_shift_of_the_mix_is_followed_by_flips() -> None:
     assert cluster.met(), (cluster.sizes, cluster.signals)
     late = [sizes for at, sizes in cluster.changes if at > cluster.now - 600]
     assert len(list(itertools.groupby(late))) <= 2, "it swings under a steady load"
+
+
+@pytest.mark.parametrize(
+    ("busy_now", "taken", "growing"),
+    [(1.0, 0.4, {"prefill"}), (0.3, 1.0, {"decode"}), (1.0, 1.0, {"prefill", "decode"}), (0.3, 0.4, set())],
+)
+def test_what_waits_at_the_routers_counts_for_the_pool_that_is_full(
+    busy_now: float, taken: float, growing: set[str]
+) -> None:
+    waiting = replace(CALM, prefill_busy_now=busy_now, queued_s=8.0, decode_seqs=taken, queued_seqs=3.0)
+    decision = settled(ScalingPolicy(config()), pools(), waiting)
+    assert {pool for pool in LOOPS if decision.sizes[pool] == 4} == growing
+    assert {pool for pool in LOOPS if decision.sizes[pool] == 2} == set(LOOPS) - growing
+
+
+def test_hand_offs_that_wait_for_their_prefill_do_not_hold_a_decode_worker_back() -> None:
+    policy = ScalingPolicy(config(max_cards=4))
+    idle = dict.fromkeys(("decode_kv", "decode_kv_mean", "decode_seqs", "decode_seqs_mean"), 0.2)
+    slow_prefill = replace(CALM, prefill_busy=1.0, queued_seqs=0.7, tpot_s=0.01, **idle)
+    decision = settled(policy, pools(), slow_prefill)
+    assert (decision.sizes, decision.flips) == ({"prefill": 3, "decode": 1}, 1)
+
+
+def test_a_queue_at_prefill_workers_that_rest_is_the_decode_pools() -> None:
+    blocked = replace(
+        CALM, ttft_s=9.0, queue_share=0.9, backlog_s=5.0, prefill_busy=0.1, decode_seqs=1.0, decode_seqs_mean=0.9
+    )
+    decision = settled(ScalingPolicy(config(max_cards=4)), pools(), replace(blocked, queued_seqs=1.0))
+    assert decision.sizes == {"prefill": 1, "decode": 3}
