@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from llm_engine.ops_triton.lang import Ptr, kernel, to_e4m3, ue8m0
+from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, inline, kernel, to_e4m3, ue8m0
+from llm_engine.ops_triton.tiles import quantise_tile
 
 BLOCK: Final = 128
+_FORM: Final = "fp8_rows"  # name under which activations carry their quantised form
 _E4M3_MAX: Final = 448.0
 _MIN_AMAX: Final = 1e-4
 
@@ -51,15 +53,36 @@ def can_be_fp8(weight_OI: Tensor) -> bool:
     return weight_OI.shape[-1] % BLOCK == 0
 
 
+def empty_rows(rows: int, depth: int, device: torch.device) -> Fp8Rows:
+    """Memory for the quantised form of [rows, depth]."""
+    values_RI = torch.empty(rows, depth, dtype=torch.float8_e4m3fn, device=device)
+    return Fp8Rows(values_RI, torch.empty(depth // BLOCK, rows, dtype=torch.float32, device=device))
+
+
+def carry_rows(x_RI: Tensor, rows: Fp8Rows) -> Tensor:
+    """`x_RI`, which carries its quantised form from now on, for `quantise_rows`. Nobody may write to it any more.
+
+    Views and results of other operations do not carry it.
+    """
+    setattr(x_RI, _FORM, rows)
+    return x_RI
+
+
 def quantise_rows(x_RI: Tensor) -> Fp8Rows:
-    """Activations in groups of 1×128, quantised on the fly. Rows may be strided."""
+    """Activations in groups of 1×128: the form they carry, or quantised on the fly. Rows may be strided."""
+    ready: Fp8Rows | None = getattr(x_RI, _FORM, None)
+    if ready is not None:
+        return ready
     rows, depth = x_RI.shape
-    values_RI = x_RI.new_empty(rows, depth, dtype=torch.float8_e4m3fn)
-    scales_GR = x_RI.new_empty(depth // BLOCK, rows, dtype=torch.float32)
+    out = empty_rows(rows, depth, x_RI.device)
     if rows:
-        grid = (rows, depth // BLOCK)
-        _quantise_rows[grid](x_RI, values_RI, scales_GR, rows, x_RI.stride(0), depth, BLOCK, num_warps=1)
-    return Fp8Rows(values_RI, scales_GR)
+        tile_rows, tile_groups, warps = quantise_tile(rows)
+        grid = (ceil_div(rows, tile_rows), ceil_div(depth // BLOCK, tile_groups))
+        _quantise_rows[grid](
+            x_RI, out.values_RI, out.scales_GR, rows, x_RI.stride(0), depth, tile_rows, tile_groups, BLOCK,
+            num_warps=warps,
+        )  # fmt: skip
+    return out
 
 
 def scaled_mm(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
@@ -101,13 +124,31 @@ def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
     return Fp8Weight(values, scales)
 
 
+@inline
+def quantise(value: Val, AXIS: tl.constexpr) -> tuple[Val, Val]:
+    """fp32 values in e4m3, and the scales that they share along an axis."""
+    scales = ue8m0(tl.max(tl.abs(value), AXIS))
+    return to_e4m3(value / tl.expand_dims(scales, AXIS)), scales
+
+
 @kernel
 def _quantise_rows(
-    x: Ptr, values: Ptr, scales: Ptr, num_rows: int, x_stride: int, DEPTH: tl.constexpr, BLOCK: tl.constexpr
+    x: Ptr,
+    values: Ptr,
+    scales: Ptr,
+    num_rows: int,
+    x_stride: int,
+    depth: int,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = group * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_stride + column).to(tl.float32)
-    scale = ue8m0(tl.max(tl.abs(value), 0))
-    tl.store(values + row * DEPTH + column, to_e4m3(value / scale))
-    tl.store(scales + group.to(tl.int64) * num_rows + row, scale)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    mask = (row < num_rows)[:, None] & (group < depth // BLOCK)[None, :]
+    column = (group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])[None, :, :]
+    row_at = row.to(tl.int64)[:, None, None]
+    value = tl.load(x + row_at * x_stride + column, mask=mask[:, :, None], other=0.0).to(tl.float32)
+    quantised, scale = quantise(value, 2)
+    tl.store(values + row_at * depth + column, quantised, mask=mask[:, :, None])
+    tl.store(scales + group.to(tl.int64)[None, :] * num_rows + row[:, None], scale, mask=mask)

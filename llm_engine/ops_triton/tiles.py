@@ -15,20 +15,26 @@ from llm_engine.ops_triton.lang import ceil_div, tile_size
 Numerics = Literal["exact", "fast"]
 
 _PROCESSORS: Final = 132  # of the cards this was laid out for (H100, H200); others are served, perhaps less well
+_WAVES: Final = 3  # programs a processor should hold, to hide how long memory takes to answer
 _MAX_SPLITS: Final = 8
 _SPLIT_DEPTH: Final = 512  # shallower splits cost more to add than they gain
-_EXACT_ROWS: Final = 64  # the smallest tile of Hopper's wide products: one instruction for few rows and for many
+_EXACT_ROWS: Final = 64  # one size for few rows and for many
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share of a product, rows × columns, in steps of `depth`; and how the compiler should run it."""
+    """One program's share of a product, rows × columns, in steps of `depth`; and how the compiler should run it.
+
+    `turned`: computed as the transpose, for tiles of few rows. `height`: row tiles that walk the columns together.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    turned: bool = False
+    height: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,9 @@ class Cut:
     parallel: bool
 
 
-def cut_product(numerics: Numerics, rows: int, depth: int, columns: int, batches: int = 1) -> Cut:
-    """The cut of [rows, depth] · [depth, columns], `batches` times."""
-    tile = _tile(numerics, rows, depth, columns)
+def cut_product(numerics: Numerics, rows: int, depth: int, columns: int, batches: int = 1, *, fp8: bool = False) -> Cut:
+    """The cut of [rows, depth] · [depth, columns], `batches` times. `fp8`: a step is a block of 128."""
+    tile = _tile(numerics, rows, depth, columns, fp8)
     column_tiles = ceil_div(columns, tile.columns) * batches
     if numerics == "exact":
         splits = _splits(column_tiles, depth)
@@ -52,26 +58,45 @@ def cut_product(numerics: Numerics, rows: int, depth: int, columns: int, batches
     return Cut(tile, splits, splits > 1)
 
 
-def expert_tile(numerics: Numerics, rows_an_expert: float, depth: int) -> Tile:
-    """The tile of products with routed experts, whose weights are read once for about `rows_an_expert` rows."""
+def expert_tiles(numerics: Numerics, rows_an_expert: float, depth: int, *, fp8: bool = False) -> tuple[Tile, Tile]:
+    """The tiles of the up and of the down product of routed experts, with as many rows.
+
+    An expert's weights are read once for about `rows_an_expert` rows of `depth` values.
+    """
     step = min(128, tile_size(depth, 16))
     if numerics == "exact":
-        return Tile(_EXACT_ROWS, 64, step, 4, 3)
+        tile = Tile(_EXACT_ROWS, 64, step, 4, 3, turned=True, height=4)
+        return tile, tile
     if rows_an_expert <= 16:
-        return Tile(16, 64, step, 4, 4)
-    return Tile(64, 64, step, 4, 3) if rows_an_expert <= 96 else Tile(128, 64, step, 8, 3)
+        up, down = Tile(16, 64, step, 4, 4, turned=True, height=1), Tile(16, 64, step, 4, 6, turned=True, height=1)
+        return up, down
+    if rows_an_expert <= 96:
+        tile = Tile(64, 64, step, 4, 3)
+        return tile, tile
+    if not fp8:
+        tile = Tile(128, 64, step, 8, 3)
+        return tile, tile
+    return Tile(128, 128, step, 16, 3), Tile(128, 128, step, 8, 4)
 
 
-def _tile(numerics: Numerics, rows: int, depth: int, columns: int) -> Tile:
+def quantise_tile(rows: int) -> tuple[int, int, int]:
+    """Rows and groups of 128 values that one program quantises, and its warps."""
+    return (1, 4, 1) if rows <= 16 else (4, 8, 4)
+
+
+def _tile(numerics: Numerics, rows: int, depth: int, columns: int, fp8: bool) -> Tile:
     width, step = min(128, tile_size(columns, 16)), min(128, tile_size(depth, 16))
+    narrow = min(width, 64)
     if numerics == "exact":
-        return Tile(_EXACT_ROWS, width, step, 4, 3)
+        return Tile(_EXACT_ROWS, narrow, step, 4, 4, turned=narrow == 64)
     if rows <= 16:
-        return Tile(16, min(width, 64), step, 4, 4)
-    return Tile(64, width, step, 4, 3) if rows <= 256 else Tile(128, width, min(step, 64), 8, 3)
+        return Tile(16, narrow, step, 4, 6 if fp8 else 4, turned=narrow == 64)
+    if rows <= 64:
+        return Tile(64, narrow, step, 4, 4 if fp8 else 3, turned=narrow == 64)
+    return Tile(128, width, step if fp8 else min(step, 64), 8, 3)
 
 
 def _splits(tiles: int, depth: int) -> int:
     """Enough splits to occupy the card, none shallower than _SPLIT_DEPTH; a power of two."""
-    wanted = min(_PROCESSORS // max(tiles, 1), depth // _SPLIT_DEPTH, _MAX_SPLITS)
+    wanted = min(_WAVES * _PROCESSORS // max(tiles, 1), depth // _SPLIT_DEPTH, _MAX_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1

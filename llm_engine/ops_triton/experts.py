@@ -1,0 +1,188 @@
+"""Kernels of SwiGLU experts over the slots of a deal. A tile of slots belongs to one expert, or to nobody."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from llm_engine.ops_triton.lang import Ptr, kernel, sigmoid
+from llm_engine.ops_triton.products import blank, by_row, multiply, tile_of, upright
+from llm_engine.ops_triton.quant import quantise
+
+
+@kernel
+def _up_kernel(
+    x: Ptr,
+    x_scales: Ptr,
+    weight: Ptr,
+    weight_scales: Ptr,
+    row_of_slot: Ptr,
+    expert_of_tile: Ptr,
+    out: Ptr,
+    out_scales: Ptr,
+    num_rows: int,
+    num_tiles: int,
+    x_stride: int,
+    depth: int,
+    width: int,
+    GROUPED: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    TURNED: tl.constexpr,
+) -> None:
+    """silu(x · Wgᵀ) · (x · Wuᵀ). Without GROUPED slots are rows. QUANTISED: in fp8, COLUMNS are a block."""
+    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS), HEIGHT)
+    slot = tile * ROWS + tl.arange(0, ROWS)
+    expert = tl.full((), 0, tl.int64)
+    if GROUPED:
+        expert = tl.load(expert_of_tile + tile).to(tl.int64)
+        if expert < 0:
+            return
+        row = tl.load(row_of_slot + slot)
+        row_mask = row >= 0
+    else:
+        row = slot
+        row_mask = row < num_rows
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = column < width
+    gate = blank(ROWS, COLUMNS, TURNED)
+    up = blank(ROWS, COLUMNS, TURNED)
+    x_at = x + row.to(tl.int64)[:, None] * x_stride
+    gate_at = weight + (expert * (2 * width) + column[:, None]) * depth
+    up_at = gate_at + width * depth
+    if FP8:
+        groups = depth // STEP
+        gate_scale_at = weight_scales + (expert * (2 * width // STEP) + column_tile * COLUMNS // STEP) * groups
+        up_scale_at = gate_scale_at + (width // STEP) * groups
+        for group in range(groups):
+            inner = (group * STEP + tl.arange(0, STEP))[None, :]
+            a = tl.load(x_at + inner, mask=row_mask[:, None], other=0.0)
+            scale = tl.load(x_scales + group * num_rows + row, mask=row_mask, other=0.0)
+            gate_part = multiply(a, tl.load(gate_at + inner), blank(ROWS, COLUMNS, TURNED), TURNED)
+            up_part = multiply(a, tl.load(up_at + inner), blank(ROWS, COLUMNS, TURNED), TURNED)
+            gate += gate_part * by_row(scale * tl.load(gate_scale_at + group), TURNED)
+            up += up_part * by_row(scale * tl.load(up_scale_at + group), TURNED)
+    else:
+        for start in range(0, depth, STEP):
+            inner = (start + tl.arange(0, STEP))[None, :]
+            x_mask, weight_mask = row_mask[:, None], None
+            if not EVEN:
+                x_mask, weight_mask = x_mask & (inner < depth), column_mask[:, None] & (inner < depth)
+            other = None if EVEN else 0.0
+            a = tl.load(x_at + inner, mask=x_mask, other=0.0)
+            gate = multiply(a, tl.load(gate_at + inner, mask=weight_mask, other=other), gate, TURNED)
+            up = multiply(a, tl.load(up_at + inner, mask=weight_mask, other=other), up, TURNED)
+    value = upright(gate * sigmoid(gate) * up, TURNED)
+    # Slots that nobody has are written too: what the down product reads of them must not be NaN from older use.
+    written = row_mask | GROUPED
+    at = out + slot.to(tl.int64)[:, None] * width + column[None, :]
+    if QUANTISED:
+        values, scales = quantise(value.to(tl.bfloat16).to(tl.float32), 1)
+        tl.store(at, values, mask=written[:, None])
+        slots = num_tiles * ROWS if GROUPED else num_rows
+        tl.store(out_scales + column_tile * slots + slot, scales, mask=written)
+    else:
+        tl.store(at, value.to(out.dtype.element_ty), mask=written[:, None] & column_mask[None, :])
+
+
+@kernel
+def _down_kernel(
+    x: Ptr,
+    x_scales: Ptr,
+    weight: Ptr,
+    weight_scales: Ptr,
+    expert_of_tile: Ptr,
+    out: Ptr,
+    num_tiles: int,
+    depth: int,
+    width: int,
+    FP8: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    TURNED: tl.constexpr,
+) -> None:
+    """x · Wdᵀ."""
+    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS), HEIGHT)
+    expert = tl.load(expert_of_tile + tile).to(tl.int64)
+    if expert < 0:
+        return
+    slot = tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = column < width
+    x_at = x + slot.to(tl.int64)[:, None] * depth
+    weight_at = weight + (expert * width + column[:, None]) * depth
+    total = blank(ROWS, COLUMNS, TURNED)
+    if FP8:
+        groups = depth // STEP
+        scale_at = weight_scales + (expert * tl.cdiv(width, STEP) + column_tile * COLUMNS // STEP) * groups
+        x_scale_at = x_scales + slot
+        for group in range(groups):
+            inner = (group * STEP + tl.arange(0, STEP))[None, :]
+            a = tl.load(x_at + inner)
+            b = tl.load(weight_at + inner, mask=None if EVEN else column_mask[:, None], other=None if EVEN else 0.0)
+            scale = tl.load(x_scale_at + group * (num_tiles * ROWS)) * tl.load(scale_at + group)
+            total += multiply(a, b, blank(ROWS, COLUMNS, TURNED), TURNED) * by_row(scale, TURNED)
+    else:
+        for start in range(0, depth, STEP):
+            inner = (start + tl.arange(0, STEP))[None, :]
+            x_mask, weight_mask = None, None
+            if not EVEN:
+                x_mask, weight_mask = inner < depth, column_mask[:, None] & (inner < depth)
+            other = None if EVEN else 0.0
+            a = tl.load(x_at + inner, mask=x_mask, other=other)
+            total = multiply(a, tl.load(weight_at + inner, mask=weight_mask, other=other), total, TURNED)
+    at = out + slot.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=column_mask[None, :])
+
+
+@kernel
+def _swiglu(
+    gate_up: Ptr, out: Ptr, out_scales: Ptr, num_rows: int, width: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> None:
+    """silu(gate) · up of rows [2 · width] in fp8. COLUMNS are a block."""
+    row, column_tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < num_rows)[:, None]
+    gate_at = gate_up + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+    values, scales = quantise((gate * sigmoid(gate) * up).to(tl.bfloat16).to(tl.float32), 1)
+    tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], values, mask=mask)
+    tl.store(out_scales + column_tile.to(tl.int64) * num_rows + row, scales, mask=row < num_rows)
+
+
+@kernel
+def _combine(
+    down: Ptr,
+    slot_of_choice: Ptr,
+    weights: Ptr,
+    shared: Ptr,
+    out: Ptr,
+    HIDDEN: tl.constexpr,
+    K: tl.constexpr,
+    MERGED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Σ_k weight_k · down of its slot, in rank order, plus the shared expert: a slot too if MERGED."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = column < HIDDEN
+    total = tl.zeros((TILE,), tl.float32)
+    for k in tl.static_range(K):
+        slot = tl.load(slot_of_choice + row * (K + MERGED) + k).to(tl.int64)
+        weight = tl.load(weights + row * K + k)
+        total += weight * tl.load(down + slot * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if MERGED:
+        slot = tl.load(slot_of_choice + row * (K + MERGED) + K).to(tl.int64)
+        total += tl.load(down + slot * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if SHARED:
+        total += tl.load(shared + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * HIDDEN + column, total.to(out.dtype.element_ty), mask=mask)
