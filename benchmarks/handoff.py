@@ -38,7 +38,7 @@ from benchmarks.handoff_rig import (
     pick,
     receive,
 )
-from benchmarks.machine import machine
+from benchmarks.machine import cpu_s, machine
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.writer import Handoff, HandoffClient
@@ -98,6 +98,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     round_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)  # of the writing process, a round
+    receiver_cpu_s: list[float] = field(default_factory=list)
     limits: list[Rate] = field(default_factory=list)  # one before every round
 
 
@@ -186,6 +187,7 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
         f"{limit.name}_gb_per_s_median": round(statistics.median(plain), 2),
         "share_of_limit_best": round(max(rates) / max(plain), 3),
         "share_of_limit_median": round(statistics.median(a / b for a, b in zip(rates, plain, strict=True)), 3),
+        "receiver_cpu_ms_per_gb": round(statistics.mean(run.receiver_cpu_s) * 1e12 / round_bytes, 1),
         "cpu_ms_per_gb": round(statistics.median(run.cpu_s) * 1e12 / round_bytes, 1),
         f"{limit.name}_cpu_ms_per_gb": round(statistics.median(r.cpu_s for r in run.limits) * 1e12 / round_bytes, 1),
         "stage_ms_p50": {
@@ -232,7 +234,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         await writer.round(Mode("warm-up", args.tokens, 1))
         await writer.round(Mode("warm-up", args.tokens, 1, scattered=True))
         for run in runs:
-            await _run(run, writer, limit, layout.bytes_per_block())
+            await _run(run, writer, limit, layout.bytes_per_block(), hello["pid"])
         link = client.stats().peers[0]
         await client.close()
         await serving
@@ -250,15 +252,16 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
     }
 
 
-async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int) -> None:
+async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int, receiver: int) -> None:
     mode = run.mode
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
     for _ in range(mode.rounds):
         run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
-        started, cpu = time.monotonic(), time.process_time()
+        started, cpu, far_cpu = time.monotonic(), time.process_time(), cpu_s(receiver)
         run.samples += await writer.round(mode)
         run.round_s.append(time.monotonic() - started)
         run.cpu_s.append(time.process_time() - cpu)
+        run.receiver_cpu_s.append(cpu_s(receiver) - far_cpu)
 
 
 def _source(args: argparse.Namespace, layout: KvLayout) -> tuple[memoryview | DeviceRegion, Compute]:

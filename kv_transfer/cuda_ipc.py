@@ -147,8 +147,8 @@ class CudaIpcLink:
             driver().bind(self._region.ordinal)
             driver().copy([(to + c.target, base + c.source, c.num_bytes) for c in copies], stream.cuda_stream)
             self.finish()
-        for index in range(len(copies)):
-            sent(index)
+        for index, copy in enumerate(copies):
+            sent(index, 0, copy.num_bytes)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """`write` and `finish` return when everything has landed."""

@@ -44,7 +44,7 @@ class FaultyLink:
     ) -> None:
         """See Link.write."""
         for index, copy in enumerate(copies):
-            sent(index)
+            sent(index, 0, copy.num_bytes)
             fault = self._choose()
             original = bytes(source[copy.source : copy.source + copy.num_bytes])
             data = bytearray(original)

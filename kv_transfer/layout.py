@@ -13,7 +13,7 @@ from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
 from llm_engine.api.handoff import KvLayout
 
-PIECE_BYTES = 256 << 10  # a copy is at most this long, or one block: it is still in the cache when it is hashed
+PIECE_BYTES = 512 << 10  # a copy is at most this long, or one block
 _MTP = "mtp_"
 
 

@@ -10,7 +10,7 @@ A new transport implements both protocols, says in its docstring what proves tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -41,11 +41,18 @@ class Copy(NamedTuple):
     num_bytes: int
 
 
-Sent = Callable[[int], None]
+Sent = Callable[[int, int, int], None]
+CACHED_BYTES = 256 << 10  # read twice, so much comes from the cache the second time
 
 
-def no_news(index: int) -> None:
+def no_news(index: int, first: int, last: int) -> None:
     """A `Sent` for writers that don't care."""
+
+
+def cuts(num_bytes: int) -> Iterator[tuple[int, int]]:
+    """[first, last) pieces of CACHED_BYTES that cover so many bytes."""
+    for first in range(0, num_bytes, CACHED_BYTES):
+        yield first, min(first + CACHED_BYTES, num_bytes)
 
 
 class Link(Protocol):
@@ -63,7 +70,8 @@ class Link(Protocol):
     ) -> None:
         """Copy from `source`, which is not read any more on return. `stopped` is polled at least once a copy or frame.
 
-        `sent(i)` is called for every copy in order, soon after its bytes were read: what it reads is in the cache.
+        `sent(i, first, last)` is called for bytes [first, last) of copy i, in order and without gaps, right before or
+        after they are read, in pieces small enough to stay in the cache between the two.
         Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
         """
         ...

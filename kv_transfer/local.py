@@ -77,7 +77,7 @@ class LocalLink:
             if stopped():
                 raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
             self._inlet.store(lease, self._connection, source[copy.source : copy.source + copy.num_bytes], copy.target)
-            sent(index)
+            sent(index, 0, copy.num_bytes)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns."""

@@ -47,7 +47,7 @@ class RowDigest:
         self._phase = phase
 
     def update(self, data: memoryview) -> None:
-        """The next bytes: whole blocks. How they are cut into calls does not matter."""
+        """The next bytes; whole blocks where lines are sampled. How they are cut into calls does not matter."""
         size = self._block_bytes
         if self._phase is None or size <= PAGE_BYTES:
             self._hash.update(data)

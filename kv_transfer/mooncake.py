@@ -184,7 +184,7 @@ class MooncakeLink:
             if not done:
                 raise TransferError(f"mooncake engine failed to write to {self._peer}")
             for index in range(first, first + len(call)):
-                sent(index)
+                sent(index, 0, copies[index].num_bytes)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies have landed when `write` returns."""

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.host import host_id
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, cuts, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
@@ -99,11 +99,12 @@ class ShmLink:
                     raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
                 if self._target is None:
                     raise TransferError("shm link is closed")
-                np.copyto(
-                    self._target[copy.target : copy.target + copy.num_bytes],
-                    origin[copy.source : copy.source + copy.num_bytes],
-                )
-                sent(index)
+                for first, last in cuts(copy.num_bytes):
+                    np.copyto(
+                        self._target[copy.target + first : copy.target + last],
+                        origin[copy.source + first : copy.source + last],
+                    )
+                    sent(index, first, last)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns; the system calls that follow order them before the receiver's reads."""

@@ -17,12 +17,13 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from kv_transfer.gate import Door, Doors
 from kv_transfer.layout import CellMap
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
+from kv_transfer.link import CACHED_BYTES, Cells, Copy, Landed, LeaseKey, Sent, cuts, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from kv_transfer.sockets import dial, tune
@@ -88,10 +89,7 @@ class TcpLink:
             table = b"".join(_RANGE.pack(copy.target, copy.num_bytes) for copy in frame)
             num_bytes = sum(copy.num_bytes for copy in frame)
             header = _HEADER.pack(_DATA, len(frame), lease.lease_id, lease.epoch, num_bytes)
-            payload = [source[copy.source : copy.source + copy.num_bytes] for copy in frame]
-            self._send([memoryview(header + table), *payload])
-            for index in range(done, done + len(frame)):
-                sent(index)
+            self._send_frame(header + table, source, frame, partial(_renumbered, sent, done))
             done += len(frame)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
@@ -100,7 +98,7 @@ class TcpLink:
         sequence = next(self._sequence)
         self._confirms[sequence] = future
         try:
-            self._send([memoryview(_HEADER.pack(_CONFIRM, 0, lease.lease_id, lease.epoch, sequence))])
+            self._send(_HEADER.pack(_CONFIRM, 0, lease.lease_id, lease.epoch, sequence))
         except TransferError as exc:
             if self._confirms.pop(sequence, None) is not None:
                 future.set_exception(exc)
@@ -116,13 +114,36 @@ class TcpLink:
         with self._lock:  # a failing send has returned: the descriptor can't be reused under it
             self._sock.close()
 
-    def _send(self, views: list[memoryview]) -> None:
+    def _send_frame(self, head: bytes, source: memoryview, frame: Sequence[Copy], sent: Sent) -> None:
+        """Head and payload, the payload hashed piece by piece right before the kernel reads it."""
+        views: list[memoryview] = [memoryview(head)]
+        waiting = 0
+        with self._sending():
+            for index, copy in enumerate(frame):
+                for first, last in cuts(copy.num_bytes):
+                    sent(index, first, last)
+                    views.append(source[copy.source + first : copy.source + last])
+                    waiting += last - first
+                    if waiting >= CACHED_BYTES:
+                        self._send_all(views, socket.MSG_MORE)
+                        waiting = 0
+            self._send_all(views)
+
+    def _send(self, head: bytes) -> None:
+        with self._sending():
+            self._sock.sendall(head)
+
+    def _send_all(self, views: list[memoryview], flags: int = 0) -> None:
+        while views:
+            _advance(views, self._sock.sendmsg(views[:_IOV], (), flags))
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
         with self._lock:
             try:
                 if self._closed:
                     raise TransferError("tcp link is closed")
-                while views:
-                    _advance(views, self._sock.sendmsg(views[:_IOV]))
+                yield
             except OSError as exc:
                 # Part of a frame may be on the wire: the stream can't be used any more.
                 with contextlib.suppress(OSError):
@@ -257,6 +278,10 @@ class TcpInlet(Listener):
             else:
                 poll.poll(1000)  # wakes up to look at the door, should the writer stall for good
         return stored
+
+
+def _renumbered(sent: Sent, offset: int, index: int, first: int, last: int) -> None:
+    sent(offset + index, first, last)
 
 
 def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:

@@ -35,7 +35,7 @@ class ZeroIndexLink:
     ) -> None:
         """See Link.write."""
         for index, copy in enumerate(copies):
-            sent(index)
+            sent(index, 0, copy.num_bytes)
             if any(copy.source in plane for plane in self._index):
                 self._inner.write(lease, memoryview(bytes(copy.num_bytes)), [copy._replace(source=0)], stopped)
             else:
