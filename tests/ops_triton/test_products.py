@@ -1,0 +1,120 @@
+"""Forms in which products and their operands may come: turned tiles, quantised forms carried along, fused epilogues."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_engine.ops_triton import gemm
+from llm_engine.ops_triton.moe import _swiglu_fp8, _up, moe, pack_experts, pack_mlp
+from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
+from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, carry_rows, quantise_rows, quantise_weight
+from llm_engine.ops_triton.tiles import Cut, Tile
+
+UPRIGHT = Tile(rows=16, columns=64, depth=128, warps=4, stages=2)
+CUTS = [Cut(UPRIGHT, 1, parallel=False), Cut(UPRIGHT, 3, parallel=False), Cut(UPRIGHT, 2, parallel=True)]
+
+
+def in_full(rows: Fp8Rows) -> Tensor:
+    return rows.values_RI.double() * rows.scales_GR.T.double().repeat_interleave(BLOCK, 1)
+
+
+def turned(cut: Cut) -> Cut:
+    return replace(cut, tile=replace(cut.tile, turned=True))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("width", [192, 200])
+def test_turned_tiles_give_the_same_product(cut: Cut, width: int) -> None:
+    torch.manual_seed(width)
+    x, weight = torch.randn(21, 640).bfloat16(), torch.randn(width, 640).bfloat16()
+    expected = x.double() @ weight.double().T
+    for each in (cut, turned(cut)):
+        out = torch.full((21, width), torch.nan, dtype=torch.bfloat16)
+        gemm._launch(x[:, None], weight[None], out[:, None], each)
+        torch.testing.assert_close(out.double(), expected, atol=0.3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("width", [192, 200])
+def test_turned_tiles_give_the_same_product_in_fp8(cut: Cut, width: int) -> None:
+    torch.manual_seed(width)
+    x = quantise_rows(torch.randn(21, 640).bfloat16())
+    weight = quantise_weight(torch.randn(width, 640).bfloat16() / 9)
+    spread = weight.scales.repeat_interleave(BLOCK, 0)[:width].repeat_interleave(BLOCK, 1)
+    expected = in_full(x) @ (weight.values_OI.double() * spread.double()).T
+    for each in (cut, turned(cut)):
+        out = torch.full((21, width), torch.nan, dtype=torch.bfloat16)
+        gemm._launch_fp8(x, weight, out, each)
+        torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_a_weight_in_two_terms_is_multiplied_in_fp32() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 256).bfloat16(), torch.randn(64, 256)
+    packed = gemm.pack_linear(weight, fp32=True, dtype=torch.bfloat16, fp8=False, numerics="fast")
+    assert packed.in_two
+    assert packed.out == 64
+    torch.testing.assert_close(gemm.linear(x, packed).double(), x.double() @ weight.double().T, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [256, 640, 96])
+def test_norms_carry_the_quantised_form_of_what_they_give(width: int) -> None:
+    torch.manual_seed(width)
+    wide, residual, weight = torch.randn(5, 2 * width).bfloat16(), torch.randn(5, width).bfloat16(), torch.randn(width)
+    x = wide[:, :width]
+    for out in (
+        rms_norm(x, weight, 1e-6, torch.bfloat16, fp8=True),
+        add_rms_norm(x, residual, weight, 1e-6, torch.bfloat16, fp8=True)[0],
+    ):
+        carried = getattr(out, "fp8_rows", None)
+        if width % BLOCK:
+            assert carried is None
+            continue
+        assert quantise_rows(out) is carried
+        anew = quantise_rows(out.clone())
+        assert torch.equal(carried.values_RI.view(torch.uint8), anew.values_RI.view(torch.uint8))
+        assert torch.equal(carried.scales_GR, anew.scales_GR)
+
+
+def test_views_carry_no_quantised_form() -> None:
+    x = torch.randn(4, 256).bfloat16()
+    carry_rows(x, quantise_rows(x))
+    assert len(quantise_rows(x[:2]).values_RI) == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_quantise_what_they_would_hand_on(turned: bool) -> None:
+    """The fused form and the torch-sized one hold what quantising the unfused result gives."""
+    torch.manual_seed(0)
+    x, gate_up = torch.randn(21, 256).bfloat16(), quantise_weight(torch.randn(512, 256).bfloat16() / 16)
+    tile = replace(UPRIGHT, columns=BLOCK, turned=turned)
+    plain = _up(x, gate_up, None, tile, False)
+    assert isinstance(plain, Tensor)
+    expected = in_full(quantise_rows(plain))
+    fused = _up(x, gate_up, None, tile, True)
+    assert isinstance(fused, Fp8Rows)
+    assert torch.equal(in_full(fused), expected)
+    spread = gate_up.scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    both = in_full(quantise_rows(x)) @ (gate_up.values_OI.double() * spread.double()).T
+    apart = in_full(_swiglu_fp8(both.bfloat16()))
+    assert (apart - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+def test_a_shared_expert_is_the_same_merged_or_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pack = {"fp8": True, "numerics": "fast"}
+    shared = pack_mlp(
+        torch.randn(512, 256).bfloat16() / 16, torch.randn(256, 256).bfloat16() / 16, dtype=torch.bfloat16, **pack
+    )
+    gate_up, down = torch.randn(4, 512, 256).bfloat16() / 16, torch.randn(4, 256, 256).bfloat16() / 16
+    experts = pack_experts(gate_up, down, shared=shared, **pack)
+    assert experts.merged
+    x, weights, ids = torch.randn(9, 256).bfloat16(), torch.rand(9, 2), torch.rand(9, 4).argsort(-1)[:, :2]
+    together = moe(x, ids, weights, experts)
+    monkeypatch.setattr(sys.modules[moe.__module__], "_alone_is_faster", lambda *_: True)
+    torch.testing.assert_close(moe(x, ids, weights, experts), together, atol=2e-2, rtol=2e-2)
