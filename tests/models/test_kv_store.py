@@ -15,7 +15,7 @@ from llm_engine.api.errors import ConfigError
 from llm_engine.api.handoff import KvLayout
 from llm_engine.models.sizes import SIZES, size_config
 from llm_engine.models.spec import ModelSpec
-from llm_engine.runtime.kv_store import KvStore, format_id, plan_layout
+from llm_engine.runtime.kv_store import KvStore, format_id, page_dtype, plan_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECS = {size: ModelSpec.from_config(size_config(size)) for size in SIZES}
@@ -110,3 +110,49 @@ def test_format_id_tells_apart_what_must_not_mix() -> None:
         identify(spec={"rms_norm_eps": 1e-5}),
     }
     assert len(ids) == 8
+
+
+def test_format_id_tells_pages_apart_and_kernels_where_bits_are_promised() -> None:
+    layouts = {
+        pages: plan_layout(SPECS["tiny"], KvConfig(num_blocks=8), pages, with_mtp=True)
+        for pages in (torch.bfloat16, torch.uint8)
+    }
+
+    def identify(pages: torch.dtype, numerics: str, kernels: str) -> str:
+        return format_id(SPECS["tiny"], "w", layouts[pages], pages, numerics, kernels)
+
+    plain, fp8 = torch.bfloat16, torch.uint8
+    assert identify(plain, "fast", "a") == identify(plain, "fast", "b")
+    ids = {
+        identify(plain, "exact", "a"), identify(plain, "exact", "b"), identify(plain, "fast", "a"),
+        identify(fp8, "exact", "a"), identify(fp8, "fast", "a"),
+    }  # fmt: skip
+    assert len(ids) == 5
+    assert identify(fp8, "fast", "a").startswith("fp8-fast-b16-")
+
+
+def test_fp8_pages_have_the_sizes_of_the_released_model() -> None:
+    """Latent rows of 512 values, 4 scales and 64 rotated channels in bf16; index rows of 128 values and a scale."""
+    kv = KvConfig(block_tokens=64, num_blocks=8)
+    layout = plan_layout(SPECS["tiny-gpu"], kv, torch.uint8, with_mtp=True)
+    sizes = {plane.name: plane.block_bytes for plane in layout.planes}
+    assert sizes == {"latent": 64 * 656, "index": 64 * 132, "mtp_latent": 64 * 656, "mtp_index": 64 * 132}
+    store = KvStore.allocate(layout, torch.uint8)
+    assert store.layers[0].latent.shape == (8, 64, 656)
+    assert store.layers[0].index is not None
+    assert store.layers[0].index.shape == (8, 64, 132)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size", "message"),
+    [
+        ("cpu", torch.bfloat16, "tiny", "kv.format=fp8: the pages of engine.backend=cpu hold values as computed"),
+        ("triton", torch.float32, "tiny", "kv.format=fp8: needs engine.dtype bf16 or fp8 .* not float32 and 512"),
+        ("triton", torch.bfloat16, "nano", "kv.format=fp8: .* a kv_lora_rank of 128, .* not bfloat16 and 32"),
+    ],
+)
+def test_fp8_pages_are_refused_where_there_are_none(backend: str, dtype: torch.dtype, size: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        page_dtype(SPECS[size], KvConfig(format="fp8"), backend, dtype)
+    assert page_dtype(SPECS[size], KvConfig(), backend, dtype) == dtype
+    assert page_dtype(SPECS["tiny"], KvConfig(format="fp8"), "triton", torch.bfloat16) == torch.uint8
