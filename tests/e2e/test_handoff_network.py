@@ -1,4 +1,4 @@
-"""Hand-offs over TCP between two hosts whose network is slow, or is cut and heals."""
+"""Hand-offs over TCP between two hosts whose network is slow, loses packets, or is cut and heals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.e2e import netns
 from tests.unit.kv_transfer.rig import make_layout, until
 
-REASON = netns.missing() or ("" if shutil.which("tc") else "needs tc")
+REASON = netns.missing() or ("" if shutil.which("tc") and shutil.which("nft") else "needs tc and nft")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 BLOCKS, SCALE, LAYERS = 64, 200, 4
@@ -40,6 +40,25 @@ class Wire:
     def on_writer(self, *words: str) -> None:
         done = self.writer.run(*words)
         assert done.returncode == 0, done.stderr
+
+    def lose(self, share: float) -> None:
+        """Drop this share of the packets that each end sends, at random."""
+        commands = (
+            "add table inet lossy",
+            "add chain inet lossy out { type filter hook output priority 0; }",
+            f"add rule inet lossy out oifname cable numgen random mod 1000 < {round(share * 1000)} counter drop",
+        )
+        for host in (self.writer, self.receiver):
+            for command in commands:
+                host.run("nft", command).check_returncode()
+
+    def lost(self) -> int:
+        """Packets of the writer that were dropped."""
+        rules = json.loads(self.writer.run("nft", "-j", "list", "chain", "inet", "lossy", "out").stdout)["nftables"]
+        counters = [
+            part["counter"] for item in rules if "rule" in item for part in item["rule"]["expr"] if "counter" in part
+        ]
+        return int(counters[0]["packets"])
 
     def limit(self, rate: str) -> None:
         """Let no more through than this."""
@@ -98,9 +117,10 @@ def wire() -> Iterator[Wire]:
 
 
 @asynccontextmanager
-async def pair(wire: Wire, **changes: float) -> AsyncIterator[tuple[Process, Process]]:
+async def pair(wire: Wire, receiver_blocks: int = BLOCKS, **changes: float) -> AsyncIterator[tuple[Process, Process]]:
     config = {**CONFIG, **changes}
-    async with process(wire.receiver, role="receiver", incarnation="d0", host=HOST_B, config=config) as receiver:
+    there: dict[str, Any] = {"blocks": receiver_blocks, "host": HOST_B, "config": config}
+    async with process(wire.receiver, role="receiver", incarnation="d0", **there) as receiver:
         address = (await receiver.seen(event="ready"))["control_addr"]
         async with process(
             wire.writer, role="writer", incarnation="p0", control_addr=address, relentless=False, config=config
@@ -137,6 +157,20 @@ async def test_a_cut_network_fails_the_hand_off_in_time_and_heals(wire: Wire) ->
             if _accepted(writer, f"again-{attempt}"):
                 break
         assert any(_accepted(writer, f"again-{attempt}") for attempt in range(20)), writer.events
+
+
+async def test_a_network_that_loses_packets_costs_time_and_no_hand_off(wire: Wire) -> None:
+    """Several in a row: each needs blocks of its own, because this receiver keeps what it has admitted."""
+    wire.lose(0.03)
+    async with pair(wire, receiver_blocks=4 * BLOCKS, grant_timeout_s=20.0, commit_timeout_s=20.0) as (
+        writer,
+        receiver,
+    ):
+        for number in range(4):
+            writer.hand_off(f"r{number}")
+            await writer.seen(30.0, event="accepted", request=f"r{number}")
+        assert sum(event["event"] == "admitted" for event in receiver.events) == 4
+    assert wire.lost() > 0
 
 
 def _sent_bytes(wire: Wire) -> int:
