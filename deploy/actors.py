@@ -48,6 +48,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int = 0  # live requests
     pending_handoffs: int = 0
     links: list[LinkStatus] = []
+    drain_s: float | None = None  # it was told to stop, and to drain for so long
 
 
 class RouterReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +105,7 @@ class WorkerActor:
             sequences=sequences,
             pending_handoffs=handoffs,
             links=self._worker.links if self._stage == "serving" else [],
+            drain_s=self._stop_after,
         )
 
     async def stop(self, drain_s: float) -> None:

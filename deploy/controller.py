@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import tomli_w
@@ -41,7 +42,7 @@ from deploy.feed import MembershipFeed
 from deploy.fleet import RESTART_PAUSE_S, Fleet, Launch, one_line, wait_event
 from deploy.pool_metrics import PoolMetrics
 from deploy.pools import Pools
-from deploy.rollout import next_drain, with_surge
+from deploy.rollout import next_drain, with_surge, worker_settings
 from deploy.rundir import ControlRecord, RunDir
 from llm_engine.api.config import ClusterConfig, PoolsConfig, cluster_key
 from llm_engine.api.errors import ConfigError, ServingError
@@ -89,9 +90,13 @@ class Controller:
         self._tending: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
 
-    async def run(self, existing: tuple[str, ...] = ()) -> None:
-        """Serve until stopped. `existing`: workers that a controller before this one has started."""
-        await self._pools.obey(self._config.pools)
+    async def run(self, existing: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Serve until stopped. `existing`: workers that a controller before this one has started, and their revisions.
+
+        A rollout that was under way goes on: the desired state has the revision that all should have.
+        """
+        await self._pools.obey(self._config.pools, worker_settings(self._config))
+        self._fleet.adopt(self._config, self._pools.revision)
         context = zmq.asyncio.Context()
         key = cluster_key()
         control, feed = ControlServer(context, key, self._handle), MembershipFeed(context, key)
@@ -110,7 +115,7 @@ class Controller:
                         self._autoscaler.run(),
                     )
                 ]
-                running.extend(tasks.create_task(self._fleet.add(name)) for name in existing)
+                running.extend(tasks.create_task(self._fleet.add(*worker)) for worker in existing.items())
                 await self._stopping.wait()
                 await self._stop()
                 for task in (*running, *self._tending):
@@ -140,6 +145,7 @@ class Controller:
         self._run_dir.config.write_text(tomli_w.dumps(tree), encoding="utf-8")
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
+        await self._fleet.introduced(self._config.worker.peer_timeout_s)
         while True:
             self._pools.changed.clear()
             pools, members = self._pools, self._fleet.rolling()
@@ -207,14 +213,14 @@ class Controller:
                     self._fleet.drain(name, self._config.worker.drain_timeout_s)
                     self._pools.changed.set()
                 case RollOut(config=text):
-                    self._roll_out(text)
+                    await self._roll_out(text)
                 case StopCluster():
                     self._stopping.set()
         except (ServingError, ValidationError) as exc:
             error = " ".join(str(exc).split())
         return Reply(status=self.status(), error=error)
 
-    def _roll_out(self, text: str) -> None:
+    async def _roll_out(self, text: str) -> None:
         """New workers get the new configuration, as far as it is theirs. Raises ServingError, ValidationError."""
         config = self._config
         if text:
@@ -225,10 +231,15 @@ class Controller:
                     "keeps that name"
                 )
             config = config.model_copy(update={section: getattr(new, section) for section in _WORKER_SECTIONS})
-        self._config = config
-        self._write_config()
-        self._fleet.adopt(config)
-        self._pools.changed.set()
+        before, self._config = self._config, config
+        self._write_config()  # should this process end here, the next one finds other settings and rolls them out
+        try:
+            await self._pools.revise(worker_settings(config))
+        except ServingError:
+            self._config = before
+            self._write_config()
+            raise
+        self._fleet.adopt(config, self._pools.revision)
         _log.info("rolling out revision %d", self._fleet.revision)
 
     def status(self) -> ClusterStatus:

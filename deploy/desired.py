@@ -25,10 +25,16 @@ MAX_CHANGES = 64
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """Replicas per pool, and who changed them. `configured`: what the configuration said when it was last obeyed."""
+    """Replicas per pool, who changed them, and the revision that every worker should have.
+
+    `configured`: what the configuration said when it was last obeyed. `settings`: what workers of `revision` run with,
+    as a digest; "": not known.
+    """
 
     replicas: dict[str, int]
     configured: dict[str, int]
+    revision: int = 0
+    settings: str = ""
     changes: list[Change] = []  # the last MAX_CHANGES, oldest first
 
 
@@ -82,6 +88,13 @@ def obeyed(saved: Desired | None, pools: PoolsConfig, *, at: float = 0.0) -> Des
     }
     state = msgspec.structs.replace(saved, configured=configured)
     return resized(state, bounded, at=at, by="configuration", reasons={})
+
+
+def revised(desired: Desired, settings: str, *, anew: bool = False) -> Desired:
+    """The desired state with the workers' settings: a new revision if they are others than before, or if `anew`."""
+    if not anew and desired.settings in ("", settings):
+        return msgspec.structs.replace(desired, settings=settings)
+    return msgspec.structs.replace(desired, settings=settings, revision=desired.revision + 1)
 
 
 def resized(desired: Desired, sizes: Mapping[str, int], *, at: float, by: str, reasons: Mapping[str, str]) -> Desired:

@@ -59,7 +59,7 @@ class WorkerHandle(Protocol):
     def kill(self, *, restart: bool) -> None: ...
 
 
-Launch = Callable[[str, ClusterConfig], WorkerHandle]  # name → its actor: the living one of that name, or a new one
+Launch = Callable[[str, int, ClusterConfig], WorkerHandle]  # name, revision → its actor: the living one, or a new one
 
 
 @dataclass(slots=True)
@@ -77,6 +77,7 @@ class Slot:
     pending_handoffs: int = 0
     links: list[LinkStatus] = field(default_factory=list)
     error: str = ""
+    heard: bool = False  # it has reported since this controller knows it
     since: float = field(default_factory=time.monotonic)
     drain_requested: asyncio.Event = field(default_factory=asyncio.Event)
     drain_s: float = 0.0
@@ -140,11 +141,12 @@ class Fleet:
         self._slots: dict[str, Slot] = {}
         self.revision = 0
         self.changed = asyncio.Event()
+        self._introductions = asyncio.Event()  # every worker has reported
 
-    def adopt(self, config: ClusterConfig) -> None:
-        """What is started from now on has this configuration; what runs is of an older revision."""
+    def adopt(self, config: ClusterConfig, revision: int) -> None:
+        """What is started from now on has this configuration; what runs of another revision is to be replaced."""
         self._config = config
-        self.revision += 1
+        self.revision = revision
 
     def present(self) -> list[Present]:
         return [
@@ -198,16 +200,28 @@ class Fleet:
         slot.drain_s = drain_s
         slot.drain_requested.set()
 
-    def add(self, name: str) -> Coroutine[None, None, None]:
-        """A new worker; the caller runs the coroutine, which starts it and looks after it until it has been drained."""
-        slot = self._slots[name] = Slot(name, self._config, self.revision)
+    def add(self, name: str, revision: int | None = None) -> Coroutine[None, None, None]:
+        """A new worker, or a running one of a given revision.
+
+        The caller runs the coroutine, which starts the worker and looks after it until it has been drained.
+        """
+        slot = self._slots[name] = Slot(name, self._config, self.revision if revision is None else revision)
         return self._tend(slot)
+
+    async def introduced(self, timeout_s: float) -> None:
+        """Wait until every worker has said how it is, at most so long: who drains already is not one to count on."""
+        if not self._all_heard():
+            self._introductions.clear()
+            await wait_event(self._introductions, timeout_s)
+
+    def _all_heard(self) -> bool:
+        return all(slot.heard for slot in self._slots.values())
 
     async def _tend(self, slot: Slot) -> None:
         failures = 0
         try:
             while not slot.drain_requested.is_set():
-                handle = self._launch(slot.name, slot.config)
+                handle = self._launch(slot.name, slot.revision, slot.config)
                 served_s = await self._one_actor(slot, handle)
                 handle.kill(restart=False)
                 if slot.drain_requested.is_set():
@@ -255,7 +269,11 @@ class Fleet:
             slot.enter(State.SILENT)
 
     def _hear(self, slot: Slot, report: WorkerReport) -> None:
-        before = slot.info
+        before, slot.heard = slot.info, True
+        if self._all_heard():
+            self._introductions.set()
+        if report.drain_s is not None and not slot.drain_requested.is_set():  # by a controller before this one
+            self.drain(slot.name, report.drain_s)
         slot.pid, slot.info = report.pid, report.info
         slot.sequences, slot.pending_handoffs, slot.links = report.sequences, report.pending_handoffs, report.links
         if report.info is not None:

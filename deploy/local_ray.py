@@ -112,11 +112,12 @@ class ControllerActor:
 
         return Controller(self._config, RunDir(self._run_dir), self._launch_worker, self._launch_router)
 
-    def _launch_worker(self, name: str, config: ClusterConfig) -> RayHandle:
+    def _launch_worker(self, name: str, revision: int, config: ClusterConfig) -> RayHandle:
         pool = getattr(config.pools, pool_of(name))
         resources = dict(pool.resources)
         gpus = resources.pop("GPU", 0)  # Ray knows this one by an option of its own
-        options = _actor_options(_WORKER_PREFIX + name, num_cpus=pool.cpus, num_gpus=gpus, resources=resources)
+        actor = f"{_WORKER_PREFIX}{name}@{revision}"
+        options = _actor_options(actor, num_cpus=pool.cpus, num_gpus=gpus, resources=resources)
         return RayHandle(self.worker_kind, options, config.model_dump_json(), pool_of(name), name, self._log(name))
 
     def _launch_router(self) -> RayHandle:
@@ -169,8 +170,14 @@ def _actor_options(name: str, **resources: Any) -> dict[str, Any]:
     }
 
 
-def _living_workers() -> tuple[str, ...]:
+def _living_workers() -> dict[str, int]:
+    """Worker → revision: a controller that starts over learns from the names of the actors which are old."""
     from ray.util import list_named_actors
 
     names = [entry["name"] for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
-    return tuple(name.removeprefix(_WORKER_PREFIX) for name in names if name.startswith(_WORKER_PREFIX))
+    found: dict[str, int] = {}
+    for name in sorted(names):
+        worker, _, revision = name.removeprefix(_WORKER_PREFIX).partition("@")
+        if name.startswith(_WORKER_PREFIX):
+            found[worker] = max(int(revision), found.get(worker, 0))
+    return found

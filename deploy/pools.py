@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from deploy import desired
 from deploy.desired import Desired, DesiredStore
 from llm_engine.api.config import PoolConfig, PoolsConfig
@@ -42,6 +44,11 @@ class Pools:
         return self._desired.replicas
 
     @property
+    def revision(self) -> int:
+        """Which every worker should have."""
+        return self._desired.revision
+
+    @property
     def cards(self) -> Mapping[str, int]:
         """Cards per replica, by pool."""
         return {pool: self.settings(pool).cards for pool in desired.POOLS}
@@ -56,13 +63,21 @@ class Pools:
         found: PoolConfig = getattr(self._configured, pool)
         return found
 
-    async def obey(self, configured: PoolsConfig) -> None:
-        """Take configured sizes and bounds into the stored state: what is stored counts, not what is remembered."""
+    async def obey(self, configured: PoolsConfig, settings: str | None = None) -> None:
+        """Take configured sizes and bounds into the stored state: what is stored counts, not what is remembered.
+
+        `settings`: of workers, as a digest; others than the stored ones make a new revision.
+        """
         async with self._writing:
             saved = await asyncio.to_thread(self._store.desired)
             wanted = desired.obeyed(saved, configured, at=self._clock())
             self._configured = configured
-            await self._save(wanted)
+            await self._save(wanted if settings is None else desired.revised(wanted, settings))
+
+    async def revise(self, settings: str) -> None:
+        """Every worker is to be replaced by one with these settings, even if they are the old ones."""
+        async with self._writing:
+            await self._save(desired.revised(self._desired, settings, anew=True))
 
     async def scale(self, pool: str, replicas: int, *, by: str, reason: str = "") -> None:
         """Resize one pool within its bounds and the card budget. Raises RequestError."""
@@ -92,7 +107,7 @@ class Pools:
 
     def clear(self) -> None:
         """Nobody is wanted any more: the cluster stops. Not stored."""
-        self._desired = Desired(replicas=dict.fromkeys(self.sizes, 0), configured=self._desired.configured)
+        self._desired = msgspec.structs.replace(self._desired, replicas=dict.fromkeys(self.sizes, 0))
 
     def status(self, ready: Callable[[str], int]) -> dict[str, PoolStatus]:
         """Every pool that has workers or should have some."""

@@ -11,10 +11,15 @@ A new worker that does not get ready stops the rollout with the old ones in plac
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from deploy.desired import index_of
+from deploy.desired import POOLS, index_of
+from llm_engine.api.config import ClusterConfig
+
+_OF_WORKERS = {"model", "engine", "kv", "scheduler", "transfer", "worker"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,13 @@ class Member:
     current: bool
     ready: bool
     draining: bool = False
+
+
+def worker_settings(config: ClusterConfig) -> str:
+    """A digest of what workers run with: their settings, and what each takes of a node."""
+    tree = config.model_dump(mode="json", include=_OF_WORKERS)
+    tree["pools"] = {pool: getattr(config.pools, pool).model_dump(include={"cpus", "resources"}) for pool in POOLS}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_surge(

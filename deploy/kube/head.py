@@ -22,6 +22,7 @@ from deploy.controller import Controller
 from deploy.fleet import one_line
 from deploy.kube.api import KubeApi
 from deploy.kube.desired_map import DesiredMap
+from deploy.rollout import worker_settings
 from deploy.rundir import DEFAULT_RUN_DIR, RunDir
 from llm_engine.api.config import ClusterConfig, cluster_key, load
 from llm_engine.api.errors import ConfigError, ServingError
@@ -99,18 +100,11 @@ class _Configured:
         requests: list[ConfigurePools | RollOut] = []
         if config.pools != before.pools:
             requests.append(ConfigurePools(pools=config.pools.model_dump(mode="json")))
-        if _of_workers(config) != _of_workers(before):
+        if worker_settings(config) != worker_settings(before):
             requests.append(RollOut(config=config.model_dump_json()))
         if (config.controller, config.autoscaler) != (before.controller, before.autoscaler):
             _log.warning("%s: controller and autoscaler settings take effect when the head restarts", self._file)
         return requests
-
-
-def _of_workers(config: ClusterConfig) -> tuple[object, ...]:
-    """What a worker runs with: its settings, and what it takes of a node."""
-    pools = (config.pools.prefill, config.pools.decode, config.pools.aggregated)
-    settings = config.model, config.engine, config.kv, config.scheduler, config.transfer, config.worker
-    return *settings, *((pool.cpus, pool.resources) for pool in pools)
 
 
 def _connect(ray_head: subprocess.Popen[bytes]) -> None:

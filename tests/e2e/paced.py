@@ -16,6 +16,7 @@ from torch import Tensor
 from deploy.actors import WorkerActor
 from deploy.local_ray import ControllerActor
 from llm_engine.models.deepseek_v32 import CausalLM
+from llm_engine.models.layers import Caches
 from llm_engine.ops import ForwardBatch
 
 STEP_S = 0.02
@@ -23,20 +24,22 @@ ROW_S = 0.001
 TOKEN = 65
 
 
-class PacedModel(CausalLM):
-    """A pass takes STEP_S and ROW_S a row. Every token is TOKEN."""
+def forward(
+    self: CausalLM, batch: ForwardBatch, store: Caches, on_layer: Callable[[int], None] | None = None
+) -> Tensor:
+    """Takes STEP_S, and ROW_S a row."""
+    time.sleep(STEP_S + ROW_S * batch.num_rows)
+    for layer in range(self.spec.num_layers):
+        if on_layer is not None:
+            on_layer(layer)
+    return torch.zeros(len(batch.token_ids_R), self.spec.hidden_size)
 
-    def forward(self, batch: ForwardBatch, store: Any, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        time.sleep(STEP_S + ROW_S * batch.num_rows)
-        for layer in range(self.spec.num_layers):
-            if on_layer is not None:
-                on_layer(layer)
-        return torch.zeros(len(batch.token_ids_R), self.spec.hidden_size)
 
-    def logits(self, hidden_MH: Tensor) -> Tensor:
-        logits_MV = torch.zeros(len(hidden_MH), self.spec.vocab_size)
-        logits_MV[:, TOKEN] = 100.0
-        return logits_MV
+def logits(self: CausalLM, hidden_MH: Tensor) -> Tensor:
+    """Every token is TOKEN."""
+    logits_MV = torch.zeros(len(hidden_MH), self.spec.vocab_size)
+    logits_MV[:, TOKEN] = 100.0
+    return logits_MV
 
 
 class PacedWorkerActor(WorkerActor):
@@ -44,8 +47,8 @@ class PacedWorkerActor(WorkerActor):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        CausalLM.forward = PacedModel.forward  # type: ignore[method-assign]
-        CausalLM.logits = PacedModel.logits  # type: ignore[method-assign]
+        CausalLM.forward = forward  # type: ignore[method-assign]
+        CausalLM.logits = logits  # type: ignore[method-assign]
 
 
 class PacedController(ControllerActor):

@@ -41,7 +41,7 @@ def workers_of_load(rate: float, prompt: float, output: float) -> dict[str, floa
 
 def reached(seen: dict[str, Any], pool: str, which: int, size: int) -> float:
     """When a pool had that size first. `which` 0: wanted, 1: ready."""
-    return next(at for at, pools in seen["pools"] if pools[pool][which] >= size)
+    return next(float(at) for at, pools in seen["pools"] if pools[pool][which] >= size)
 
 
 def test_a_tenfold_step_is_followed_within_the_stated_time(nano_planted_dir: Path, tmp_path: Path) -> None:

@@ -31,6 +31,28 @@ def test_every_worker_is_replaced_and_no_stream_breaks(shared_site: Site) -> Non
 
 
 @pytest.mark.slow
+def test_a_rollout_goes_on_after_its_controller_was_killed(shared_site: Site) -> None:
+    before = shared_site.until(lambda now: now["ready"])
+    revision = before["revision"] + 1
+    traffic = Traffic(shared_site)
+    with traffic:
+        assert shared_site.baton("rollout", "--set", f"kv.num_blocks={600 + revision}", "--no-wait").returncode == 0
+        half = shared_site.until(lambda now: {w["revision"] for w in now["workers"]} == {revision - 1, revision})
+        pid = shared_site.host.run("pgrep", "-f", "ray::ControllerActor").stdout.split()[0]
+        shared_site.host.kill(int(pid), "KILL")
+        after = shared_site.until(
+            lambda now: now["ready"] and {w["revision"] for w in now["workers"]} == {revision}, timeout_s=120.0
+        )
+        texts = traffic.texts()
+    assert set(texts) == {traffic.expected}
+    assert after["revision"] == revision
+    started = {w["name"]: w["pid"] for w in half["workers"] if w["revision"] == revision and w["pid"]}
+    kept = {w["name"]: w["pid"] for w in after["workers"]}
+    assert started.items() <= kept.items(), "what the killed controller had started is kept"
+    assert {pool: size["ready"] for pool, size in after["pools"].items()} == {"prefill": 1, "decode": 1}
+
+
+@pytest.mark.slow
 def test_a_revision_that_does_not_start_leaves_the_old_one_serving(shared_site: Site) -> None:
     traffic = Traffic(shared_site)
     with traffic:

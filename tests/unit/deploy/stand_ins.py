@@ -68,6 +68,11 @@ class StandInWorker:
         if not self._run.done():
             self._run.set_result(None)
 
+    def finish_if_stopped(self) -> None:
+        """What it still held is done."""
+        if self.stopped_with:
+            self.finish()
+
     def fail(self, error: Exception) -> None:
         self._run.set_exception(error)
 
@@ -79,7 +84,8 @@ class StandInWorker:
         answer: asyncio.Future[WorkerReport] = asyncio.get_running_loop().create_future()
         if not self.silent:
             stage = "starting" if self.info is None else "serving"
-            answer.set_result(WorkerReport(pid=self.pid, stage=stage, info=self.info, links=self.links))
+            told = self.stopped_with[-1] if self.stopped_with else None
+            answer.set_result(WorkerReport(pid=self.pid, stage=stage, info=self.info, links=self.links, drain_s=told))
         return answer
 
     def stop(self, drain_s: float) -> asyncio.Future[None]:

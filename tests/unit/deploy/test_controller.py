@@ -4,8 +4,9 @@ import asyncio
 import http.server
 import threading
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import zmq
@@ -60,13 +61,20 @@ class Site:
         self.run_dir = RunDir(run_dir)
         self.workers: dict[str, StandInWorker] = {}
         self.configs: dict[str, ClusterConfig] = {}
+        self.revisions: dict[str, int] = {}
         self.routers: list[StandInRouter] = []
         self._port = port
         self.begin()
 
-    def begin(self, existing: tuple[str, ...] = ()) -> None:
-        controller = Controller(config(), self.run_dir, self._worker, self._router)
+    def begin(self, existing: Mapping[str, int] = MappingProxyType({})) -> None:
+        known = load(self.run_dir.config).config if self.run_dir.control() else config()
+        controller = Controller(known, self.run_dir, self._worker, self._router)
         self.task = asyncio.create_task(controller.run(existing))
+
+    async def kill(self) -> None:
+        """The controller's process is gone: nothing is said, nothing written."""
+        self.task.cancel()
+        await asyncio.wait({self.task})
 
     async def ask(self, request: ControlRequest) -> ClusterStatus:
         def asked() -> ClusterStatus:
@@ -86,11 +94,11 @@ class Site:
                     return status
                 await asyncio.wait({self.task}, timeout=0.01)
 
-    def _worker(self, name: str, config: ClusterConfig) -> StandInWorker:
+    def _worker(self, name: str, revision: int, config: ClusterConfig) -> StandInWorker:
         worker = self.workers.get(name)
         if worker is None or worker.run().done():
             worker = self.workers[name] = StandInWorker(name)
-        self.configs[name] = config
+        self.configs[name], self.revisions[name] = config, revision
         worker.serves()
         return worker
 
@@ -104,8 +112,7 @@ async def site(tmp_path: Path, ready_port: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(SECRET_ENV, SECRET)
     site = Site(tmp_path, ready_port)
     yield site
-    site.task.cancel()
-    await asyncio.wait({site.task})
+    await site.kill()
 
 
 async def test_a_cluster_comes_up_as_configured(site: Site) -> None:
@@ -237,13 +244,54 @@ async def test_a_restarted_controller_takes_over_what_runs(site: Site) -> None:
     names = ["decode-1", "decode-2", "prefill-0"]
     await site.until(lambda now: now.ready and [worker.name for worker in now.workers] == names)
     before, pids = site.run_dir.control(), {name: site.workers[name].pid for name in names}
-    site.task.cancel()
-    await asyncio.wait({site.task})
-    site.begin(existing=tuple(names))
+    await site.kill()
+    site.begin(existing=dict.fromkeys(names, 0))
     status = await site.until(lambda now: now.ready)
     assert site.run_dir.control() == before, "routers and the command line know the old addresses"
     assert {worker.name: worker.pid for worker in status.workers} == pids
     assert not any(site.workers[name].killed for name in names)
+
+
+async def test_a_restarted_controller_goes_on_with_a_rollout(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.ask(ScalePool(pool="decode", replicas=2))
+    before = await site.until(lambda now: now.ready and len(now.workers) == 3)
+    for worker in site.workers.values():
+        worker.busy = True  # it drains for as long as the test wants
+    await site.ask(RollOut(config=config(drain_timeout_s=7.0).model_dump_json()))
+    half = await site.until(lambda now: any(worker.state == "draining" for worker in now.workers))
+    assert {worker.revision for worker in half.workers} == {0, 1}
+    living = {worker.name: worker.revision for worker in half.workers}
+    await site.kill()
+    site.begin(existing=living)
+    status = await site.until(lambda now: any(worker.state == "draining" for worker in now.workers))
+    assert living.items() <= {worker.name: worker.revision for worker in status.workers}.items()
+    assert status.revision == 1
+    leaving = [worker.name for worker in status.workers if worker.state == "draining"]
+    assert leaving == [worker.name for worker in half.workers if worker.state == "draining"], "the one that drained"
+    for name in (worker.name for worker in before.workers):
+        site.workers[name].busy = False
+        site.workers[name].finish_if_stopped()
+    after = await site.until(lambda now: now.ready and {worker.revision for worker in now.workers} == {1})
+    assert len(after.workers) == 3
+    new = {name for name, revision in site.revisions.items() if revision == 1}
+    assert not any(site.workers[name].stopped_with for name in new), "a new worker was taken for a surplus one"
+    assert {site.configs[name].worker.drain_timeout_s for name in new} == {7.0}
+
+
+async def test_settings_that_changed_while_no_controller_ran_are_rolled_out(site: Site) -> None:
+    await site.until(lambda now: now.ready)
+    await site.kill()
+    site.run_dir.config.write_text(
+        site.run_dir.config.read_text(encoding="utf-8").replace("drain_timeout_s = 5.0", "drain_timeout_s = 6.0"),
+        encoding="utf-8",
+    )
+    site.begin(existing={"prefill-0": 0, "decode-0": 0})
+    status = await site.until(lambda now: now.ready and {worker.revision for worker in now.workers} == {1})
+    assert {site.configs[worker.name].worker.drain_timeout_s for worker in status.workers} == {6.0}
+    await site.kill()
+    site.begin(existing={worker.name: 1 for worker in status.workers})
+    assert (await site.until(lambda now: now.ready)).revision == 1, "nothing has changed since"
 
 
 async def test_stop_ends_the_router_first_and_then_the_workers(site: Site) -> None:

@@ -23,7 +23,7 @@ class Yard:
         self.fleet = Fleet(config(**worker), self._launch)
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def _launch(self, name: str, config: ClusterConfig) -> StandInWorker:
+    def _launch(self, name: str, revision: int, config: ClusterConfig) -> StandInWorker:
         self.launched.append(StandInWorker(name, busy=self.busy))
         return self.launched[-1]
 
