@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from deploy.commands import SHIPPED_MODEL
-from llm_engine.models.byte_tokenizer import byte_id
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import load_ops
 from llm_engine.runtime.batch import SequenceRows, build_batch
+from llm_engine.training.render import answer_text, prompt_text
+from llm_engine.training.samples import draw
+from llm_engine.training.skills_retrieval import far
 from tests.gpu.conftest import Note
 from tests.gpu.lab import BLOCK, Lab
 from tests.models.harness import Harness
@@ -42,22 +45,27 @@ class Case:
 
 CASES = [
     Case("exact", "fp32", "auto", 1e-3),
-    Case("exact", "bf16", "auto", 0.06),
-    Case("fast", "bf16", "auto", 0.06),
-    Case("exact", "bf16", "fp8", 0.15),
-    Case("fast", "fp8", "fp8", 0.4),
+    Case("exact", "bf16", "auto", 0.15),
+    Case("fast", "bf16", "auto", 0.15),
+    Case("exact", "bf16", "fp8", 0.4),
+    Case("fast", "fp8", "fp8", 1.0),
 ]
 
 
-def tokens_of(size: str, path: Path) -> list[int]:
-    """More than `index_topk` of them. Text for the trained checkpoint, any ids for random weights."""
+def tokens_of(size: str, path: Path) -> tuple[list[int], int]:
+    """More than `index_topk` ids, and how many of them are the prompt: of a trained answer, or of nothing."""
     spec = ModelSpec.from_dir(path)
     assert spec.indexer is not None
-    rng = random.Random(size)
     if size == "tiny-gpu":
-        return [rng.randrange(spec.num_tokens) for _ in range(spec.indexer.topk + 250)]
-    text = "The quick brown fox jumps over the lazy dog. " * 12
-    return [byte_id(ord(char)) for char in text][: 4 * spec.indexer.topk]
+        rng = random.Random(size)
+        ids = [rng.randrange(spec.num_tokens) for _ in range(spec.indexer.topk + 250)]
+        return ids, len(ids)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    sample = draw(far(128), random.Random(4), held_out=True)
+    texts = (prompt_text(sample), answer_text(sample))
+    prompt, answer = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    assert len(prompt) > 4 * spec.indexer.topk
+    return [*prompt, *answer], len(prompt)
 
 
 def on_cpu(path: Path, tokens: list[int]) -> Tensor:
@@ -84,19 +92,19 @@ def on_card(lab: Lab, tokens: list[int]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_gpu_dir: Path) -> dict[str, tuple[Path, list[int], Tensor]]:
+def reference(tiny_gpu_dir: Path) -> dict[str, tuple[Path, list[int], int, Tensor]]:
     found = {}
     for size, path in (("tiny-gpu", tiny_gpu_dir), ("baton-nano", SHIPPED_MODEL)):
-        tokens = tokens_of(size, path)
+        tokens, num_prompt = tokens_of(size, path)
         with torch.inference_mode():
-            found[size] = (path, tokens, on_cpu(path, tokens))
+            found[size] = (path, tokens, num_prompt, on_cpu(path, tokens))
     return found
 
 
 @pytest.mark.parametrize("size", ["tiny-gpu", "baton-nano"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_logits_are_those_of_the_cpu(size: str, case: Case, reference: Any, note: Note) -> None:
-    path, tokens, expected = reference[size]
+    path, tokens, num_prompt, expected = reference[size]
     lab = Lab.load(path, numerics=case.numerics, dtype=case.dtype, pages=case.pages, max_len=len(tokens) + 8)
     got = on_card(lab, tokens)
     error = (got - expected).abs().amax(1) / expected.std(1)
@@ -105,5 +113,6 @@ def test_logits_are_those_of_the_cpu(size: str, case: Case, reference: Any, note
     note(size=size, case=str(case), median=round(median, 5), p90=round(p90, 5), same_choice=round(same, 4))
     assert torch.isfinite(got).all()
     assert median < case.median
-    if size == "baton-nano" and case.dtype != "fp8":
-        assert same > 0.95
+    if size == "baton-nano":  # what it was trained for is far from any tie
+        answer = slice(num_prompt - 1, len(tokens) - 1)
+        assert got[answer].argmax(1).tolist() == expected[answer].argmax(1).tolist() == tokens[num_prompt:]

@@ -22,10 +22,13 @@ _LEAST_RIGHT = 0.85  # of all questions; on the CPU in fp32 nine of ten answers 
 _COUNT_TO = 60
 
 
-@pytest.mark.parametrize("pages", ["auto", "fp8"], ids=["bf16-pages", "fp8-pages"])
-def test_it_knows_what_it_knows_on_the_cpu(pages: str, tmp_path: Path, note: Note) -> None:
+@pytest.mark.parametrize("dtype", ["bf16-auto", "bf16-fp8", "fp8-fp8"])
+def test_it_knows_what_it_knows_on_the_cpu(dtype: str, tmp_path: Path, note: Note) -> None:
+    weights, pages = dtype.split("-")
     pair = cluster(SHIPPED_MODEL, tmp_path / "run", "shm", pages)
-    pair.settings |= {"model.max_len": 4096, "kv.num_blocks": 2048, "engine.numerics": "fast"}
+    pair.settings |= {
+        "model.max_len": 4096, "kv.num_blocks": 2048, "engine.numerics": "fast", "engine.dtype": weights
+    }  # fmt: skip
     started(pair)
     try:
         out = tmp_path / "report.json"
@@ -36,7 +39,7 @@ def test_it_knows_what_it_knows_on_the_cpu(pages: str, tmp_path: Path, note: Not
     report = json.loads(out.read_text())
     scores = {name: skill["score"] for name, skill in report["skills"].items()}
     right = sum(s["right"] for s in report["skills"].values()) / sum(s["samples"] for s in report["skills"].values())
-    note(pages=pages, right=round(right, 4), **scores, wall_s=report["wall_s"])
+    note(weights=weights, pages=pages, right=round(right, 4), **scores, wall_s=report["wall_s"])
     assert report["errors"] == 0
     assert right > _LEAST_RIGHT, report["wrong"][:3]
 
