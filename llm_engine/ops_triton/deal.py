@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, inline, kernel, tile_size
 
-_SCAN = 1024
+_SCAN, _LONG_SCAN = 1024, 8192  # choices that a program looks at together: of few, and of many
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,11 @@ def deal(ids_RK: Tensor, experts: int, tile_rows: int, *, with_shared: bool) -> 
     row_of_slot = ids_RK.new_empty(tiles * tile_rows, dtype=torch.int32)
     expert_of_tile = ids_RK.new_empty(tiles, dtype=torch.int32)
     ids_RK = ids_RK.contiguous()
-    _count[(experts,)](ids_RK, counts_E, choices, top_k, width, experts, _SCAN)
+    scan, warps = (_SCAN, 4) if choices <= _LONG_SCAN else (_LONG_SCAN, 8)
+    _count[(experts,)](ids_RK, counts_E, choices, top_k, width, experts, scan, num_warps=warps)
     _place[(experts,)](
         ids_RK, counts_E, slot_of_choice, row_of_slot, expert_of_tile, choices, tiles,
-        top_k, width, experts, tile_size(experts), tile_rows, _SCAN,
+        top_k, width, experts, tile_size(experts), tile_rows, scan, num_warps=warps,
     )  # fmt: skip
     return Deal(slot_of_choice, row_of_slot, expert_of_tile, tile_rows)
 
