@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 _DEFAULT_BYTES = 256 << 20
 _LONGEST = 2  # sequences of the largest length that must fit, unless kv.staging_mb says otherwise
+_JOIN_S = 5.0
 _BATCH = 16  # copies submitted before the first is waited for
 
 Deliver = Callable[[int, int, Seq[int]], None]  # layer, index of the first block in its sequence, slots
@@ -159,7 +160,7 @@ class Stager:
         self._lock = threading.Lock()
         self._free = FreeRuns(num_slots)
         self._waiting: deque[Sending] = deque()  # for slots
-        self._reports: queue.SimpleQueue[_Report | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Report | Sending | None] = queue.SimpleQueue()  # Sending: it has slots now
         self._thread = threading.Thread(target=self._run, name="kv-staging", daemon=True)
         self._thread.start()
 
@@ -168,13 +169,12 @@ class Stager:
         sending = Sending(self, num_blocks, deliver)
         with self._lock:
             self._waiting.append(sending)
-            ready = self._assign()
-        self._replay(ready)
+            self._assign()
         return sending
 
     def put(self, report: _Report) -> None:
         """Queue a copy. The queue is bounded by the blocks that sequences hold."""
-        self._reports.put(report)
+        self._inbox.put(report)
 
     def release(self, sending: Sending) -> None:
         """See `Sending.close`."""
@@ -186,35 +186,25 @@ class Stager:
             if sending in self._waiting:
                 self._waiting.remove(sending)
             self._reclaim(sending)
-            ready = self._assign()
-        self._replay(ready)
 
     def close(self) -> None:
-        """End the thread; what is queued is not copied."""
-        self._reports.put(None)
-        self._thread.join()
+        """End the thread; what is queued behind this is not copied."""
+        self._inbox.put(None)
+        self._thread.join(_JOIN_S)
 
-    def _assign(self) -> list[Sending]:
-        """Give slots to those who wait, in order. With the lock held; returns who got them."""
-        ready = []
+    def _assign(self) -> None:
+        """Give slots to those who wait, in order. With the lock held."""
         while self._waiting and self._waiting[0].num_blocks <= len(self._free):
             sending = self._waiting.popleft()
             sending.slots = self._free.take(sending.num_blocks)
-            ready.append(sending)
-        return ready
-
-    def _replay(self, ready: Seq[Sending]) -> None:
-        for sending in ready:
-            with self._lock:
-                parked, sending.parked = sending.parked, []
-            for report in parked:
-                self._reports.put(report)
+            self._inbox.put(sending)
 
     def _reclaim(self, sending: Sending) -> None:
-        """With the lock held."""
-        if sending.closed and sending.in_flight == 0 and sending.slots:
+        """Take the slots back once nobody uses them. With the lock held."""
+        if sending.closed and sending.in_flight == 0:
             self._free.add(sending.slots)
             sending.slots = []
+            self._assign()
 
     def _run(self) -> None:
         try:
@@ -227,44 +217,39 @@ class Stager:
 
     def _round(self) -> bool:
         """Submit a few copies, then pass on each as it ends. False: closed."""
-        reports = [self._reports.get()]
+        items = [self._inbox.get()]
         with contextlib.suppress(queue.Empty):
-            while len(reports) < _BATCH:
-                reports.append(self._reports.get_nowait())
-        submitted = []
-        for report in reports:
-            if report is not None and self._begin(report):
-                sending = report.sending
-                slots = sending.slots[report.first : report.first + len(report.blocks)]
-                submitted.append(
-                    (report, slots, self.mirror.to_host(report.layer, report.blocks, slots, report.computed))
-                )
+            while len(items) < _BATCH:
+                items.append(self._inbox.get_nowait())
+        submitted = [self._submit(report) for item in items if item is not None for report in self._ready(item)]
         for report, slots, copied in submitted:
             if copied is not None:
                 copied.synchronize()
-            if not report.sending.closed:
-                report.sending.deliver(report.layer, report.first, slots)
-            self._finish(report.sending)
-        return None not in reports
+            sending = report.sending
+            if not sending.closed:
+                sending.deliver(report.layer, report.first, slots)
+            with self._lock:
+                sending.in_flight -= 1
+                self._reclaim(sending)
+        return None not in items
 
-    def _begin(self, report: _Report) -> bool:
-        """Whether it can be copied now."""
-        sending = report.sending
+    def _ready(self, item: _Report | Sending) -> list[_Report]:
+        """What can be copied now, in the order of the reports: those without slots are parked until there are some."""
+        sending = item.sending if isinstance(item, _Report) else item
         with self._lock:
             if sending.closed:
-                return False
-            if not sending.slots or sending.parked:
-                sending.parked.append(report)
-                return False
-            sending.in_flight += 1
-            return True
+                return []
+            if isinstance(item, _Report):
+                sending.parked.append(item)
+            if not sending.slots:
+                return []
+            ready, sending.parked = sending.parked, []
+            sending.in_flight += len(ready)
+            return ready
 
-    def _finish(self, sending: Sending) -> None:
-        with self._lock:
-            sending.in_flight -= 1
-            self._reclaim(sending)
-            ready = self._assign()
-        self._replay(ready)
+    def _submit(self, report: _Report) -> tuple[_Report, list[int], torch.Event | None]:
+        slots = report.sending.slots[report.first : report.first + len(report.blocks)]
+        return report, slots, self.mirror.to_host(report.layer, report.blocks, slots, report.computed)
 
 
 class Inbound:

@@ -129,29 +129,50 @@ def test_a_sequence_that_ends_early_makes_room_for_those_behind_it() -> None:
 class Gated(Mirror):
     """A card whose copies end when a test says so."""
 
-    gate: threading.Event
-    begun: threading.Event
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.begun, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
 
     def to_host(self, *args: Any) -> Any:
-        self.begun.set()
-        assert self.gate.wait(_WAIT_S)
+        self.begun.release()
+        assert self.may_end.acquire(timeout=_WAIT_S)
         return super().to_host(*args)
 
 
 def test_slots_are_not_given_on_while_a_copy_into_them_is_in_flight() -> None:
     ends = Ends(6, Gated)
     assert isinstance(ends.mirror, Gated)
-    ends.mirror.gate, ends.mirror.begun = threading.Event(), threading.Event()
     stager = ends.stager(2)
     first = stager.open(2, lambda *_: None)
     first.layer_ready(0, 0, [1, 2])
-    assert ends.mirror.begun.wait(_WAIT_S)
+    assert ends.mirror.begun.acquire(timeout=_WAIT_S)
     first.close()
     second = stager.open(2, lambda *_: None)
     assert second.slots == []
-    ends.mirror.gate.set()
+    ends.mirror.may_end.release()
     stager.close()
     assert sorted(second.slots) == [0, 1]
+
+
+def test_reports_stay_in_order_when_slots_come_between_them() -> None:
+    """The first report waits for slots; the second is queued before the stager hears that there are some."""
+    ends = Ends(6, Gated)
+    assert isinstance(ends.mirror, Gated)
+    stager, receiver = ends.stager(2), Receiver(ends, [5, 6])
+    holder, late = stager.open(2, lambda *_: None), stager.open(2, receiver)
+    late.layer_ready(0, 0, [5])
+    for block in (1, 2):
+        holder.layer_ready(0, block - 1, [block])
+        assert ends.mirror.begun.acquire(timeout=_WAIT_S)  # all reports before it have been looked at
+        if block == 1:
+            ends.mirror.may_end.release()
+    late.layer_ready(0, 1, [6])
+    holder.close()
+    for _ in range(3):
+        ends.mirror.may_end.release()
+    receiver.wait(1)
+    late.close()
+    stager.close()
 
 
 def test_a_failed_copy_is_told() -> None:
