@@ -14,7 +14,7 @@ import torch
 
 from kv_transfer.cuda_ipc import CudaIpcLink
 from kv_transfer.device import DeviceRegion, Mark
-from kv_transfer.layout import CopyPlan, PlaneLayer
+from kv_transfer.layout import CopyPlan
 from kv_transfer.link import LeaseKey, Link
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import TransferConfig
@@ -38,15 +38,15 @@ class Relentless:
         self,
         lease: LeaseKey,
         plan: CopyPlan,
-        rows: Sequence[PlaneLayer],
+        layers: range,
         blocks: tuple[Sequence[int], Sequence[int]],
         ready: Mark,
         stopped: Callable[[], bool],
     ) -> int:
-        self._inner.push(lease, plan, rows, blocks, ready, stopped)
+        self._inner.push(lease, plan, layers, blocks, ready, stopped)
         say("writing")
         while True:
-            self._inner.push(lease, plan, rows, blocks, None, stopped)
+            self._inner.push(lease, plan, layers, blocks, None, stopped)
             self._inner.finish()
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:

@@ -5,16 +5,19 @@ The reference computes every request alone, without drafts, recordings or a pref
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from llm_engine.api.messages import Submit
 from llm_engine.api.request import pack_tokens, unpack_tokens
+from llm_engine.runtime.batch import SequenceRows, build_batch
 from llm_engine.sched import Failure
-from tests.gpu.lab import Lab, StagedPair, requests
+from tests.gpu.lab import BLOCK, Lab, StagedPair, requests
 from tests.unit.runtime.harness import Driver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -48,6 +51,26 @@ def serve(driver: Driver, submits: list[Submit]) -> Outputs:
         driver.add(submit)
     driver.run()
     return driver.outputs
+
+
+@pytest.mark.parametrize("beside", [1, 40, 200])
+def test_a_row_has_the_same_bits_beside_others(lab: Lab, beside: int) -> None:
+    """A decode row in a pass with a chunk of another sequence. The smallest piece of what the others here promise."""
+    rng = random.Random(beside)
+    store = lab.store(40, with_mtp=False)
+    tables = [list(range(20))[::-1], list(range(20, 40))]
+    tokens = [[rng.randrange(3, lab.spec.num_tokens) for _ in range(length)] for length in (100, beside)]
+
+    def states(*rows: SequenceRows) -> torch.Tensor:
+        batch = build_batch(rows, block_tokens=BLOCK, row_tile=1).to(lab.ops.device)
+        return lab.model.forward(batch, store)
+
+    states(SequenceRows(tokens[0][:99], 0, tables[0]))
+    last, chunk = SequenceRows(tokens[0][99:], 99, tables[0]), SequenceRows(tokens[1], 0, tables[1])
+    alone = states(last)[0].clone()
+    together = states(last, chunk)
+    assert torch.equal(together[0], alone)
+    assert torch.equal(states(chunk), together[1:])
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "recorded"])
