@@ -10,6 +10,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -92,13 +93,20 @@ def assemble(
     """Load weights and build the engine. Raises ConfigError.
 
     `host_memory` is called once if peers reach the caches through host memory, or if they lie there.
+    All of it happens on a thread that ends. OpenMP gives every thread that computes a team of its own, for as long as
+    the thread lives; with a second team beside that of the step thread there are more threads than cores, and it stops
+    spinning between products, which doubles the time of small ones.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="assemble", initializer=thread_setup(config)) as thread:
+        return thread.submit(_assemble, config, plan, host_memory, role, on_layer).result()
+
+
+def _assemble(
+    config: ClusterConfig, plan: Plan, host_memory: HostMemory, role: Role, on_layer: LayerSink | None
+) -> Assembly:
     started = time.monotonic()
-    use_threads(config.engine.threads)
     plan.ops.self_check()
-    with WeightStream(config.model.path, plan.spec, plan.ops.dtype, plan.ops.device, with_mtp=plan.with_mtp) as stream:
-        model = build_model(plan.spec, stream.weights, plan.ops, config.model.max_len)
-        fingerprint = stream.fingerprint()
+    model, fingerprint = _load(config, plan)
     weights_s = time.monotonic() - started
     plan.ops.warm_up(config.scheduler.max_step_tokens)
     if plan.on_host:
@@ -138,6 +146,21 @@ def thread_setup(config: ClusterConfig) -> Callable[[], None]:
             choose_device(config.engine.device)
 
     return prepare
+
+
+def _load(config: ClusterConfig, plan: Plan) -> tuple[CausalLM, str]:
+    """The model, and the fingerprint of its weights."""
+    path, device = config.model.path, plan.ops.device
+    with WeightStream(path, plan.spec, plan.ops.dtype, device, with_mtp=plan.with_mtp) as stream:
+        try:
+            model = build_model(plan.spec, stream.weights, plan.ops, config.model.max_len)
+        except torch.OutOfMemoryError as exc:
+            free, total = free_and_total(device)
+            raise ConfigError(
+                f"model.path={path}: the weights do not fit device {device}: {free >> 20} of {total >> 20} MiB are "
+                "free; use another device or engine.dtype=fp8"
+            ) from exc
+        return model, stream.fingerprint()
 
 
 def _on_host(plan: Plan, host_memory: HostMemory) -> KvStore:
