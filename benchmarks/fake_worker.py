@@ -331,6 +331,7 @@ class FakeWorker:
             draining=self._draining,
             healthy=settings.healthy,
             bad_peers=list(settings.bad_peers),
+            num_routers=len(self._routers),
         )
 
     def _fail(self, submit: Submit, code: str, reason: str, *, retryable: bool) -> None:

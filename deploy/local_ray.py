@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ ROUTER = "router"
 HEAD_RESOURCE = "node:__internal_head__"
 RAY_FILES = "ray"  # Ray opens this directory to everybody; the private one above it keeps them out
 _WORKER_PREFIX = "worker:"
+_POLL_S = 0.2
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's least: no object of ours is ever put there
 
 
@@ -89,6 +91,24 @@ def start_controller(
     options = _actor_options(CONTROLLER, num_cpus=0, **resources)
     remote: Any = ray.remote(kind or ControllerActor).options(**options)
     return remote.remote(config.model_dump_json(), str(run_dir)).run.remote().future()
+
+
+def remove_controller(timeout_s: float) -> None:
+    """End a controller that Ray has kept over a restart of its head: it has the configuration of the one before.
+
+    Workers stay, and the next controller finds them by name. Raises ServingError when it does not go.
+    """
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            ray.kill(ray.get_actor(CONTROLLER, NAMESPACE), no_restart=True)
+        except ValueError:  # there is none (any more)
+            return
+        if time.monotonic() > deadline:
+            raise ServingError(f"the controller of the head before this one did not end within {timeout_s:g} s")
+        time.sleep(_POLL_S)
 
 
 class ControllerActor:

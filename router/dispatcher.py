@@ -125,6 +125,11 @@ class ClusterDispatcher:
 
     # for operators
 
+    @property
+    def num_routers(self) -> int:
+        """Living router processes of the cluster, this one included."""
+        return self.membership.num_routers
+
     def drain(self, worker: str, *, hand_back: bool = False) -> bool:
         """Ask a worker, by name, to take no new work. False: there is no such worker, or it can't be reached."""
         found = self.membership.find(worker)

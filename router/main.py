@@ -89,7 +89,9 @@ async def serve(resolved: Resolved) -> int:
     dispatcher = _dispatcher(resolved)
     try:
         edge = Edge.load(resolved.config, dispatcher, dispatcher.metrics)
-        tenants = Tenants(settings.tenants_file, time.monotonic, share=settings.processes)
+        tenants = Tenants(
+            settings.tenants_file, time.monotonic, share=lambda: max(settings.processes, dispatcher.num_routers)
+        )
         controller = ControllerPort(settings.controller, cluster_key())
         admin = build_admin(dispatcher, resolved, lambda: (*own_keys(), *tenants.admin_keys()), controller)
         server = HttpServer(App(edge, admin, tenants), stall_s=settings.client_stall_s)

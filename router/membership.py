@@ -53,6 +53,11 @@ class Membership:
         """All of them, in the order in which they were added."""
         return self._workers.values()
 
+    @property
+    def num_routers(self) -> int:
+        """Routers that serve these workers, this one included, as the worker that knows most of them says."""
+        return max((worker.load.num_routers for worker in self._workers.values() if worker.usable), default=1) or 1
+
     def clock(self) -> float:
         return self._clock()
 

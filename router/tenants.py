@@ -10,8 +10,9 @@
     [admin]
     keys = ["…"]                             # valid for /admin/ beside BATON_ADMIN_KEY
 
-Limits count per router process. Open streams outlive a change of the file: a key is looked at once per request. A file
-that can't be used keeps the one before in force and is complained about in the log.
+Each router process takes an equal part of the limits, so that together they keep them. Open streams outlive a change of
+the file: a key is looked at once per request. A file that can't be used keeps the one before in force and is complained
+about in the log.
 """
 
 from __future__ import annotations
@@ -109,11 +110,13 @@ class Tenant:
 class Tenants:
     """The file's content in force now. Without a file everybody is served and nothing is limited."""
 
-    def __init__(self, path: Path | None, clock: Callable[[], float], *, share: int = 1) -> None:
-        """`share`: router processes behind one port; each takes its part of the limits. Raises ConfigError."""
+    def __init__(self, path: Path | None, clock: Callable[[], float], *, share: Callable[[], int] = lambda: 1) -> None:
+        """`share`: living router processes of the cluster; each takes its part of the limits. Raises ConfigError."""
         self._path = path
         self._clock = clock
-        self._share = share
+        self._count_routers = share
+        self._share = share()
+        self._file = KeysFile()
         self._tenants: dict[str, Tenant] = {}
         self._by_digest: Mapping[bytes, Tenant] = {}
         self._admin_keys: tuple[str, ...] = ()
@@ -160,11 +163,15 @@ class Tenants:
         return self._admin_keys
 
     def _look(self) -> None:
-        """Take over a changed file."""
+        """Take over a changed file, and a changed number of routers."""
         now = self._clock()
         if now - self._looked < LOOK_PERIOD_S or self._path is None:
             return
         self._looked = now
+        share = self._count_routers()
+        if share != self._share:
+            self._share = share
+            self._adopt(self._file)
         try:
             stamp = _stamp(self._path)
             if stamp == self._stamp:
@@ -189,7 +196,7 @@ class Tenants:
             part = _part(settings, self._share)
             tenants[name] = self._tenants.get(name) or Tenant(name, part)
             tenants[name].adopt(part)
-        self._tenants = tenants
+        self._file, self._tenants = file, tenants
         self._by_digest = {digest: tenants[name] for digest, name in by_digest.items()}
         self._admin_keys = tuple(file.admin.keys)
 

@@ -3,7 +3,8 @@
 KubeRay passes the command that starts Ray in an environment variable; this process runs it, starts the controller as an
 actor pinned to this node, and tells it when the mounted configuration changes: new pool sizes, or new settings of
 workers, which are then replaced one by one. Routers and workers are pods of their own. When Ray ends, so does this
-process; a lost controller is restarted by Ray.
+process; a lost controller is restarted by Ray. With GCS fault tolerance, where Ray keeps its tables elsewhere, workers
+outlive this pod: the controller of the next one takes them over.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def run(config_file: Path, run_dir: RunDir | None = None) -> int:
         signal.signal(number, lambda *_: ray_head.terminate())
     try:
         _connect(ray_head)
+        local_ray.remove_controller(_RAY_START_S)
         controller = local_ray.start_controller(
             config, run_dir.path, KubeController, resources={"node:__internal_head__": 0.001}
         )

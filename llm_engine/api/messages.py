@@ -153,6 +153,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     draining: bool = False
     healthy: bool = True
     bad_peers: list[str] = []  # incarnations of decode workers whose canary failed
+    num_routers: int = 0  # connected to this worker: how many share the limits of a tenant
 
 
 class KvEvents(Message, frozen=True, kw_only=True, tag="kv_events"):

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -137,7 +138,10 @@ class RequestPlane:
 
     def beat(self) -> None:
         """Send the load to every connected router now."""
-        self.broadcast(self._handler.load())
+        self.broadcast(self._load())
+
+    def _load(self) -> Load:
+        return msgspec.structs.replace(self._handler.load(), num_routers=len(self._routers.connected()))
 
     async def _receive(self) -> None:
         while True:
@@ -200,7 +204,7 @@ class RequestPlane:
             self._on_reject("too_many_routers")
         elif fresh:
             self.send(hello.router_id, welcome)
-            self.send(hello.router_id, self._handler.load())
+            self.send(hello.router_id, self._load())
             self._settle(hello.router_id, self._routers.settle(hello.router_id))
 
     def _settle(self, router_id: str, owed: Iterable[Failed]) -> None:

@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 
@@ -69,7 +70,7 @@ class Pods:
         draft.replace(self.config)
 
     def start(self, name: str, *words: str, **env: str) -> subprocess.Popen[bytes]:
-        with (self._directory / f"{name}.log").open("wb") as log:
+        with (self._directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 self.host.command(f"--wdns={self._directory}", *words),
                 env={**self._env, **env},
@@ -85,6 +86,15 @@ class Pods:
 
     def logs(self) -> str:
         return "\n".join(f"== {name}\n{(self._directory / f'{name}.log').read_text()}" for name, _ in self._running)
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """A pod is gone with everything in it."""
+        self._running = [entry for entry in self._running if entry[1] is not process]
+        parent = psutil.Process(process.pid)
+        for child in parent.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait(20.0)
 
     def reap(self) -> None:
         """Everything has been killed with its host."""
@@ -107,24 +117,28 @@ class Pods:
         pytest.fail(f"not reached: {last}\n{self.logs()}")
 
 
-def start(pods: Pods, api: ApiServer) -> subprocess.Popen[bytes]:
-    """The pods of a release: a head, one node for two kinds of workers, a router."""
+def start(pods: Pods, api: ApiServer, **env: str) -> subprocess.Popen[bytes]:
+    """The pods of a release: a head, one node for two kinds of workers, a router. `env`: of Ray's pods."""
     pods.mount()
-    ray = f"ray start --head --num-cpus=0 --port=6379 --include-dashboard=False {_RAY}"
-    words = ("python", "-m", "deploy.kube", "head", "--config", str(pods.config))
-    head = pods.start("head", *words, **{RAY_COMMAND_ENV: ray, SERVER_ENV: api.url})
-    start_node(pods)
+    head = start_head(pods, api, **env)
+    start_node(pods, **env)
     pods.start("router", "python", "-m", "router", "--config", str(pods.config))
     return head
 
 
-def start_node(pods: Pods, *sets: str) -> None:
+def start_head(pods: Pods, api: ApiServer, **env: str) -> subprocess.Popen[bytes]:
+    ray = f"ray start --head --num-cpus=0 --port=6379 --include-dashboard=False {_RAY}"
+    words = ("python", "-m", "deploy.kube", "head", "--config", str(pods.config))
+    return pods.start("head", *words, **{RAY_COMMAND_ENV: ray, SERVER_ENV: api.url}, **env)
+
+
+def start_node(pods: Pods, *sets: str, **env: str) -> None:
     """A node with room for all pods of one release."""
     docs = rendered("cpu", False, True, *sets)
     room = {ray_resource(docs, "prefill"): 2, ray_resource(docs, "decode"): 3}
     node = f"until ray health-check --address={ADDRESS}:6379; do sleep 0.3; done; exec ray start "
     node += f"--address={ADDRESS}:6379 --num-cpus=2 --resources='{json.dumps(room)}' {_RAY}"
-    pods.start(f"node{len(sets)}", "bash", "-c", node)
+    pods.start(f"node{len(sets)}", "bash", "-c", node, **env)
 
 
 @contextlib.contextmanager
@@ -141,7 +155,7 @@ def open_pods(directory: Path, model: Path) -> Iterator[Pods]:
 
 
 @contextlib.contextmanager
-def serving(pods: Pods) -> Iterator[tuple[ApiServer, subprocess.Popen[bytes]]]:
+def serving(pods: Pods, **env: str) -> Iterator[tuple[ApiServer, subprocess.Popen[bytes]]]:
     """An API server with what the chart installs for the head, and the release's pods: yields both server and head."""
     with pods.host.network():
         api = ApiServer()
@@ -149,4 +163,4 @@ def serving(pods: Pods) -> Iterator[tuple[ApiServer, subprocess.Popen[bytes]]]:
         metadata = {"name": "baton-pools", "namespace": NAMESPACE}
         empty = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
         api.create(("v1", "configmaps", "baton-pools"), empty, "helm")
-        yield api, start(pods, api)
+        yield api, start(pods, api, **env)

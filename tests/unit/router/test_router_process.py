@@ -197,6 +197,45 @@ def test_several_processes_share_the_port_and_survive_each_other(tmp_path: Path,
         assert not any(child.is_running() for child in [*children, second])
 
 
+def test_a_tenants_limit_holds_over_all_routers_of_the_cluster(tmp_path: Path, nano_dir: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text('[tenants.acme]\nkeys = ["sk-acme-0123456789"]\nmax_concurrent = 4\n', encoding="utf-8")
+    settings = {"tenants_file": str(tenants), "drain_timeout_s": 0.1}
+    body = {**BODY, "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+    def open_streams(process: RouterProcess, stack: contextlib.ExitStack) -> int:
+        """How many this router lets the tenant have at once."""
+        headers = {"Authorization": "Bearer sk-acme-0123456789"}
+        for count in range(100):
+            answer = stack.enter_context(process.client.stream("POST", "/v1/completions", json=body, headers=headers))
+            if answer.status_code == 429:
+                return count
+            lines = answer.iter_lines()
+            next(lines)
+            stack.callback(lines.close)  # forgotten, it would close the stream
+        raise AssertionError
+
+    def both_allow(first: RouterProcess, second: RouterProcess, each: int) -> bool:
+        with contextlib.ExitStack() as stack:
+            return [open_streams(process, stack) for process in (first, second)] == [each, each]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with fakes("prefill", "decode", step_s=0.02) as workers, router(tmp_path / "a", nano_dir, workers, **settings) as a:
+        with contextlib.ExitStack() as stack:
+            assert open_streams(a, stack) == 4
+        with router(tmp_path / "b", nano_dir, workers, **settings) as b:
+            wait(lambda: both_allow(a, b, 2))
+            b.process.kill()
+            b.process.wait()
+
+        def alone() -> bool:
+            with contextlib.ExitStack() as stack:
+                return open_streams(a, stack) == 4
+
+        wait(alone)  # the workers have noticed its silence
+
+
 def test_the_processes_die_with_their_parent(tmp_path: Path, nano_dir: Path) -> None:
     with (
         fakes("prefill", "decode", model="fake") as workers,

@@ -160,10 +160,31 @@ def test_a_file_that_can_not_be_used_is_refused_at_the_start(tmp_path: Path, tex
         Tenants(tmp_path / "missing.toml", Clock())
 
 
-def test_several_processes_share_the_limits(file: Path) -> None:
-    tenants = Tenants(file, Clock(), share=2)
-    with several(tenants, ACME, 1), pytest.raises(TooManyRequests), tenants.admit(headers(ACME)):
-        pass
+def allowed(tenants: Tenants, key: str) -> int:
+    """How many requests are admitted at once."""
+    admitted = 0
+    with contextlib.ExitStack() as stack, contextlib.suppress(TooManyRequests):
+        while True:
+            stack.enter_context(tenants.admit(headers(key)))
+            admitted += 1
+    return admitted
+
+
+def test_routers_share_the_limits_and_their_number_may_change(file: Path) -> None:
+    clock, routers = Clock(), 1
+    tenants = Tenants(file, clock, share=lambda: routers)
+    assert (allowed(tenants, ACME), allowed(tenants, GLOBEX)) == (2, 3)
+    for routers, at_once, burst in ((2, 1, 2), (3, 1, 1), (1, 2, 3)):
+        clock.now += 60.0
+        assert (allowed(tenants, ACME), allowed(tenants, GLOBEX)) == (at_once, burst), routers
+
+
+def test_a_changed_file_is_shared_too(file: Path) -> None:
+    clock = Clock()
+    tenants = Tenants(file, clock, share=lambda: 2)
+    write(file, f'[tenants.acme]\nkeys = ["{ACME}"]\nmax_concurrent = 8\n')
+    clock.now += LOOK_PERIOD_S
+    assert allowed(tenants, ACME) == 4
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from llm_engine.api.messages import (
     SnapshotRequest,
     Welcome,
     WorkerInfo,
+    WorkerMessage,
 )
 from llm_engine.api.request import TokenDelta
 from llm_engine.serving.request_plane import RequestPlane
@@ -93,6 +94,20 @@ async def test_every_router_is_welcomed_once_and_hears_the_load_again_and_again(
                 loads = [await router.wait_for(lambda m: isinstance(m, Load)) for _ in range(4)]
                 assert [load.seq for load in loads] == sorted({load.seq for load in loads})
             assert not any(isinstance(message, Welcome) for message in a.seen[1:])
+
+
+async def test_the_load_says_how_many_routers_there_are() -> None:
+    def says(count: int) -> Callable[[WorkerMessage], bool]:
+        return lambda message: isinstance(message, Load) and message.num_routers == count
+
+    async with serving() as served:
+        with RouterClient(served.address, "a") as a:
+            await a.hello()
+            await a.wait_for(says(1))
+            with RouterClient(served.address, "b") as b:
+                await b.hello()
+                await a.wait_for(says(2))
+            await a.wait_for(says(1))
 
 
 async def test_messages_reach_the_worker_in_order() -> None:
