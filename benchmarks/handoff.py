@@ -2,8 +2,9 @@
 
 Pools have DeepSeek V3.2's geometry: 64-token blocks of latent cache and indexer keys for every layer and the MTP layer.
 A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it. Prints for every
-mode: exposed latency (last layer computed → Accepted is back), total time, bytes, GB/s, what a plain copy of as many
-bytes reached between the same two processes at the same time, and where the time went.
+mode: exposed latency (last layer computed → admitted by the receiver; `accepted` adds the way back of its answer),
+total time, bytes, GB/s, what a plain copy of as many bytes reached between the same two processes right before, CPU
+time, and where the time went.
 
     baton bench handoff --transport shm --tokens 65536 --compute-ms-per-layer 30 --json
 """
@@ -21,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,7 @@ from benchmarks.handoff_rig import (
     pick,
     receive,
 )
+from benchmarks.handoff_trace import Trace, wrap
 from benchmarks.machine import cpu_s, machine
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport
@@ -87,6 +90,7 @@ class Sample:
     parcel: Parcel
     report: HandoffReport
     started: float
+    compute_end: float
     ended: float
 
 
@@ -106,12 +110,19 @@ class Writer:
     """The sending process: a pool, a client, and a step thread for every hand-off at once."""
 
     def __init__(
-        self, args: argparse.Namespace, layout: KvLayout, client: HandoffClient, peer: Peer, compute: Compute
+        self,
+        args: argparse.Namespace,
+        layout: KvLayout,
+        client: HandoffClient,
+        peer: Peer,
+        compute: Compute,
+        trace: Trace,
     ) -> None:
         self._layout = layout
         self._client = client
         self._peer = peer
         self._compute_layer = compute
+        self._trace = trace
         self._layer_s = args.compute_ms_per_layer / 1e3
         self._chunk_blocks = max(1, (args.chunk_tokens or args.tokens) // BLOCK_TOKENS)
         self._numbers = itertools.count()
@@ -146,7 +157,10 @@ class Writer:
         loop = asyncio.get_running_loop()
         compute_end = await loop.run_in_executor(self._steps, self._compute, handoff, blocks, mode.cached_tokens)
         report = await handoff.commit(_FIRST, compute_end=compute_end)
-        return Sample(parcel, report, started, time.monotonic())
+        ended = time.monotonic()
+        self._trace.add("hand-off", "drain", compute_end, compute_end + report.drain_s)
+        self._trace.add("hand-off", "commit, verify, accept", compute_end + report.drain_s, ended)
+        return Sample(parcel, report, started, compute_end, ended)
 
     def _compute(self, handoff: Handoff, blocks: list[int], cached_tokens: int) -> float:
         """The step thread: cached blocks are ready at once, the others chunk by chunk and layer by layer."""
@@ -158,7 +172,9 @@ class Writer:
         for first in range(cached, len(blocks), self._chunk_blocks):
             chunk = blocks[first : first + self._chunk_blocks]
             for layer in range(num_layers):
+                started = time.monotonic()
                 compute.layer(self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks)))
+                self._trace.add("compute", f"layer {layer}", started, time.monotonic())
                 handoff.layer_ready(layer, first, chunk)
         return compute.end()
 
@@ -166,11 +182,13 @@ class Writer:
 def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The numbers of one mode."""
     mode, reports = run.mode, [sample.report for sample in run.samples]
-    exposed = sorted(report.exposed_s * 1e3 for report in reports)
+    far = [received[str(sample.parcel.number)] for sample in run.samples]
+    exposed = sorted((end["admitted_at"] - s.compute_end) * 1e3 for s, end in zip(run.samples, far, strict=True))
+    accepted = sorted(report.exposed_s * 1e3 for report in reports)
     round_bytes = sum(report.num_bytes for report in reports) / len(run.round_s)
     rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
     plain = [rate.gb_per_s for rate in run.limits]
-    verify = [received[str(sample.parcel.number)]["verify_s"] for sample in run.samples]
+    verify = [end["verify_s"] for end in far]
     control = [max(0.0, r.exposed_s - r.drain_s - v) for r, v in zip(reports, verify, strict=True)]
     result: dict[str, Any] = {
         "mode": mode.name,
@@ -180,6 +198,8 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
         "bytes": reports[0].num_bytes,
         "exposed_ms_p50": round(statistics.median(exposed), 3),
         "exposed_ms_p99": round(exposed[int(len(exposed) * 0.99)], 3),
+        "accepted_ms_p50": round(statistics.median(accepted), 3),
+        "accepted_ms_p99": round(accepted[int(len(accepted) * 0.99)], 3),
         "total_ms_p50": round(1e3 * statistics.median(s.ended - s.started for s in run.samples), 3),
         "gb_per_s_best": round(max(rates), 2),
         "gb_per_s_median": round(statistics.median(rates), 2),
@@ -216,9 +236,15 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
     wanted = modes(args.tokens, args.repeat)
     runs = [Run(mode) for name, mode in wanted.items() if args.mode in (name, "all")]
     source, compute = _source(args, layout)
+    trace = Trace()
     async with _receiver(args.words) as (child, hello):
         client = HandoffClient(
-            config=config, key=KEY, info=make_info("p", Role.PREFILL, layout, ""), layout=layout, source=source
+            config=config,
+            key=KEY,
+            info=make_info("p", Role.PREFILL, layout, ""),
+            layout=layout,
+            source=source,
+            wrap_link=wrap(trace, layout) if args.trace else lambda link: link,
         )
         serving = asyncio.create_task(client.run())
         run_bytes = max(plane.block_bytes for plane in layout.planes) * layout.num_blocks
@@ -230,9 +256,15 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         else:
             limit = SocketLimit(source, hello)
         peer = Peer(name="d", incarnation="d", control_addr=hello["address"])
-        writer = Writer(args, layout, client, peer, compute)
+        writer = Writer(args, layout, client, peer, compute, trace)
         await writer.round(Mode("warm-up", args.tokens, 1))
         await writer.round(Mode("warm-up", args.tokens, 1, scattered=True))
+        if args.trace:
+            trace.on = True
+            await writer.round(Mode("trace", args.tokens, 1))
+            trace.on = False
+            title = f"{args.tokens} tokens, {args.layers} + 1 layers, {args.transport}, hand-off under compute"
+            trace.write(args.trace, title)
         for run in runs:
             await _run(run, writer, limit, layout.bytes_per_block(), hello["pid"])
         link = client.stats().peers[0]
@@ -305,6 +337,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=int, help="chunked prefill (default: one chunk)")
     parser.add_argument("--mode", choices=("all", *modes(BLOCK_TOKENS, 1)), default="bulk")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every mode; small ones run 20 times as often")
+    parser.add_argument("--trace", type=Path, help="write the timeline of one more hand-off: FILE, and FILE's .svg")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)

@@ -109,7 +109,8 @@ def _state(worker: WorkerStatus) -> str:
 def _link(link: LinkStatus) -> str:
     """A peer and how it is reached. The reason of a link begins with its transport."""
     trouble = "" if link.healthy else f", not healthy: {link.detail}"
-    return f"{link.peer}: {link.reason or 'not connected'}{trouble}"
+    cost = f", {link.bytes_per_s / 1e9:.2f} GB/s + {link.call_s * 1e6:.0f} µs a call" if link.bytes_per_s else ""
+    return f"{link.peer}: {link.reason or 'not connected'}{cost}{trouble}"
 
 
 def _number(pid: int) -> str:

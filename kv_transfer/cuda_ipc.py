@@ -32,7 +32,7 @@ from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.cuda import driver
 from kv_transfer.device import Descriptor, DeviceRegion, Mark, missing, place_id
 from kv_transfer.device_ops import PeerMemory, push_blocks
-from kv_transfer.layout import CopyPlan, PlaneLayer
+from kv_transfer.layout import CopyPlan
 from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
 from kv_transfer.listener import Events, Listener
 from kv_transfer.shm import check_user, peer_pid
@@ -106,19 +106,19 @@ class CudaIpcLink:
         self,
         lease: LeaseKey,
         plan: CopyPlan,
-        rows: Sequence[PlaneLayer],
+        layers: range,
         blocks: tuple[Sequence[int], Sequence[int]],
         ready: Mark,
         stopped: Callable[[], bool],
     ) -> int:
-        """Enqueue copies of `blocks` (here, there) of these rows, once the device has reached `ready`; their bytes.
+        """Enqueue copies of `blocks` (here, there) of some layers, once the card has reached `ready`; their bytes.
 
         `finish` waits for them. Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
         """
         with self._lock:
             self._check_open(lease, stopped)
             self._region.wait_for(ready)
-            return push_blocks(self._region, self._target, plan, rows, *blocks)
+            return push_blocks(self._region, self._target, plan, layers, *blocks)
 
     def finish(self) -> None:
         """Wait until everything that was enqueued has landed. Raises TransferError if the card failed."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.host import host_id
-from kv_transfer.layout import PlaneLayer, merge_runs
-from kv_transfer.manifest import LINE_BYTES, PAGE_BYTES
+from kv_transfer.layout import PlaneLayer, Run, merge_runs
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import KvLayout
 
 WORD_BYTES = 8
 _ENGINE_RUN_BYTES = 4 << 20  # runs at least so long on average are left to the copy engines
+_KEPT = 32  # concurrent hand-offs, times two ends
+T = TypeVar("T")
 Mark: TypeAlias = "torch.cuda.Event | None"
 
 
@@ -69,7 +71,10 @@ class DeviceRegion:
         self.stream = (
             torch.cuda.Stream(self.device, priority=-1) if memory.is_cuda else None  # type: ignore[no-untyped-call]
         )
+        self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._runs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Run]] = {}
+        self._once: dict[object, Any] = {}
 
     @property
     def ordinal(self) -> int:
@@ -103,6 +108,10 @@ class DeviceRegion:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    def reached(self, mark: Mark) -> bool:
+        """Whether the device has passed `mark`."""
+        return mark is None or bool(mark.query())  # type: ignore[no-untyped-call]
+
     def wait_for(self, mark: Mark) -> None:
         """What is enqueued on the region's stream from now on comes after `mark`."""
         if self.stream is not None and mark is not None:
@@ -118,16 +127,29 @@ class DeviceRegion:
             self.stream.synchronize()
 
     def table(self, blocks: Sequence[int]) -> Tensor:
-        """Block ids on the device; the last few tables are kept, because every layer of a chunk asks for the same."""
+        """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
         key = tuple(blocks)
-        table = self._tables.pop(key, None)
-        if table is None:
-            with self.queue():
-                table = torch.tensor(key, dtype=torch.int32, device=self.device)
-        self._tables[key] = table
-        if len(self._tables) > 8:
-            del self._tables[next(iter(self._tables))]
-        return table
+        return self._keep(self._tables, key, lambda: torch.tensor(key, dtype=torch.int32, device=self.device))
+
+    def runs(self, sources: Sequence[int], targets: Sequence[int]) -> list[Run]:
+        """Neighbours on both ends; kept like tables."""
+        return self._keep(self._runs, (tuple(sources), tuple(targets)), lambda: merge_runs(sources, targets))
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` puts on the device, the first time that it is asked for."""
+        value: T = self._keep(self._once, key, make)
+        return value
+
+    def _keep(self, kept: dict[Any, T], key: object, make: Callable[[], T]) -> T:
+        with self._lock:
+            value = kept.pop(key, None)
+            if value is None:
+                with self.queue():
+                    value = make()
+            kept[key] = value
+            if len(kept) > _KEPT:
+                del kept[next(iter(kept))]
+        return value
 
 
 def missing(region: DeviceRegion) -> str:
@@ -170,17 +192,6 @@ def alignment(*num_bytes: int) -> int:
     return 2 if all(size % 16 == 0 for size in num_bytes) else 1
 
 
-def long_runs(sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> list[tuple[int, int, int]] | None:
-    """(source block, target block, blocks) runs if they are long enough for the copy engines, else None."""
-    runs = merge_runs(sources, targets)
-    if len(sources) * block_bytes < _ENGINE_RUN_BYTES * len(runs):
-        return None
-    return [(run.source, run.target, run.num_blocks) for run in runs]
-
-
-def sampled_words(block_bytes: int, phase: int | None) -> tuple[int, int, bool]:
-    """(words of a cell that count, first sampled word of a page, whether it is sampled)."""
-    if phase is None or block_bytes <= PAGE_BYTES:
-        return block_bytes // WORD_BYTES, 0, False
-    lines = block_bytes // PAGE_BYTES + 1
-    return lines * LINE_BYTES // WORD_BYTES, phase // WORD_BYTES, True
+def are_long(runs: Sequence[Run], num_blocks: int, block_bytes: int) -> bool:
+    """Whether runs of such blocks are long enough, on average, for the copy engines."""
+    return num_blocks * block_bytes >= _ENGINE_RUN_BYTES * len(runs)

@@ -19,6 +19,7 @@ Val: TypeAlias = tl.tensor
 
 COPY_TILE: Final = 4096
 DIGEST_TILE: Final = 1024
+SAMPLE_TILE: Final = 256
 
 
 class Kernel(Protocol):
@@ -36,22 +37,22 @@ def _kernel(function: Callable[..., None]) -> Kernel:
 def copy_cells(
     source: Ptr,  # int64 words of the writer's memory
     target: Ptr,  # int64 words of the receiver's memory
+    rows: Ptr,  # int64[r, 3]: first word of the row in the source, in the target, words of a cell
     source_blocks: Ptr,  # int32[n]
     target_blocks: Ptr,  # int32[n]
-    num_source_start: int,  # first word of the plane row in the source
-    num_target_start: int,
-    WORDS: tl.constexpr,  # of a cell
     ALIGN: tl.constexpr,  # a power of two that divides starts and cells, in words
     TILE: tl.constexpr,
 ) -> None:
-    """Block source_blocks[i] of a plane row → block target_blocks[i]. Grid: (n, ⌈WORDS / TILE⌉)."""
+    """Block source_blocks[i] of every row → block target_blocks[i]. Grid: (n, ⌈longest cell / TILE⌉, r)."""
     cell = tl.program_id(0)
-    from_ = tl.load(source_blocks + cell).to(tl.int64) * WORDS + num_source_start
-    to = tl.load(target_blocks + cell).to(tl.int64) * WORDS + num_target_start
+    row = rows + tl.program_id(2) * 3
+    words = tl.multiple_of(tl.load(row + 2), ALIGN)
+    from_ = tl.load(source_blocks + cell).to(tl.int64) * words + tl.load(row)
+    to = tl.load(target_blocks + cell).to(tl.int64) * words + tl.load(row + 1)
     from_ = tl.multiple_of(from_, ALIGN)
     to = tl.multiple_of(to, ALIGN)
     word = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    keep = word < WORDS
+    keep = word < words
     values = tl.load(source + from_ + word, mask=keep)
     tl.store(target + to + word, values, mask=keep)
 
@@ -59,27 +60,32 @@ def copy_cells(
 @_kernel
 def digest_cells(
     memory: Ptr,  # int64 words
+    rows: Ptr,  # int64[r, 4]: first word of the row, words of a cell, running number, whether its pages are sampled
     blocks: Ptr,  # int32[n]
-    sums: Ptr,  # int64[1]: the row's checksum so far
-    num_start: int,  # first word of the plane row
+    sums: Ptr,  # int64[rows of the layout]: the checksums so far
     num_first: int,  # position of blocks[0] in the lease
     num_phase: int,  # first sampled word of every page
-    WORDS: tl.constexpr,  # of a cell
-    TAKEN: tl.constexpr,  # of them count
     SAMPLED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Add the cells of blocks[0 … n) to the row's checksum. Grid: (n,)."""
+    """Add the cells of blocks[0 … n) to the checksums of r rows. Grid: (n, r)."""
     cell = tl.program_id(0)
-    base = tl.load(blocks + cell).to(tl.int64) * WORDS + num_start
+    row = rows + tl.program_id(1) * 4
+    words = tl.load(row + 1)
+    base = tl.load(blocks + cell).to(tl.int64) * words + tl.load(row)
+    taken = words
+    in_lines = False
+    if SAMPLED:  # a line of every page, then the last line of the cell
+        in_lines = tl.load(row + 3) != 0
+        taken = tl.where(in_lines, words // 512 * 8 + 8, words)
     total = tl.zeros([TILE], dtype=tl.int64)
-    for first in range(0, TAKEN, TILE):
+    for first in range(0, taken, TILE):
         index = first + tl.arange(0, TILE)
-        keep = index < TAKEN
+        keep = index < taken
         at = index
-        if SAMPLED:  # a line of every page, then the last line of the cell
-            in_pages = index < TAKEN - 8
-            at = tl.where(in_pages, index // 8 * 512 + num_phase + index % 8, WORDS - 8 + index % 8)
+        if SAMPLED:
+            line = tl.where(index < taken - 8, index // 8 * 512 + num_phase + index % 8, words - 8 + index % 8)
+            at = tl.where(in_lines, line, index)
         word = tl.load(memory + base + at, mask=keep, other=0)
         mixed = (word ^ ((index.to(tl.int64) + 1) * 0x4F1BBCDCBFA53E0B)) * 0x3504833333F9DE65
         mixed = (mixed ^ (mixed >> 32)) * 0x5DB3D742C265539D
@@ -87,4 +93,4 @@ def digest_cells(
     one = tl.zeros([1], dtype=tl.int64)  # a tile of one: products of whole numbers wrap around in tiles
     place = one + num_first + cell + 1
     placed = ((one + tl.sum(total, axis=0)) ^ (place * 0x5DB3D742C265539D)) * 0x4F1BBCDCBFA53E0B
-    tl.atomic_add(sums + tl.arange(0, 1), placed ^ (placed >> 29))
+    tl.atomic_add(sums + tl.load(row + 2) + tl.arange(0, 1), placed ^ (placed >> 29))

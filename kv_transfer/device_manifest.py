@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from kv_transfer.device import DeviceRegion
 from kv_transfer.device_ops import DeviceDigests
-from kv_transfer.layout import PlaneLayer
 from kv_transfer.link import LeaseKey
 from kv_transfer.manifest import Policy, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest
@@ -26,11 +25,10 @@ class DeviceManifest:
         """Whether `add` costs anything."""
         return self._digests is not None
 
-    def add(self, rows: Sequence[PlaneLayer], blocks: Sequence[int], first: int) -> None:
-        """Blocks of these rows, from position `first` of the lease on. Enqueues."""
+    def add(self, layers: range, blocks: Sequence[int], first: int) -> None:
+        """Blocks of consecutive layers, from position `first` of the lease on. Enqueues."""
         if self._digests is not None:
-            for row in rows:
-                self._digests.add(row, blocks, first)
+            self._digests.add(layers, blocks, first)
 
     def seal(self) -> None:
         """Everything was added: fetch the checksums. Waits for the device."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
-from kv_transfer.device import WORD_BYTES, DeviceRegion, alignment, long_runs, row_start, sampled_words
-from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, copy_cells, digest_cells
-from kv_transfer.layout import CopyPlan, PlaneLayer, plane_rows
+from kv_transfer.device import WORD_BYTES, DeviceRegion, alignment, are_long, row_start
+from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, copy_cells, digest_cells
+from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, plane_rows
+from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
 
 _WARPS = 8
@@ -38,50 +39,73 @@ def push_blocks(
     region: DeviceRegion,
     target: Target,
     plan: CopyPlan,
-    rows: Sequence[PlaneLayer],
+    layers: range,
     sources: Sequence[int],
     targets: Sequence[int],
 ) -> int:
-    """Enqueue copies of blocks of these plane rows: by copy engine where runs are long, else by kernel. Bytes."""
-    num_bytes = 0
-    for row in rows:
-        size = plan.source.planes[row.plane].block_bytes
-        from_, to = row_start(plan.source, row), row_start(plan.target, row)
-        runs = long_runs(sources, targets, size)
-        if runs is not None and region.stream is not None:
-            base = region.memory.data_ptr()
-            cuda = driver()
-            cuda.bind(region.ordinal)
+    """Enqueue copies of blocks of consecutive layers: by copy engine where runs are long, else by one kernel. Bytes."""
+    rows = [row for layer in layers for row in plan.layers[layer]]
+    sizes = [plan.source.planes[row.plane].block_bytes for row in rows]
+    runs = region.runs(sources, targets)
+    if region.stream is not None and are_long(runs, len(sources), min(sizes)):
+        base, stream = region.memory.data_ptr(), region.stream.cuda_stream
+        cuda = driver()
+        cuda.bind(region.ordinal)
+        for row, size in zip(rows, sizes, strict=True):
+            from_, to = base + row_start(plan.source, row), target.data_ptr() + row_start(plan.target, row)
             cuda.copy(
-                [(target.data_ptr() + to + t * size, base + from_ + s * size, n * size) for s, t, n in runs],
-                region.stream.cuda_stream,
+                [(to + run.target * size, from_ + run.source * size, run.num_blocks * size) for run in runs], stream
             )
-        else:
-            _scatter(region, target, (from_, to, size), sources, targets)
-        num_bytes += len(sources) * size
-    return num_bytes
+    else:
+        _scatter(region, target, plan, layers, sources, targets)
+    return len(sources) * sum(sizes)
 
 
 def _scatter(
-    region: DeviceRegion, target: Target, where: tuple[int, int, int], sources: Sequence[int], targets: Sequence[int]
+    region: DeviceRegion,
+    target: Target,
+    plan: CopyPlan,
+    layers: range,
+    sources: Sequence[int],
+    targets: Sequence[int],
 ) -> None:
-    """`where`: bytes at which the row begins here and there, and of a cell."""
-    from_, to, size = where
+    table = region.once(("copy", plan.source, plan.target), lambda: _copy_rows(region, plan))
     tables = region.table(sources), region.table(targets)
-    words = size // WORD_BYTES
-    tile = min(COPY_TILE, 1 << (words - 1).bit_length())
+    first, last = row_bounds(plan.layers, layers)
+    largest = max(plane.block_bytes for plane in plan.source.planes) // WORD_BYTES
+    tile = min(COPY_TILE, 1 << (largest - 1).bit_length())
     with region.queue():
-        copy_cells[(len(sources), -(-words // tile))](
-            region.words,
-            target,
-            *tables,
-            from_ // WORD_BYTES,
-            to // WORD_BYTES,
-            WORDS=words,
-            ALIGN=alignment(from_, to, size),
-            TILE=tile,
-            num_warps=_WARPS,
+        copy_cells[(len(sources), -(-largest // tile), last - first)](
+            region.words, target, table.rows[first:last], *tables, ALIGN=table.align, TILE=tile, num_warps=_WARPS
         )
+
+
+class _CopyRows(NamedTuple):
+    """Plane rows on the device in the order of layers, and the words that divide all their starts and cells."""
+
+    rows: Tensor
+    align: int
+
+
+def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
+    entries = [
+        (row_start(plan.source, row), row_start(plan.target, row), plan.source.planes[row.plane].block_bytes)
+        for rows in plan.layers
+        for row in rows
+    ]
+    align = alignment(*(size for entry in entries for size in entry))
+    words = [[size // WORD_BYTES for size in entry] for entry in entries]
+    return _CopyRows(torch.tensor(words, dtype=torch.int64, device=region.device), align)
+
+
+def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
+    numbers = {row: number for number, row in enumerate(plane_rows(layout))}
+    entries = []
+    for row in (row for rows in layer_planes(layout) for row in rows):
+        size = layout.planes[row.plane].block_bytes
+        start = row_start(layout, row) // WORD_BYTES
+        entries.append((start, size // WORD_BYTES, numbers[row], int(size > PAGE_BYTES)))
+    return torch.tensor(entries, dtype=torch.int64, device=region.device)
 
 
 class DeviceDigests:
@@ -91,31 +115,28 @@ class DeviceDigests:
         """`phase`: see manifest.sample_phase."""
         self._region = region
         self._layout = layout
+        self._layers = layer_planes(layout)
         self._phase = phase
-        self._numbers = {row: number for number, row in enumerate(plane_rows(layout))}
+        self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
         self._lock = threading.Lock()
         with region.queue():
-            self._sums = torch.zeros(len(self._numbers), dtype=torch.int64, device=region.device)
+            self._sums = torch.zeros(len(self._rows), dtype=torch.int64, device=region.device)
 
-    def add(self, row: PlaneLayer, blocks: Sequence[int], first: int) -> None:
-        """Enqueue: `blocks` are the lease's blocks from position `first` on."""
-        size = self._layout.planes[row.plane].block_bytes
-        taken, phase, sampled = sampled_words(size, self._phase)
-        number = self._numbers[row]
+    def add(self, layers: range, blocks: Sequence[int], first: int) -> None:
+        """Enqueue, for consecutive layers: `blocks` are the lease's blocks from position `first` on."""
+        begin, end = row_bounds(self._layers, layers)
         with self._lock:
             table = self._region.table(blocks)
             with self._region.queue():
-                digest_cells[(len(blocks),)](
+                digest_cells[(len(blocks), end - begin)](
                     self._region.words,
+                    self._rows[begin:end],
                     table,
-                    self._sums[number : number + 1],
-                    row_start(self._layout, row) // WORD_BYTES,
+                    self._sums,
                     first,
-                    phase,
-                    WORDS=size // WORD_BYTES,
-                    TAKEN=taken,
-                    SAMPLED=sampled,
-                    TILE=min(DIGEST_TILE, 1 << (taken - 1).bit_length()),
+                    0 if self._phase is None else self._phase // WORD_BYTES,
+                    SAMPLED=self._phase is not None,
+                    TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
                     num_warps=4,
                 )
 
@@ -128,3 +149,9 @@ class DeviceDigests:
             values.append(flat[start : start + plane.num_layers])
             start += plane.num_layers
         return values
+
+
+def row_bounds(layers: Sequence[Sequence[PlaneLayer]], wanted: range) -> tuple[int, int]:
+    """Where the rows of consecutive layers lie among all rows in the order of layers."""
+    first = sum(len(rows) for rows in layers[: wanted.start])
+    return first, first + sum(len(rows) for rows in layers[wanted.start : wanted.stop])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+from kv_transfer.cost import CostCurve, CostMeter
 from kv_transfer.device import DeviceRegion, Mark
 from kv_transfer.device_manifest import DeviceManifest
-from kv_transfer.layout import CopyPlan, PlaneLayer
+from kv_transfer.layout import CopyPlan
 from kv_transfer.link import LeaseKey, Link
 from kv_transfer.manifest import Policy
-from kv_transfer.outbox import Granted, Outbox
+from kv_transfer.outbox import Granted, Item, Outbox
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
-_TURN_BYTES = 1 << 30
+START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
 
 
 class DeviceLink(Protocol):
@@ -23,7 +25,7 @@ class DeviceLink(Protocol):
         self,
         lease: LeaseKey,
         plan: CopyPlan,
-        rows: Sequence[PlaneLayer],
+        layers: range,
         blocks: tuple[Sequence[int], Sequence[int]],
         ready: Mark,
         stopped: Callable[[], bool],
@@ -56,22 +58,49 @@ class DeviceOutbox(Outbox):
     def _mark(self) -> Mark:
         return self._region.mark()
 
-    def _write_turn(self, link: Link, granted: Granted) -> None:
+    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted) -> None:
+        """What the card has computed goes out at once; one layer that it is still computing is enqueued behind it."""
         device = cast(DeviceLink, link)
-        turn_bytes = 0
+        turn_bytes, limit = 0, cost.batching.turn_bytes
+        started = time.monotonic()
+        ahead = False
         try:
-            while turn_bytes < _TURN_BYTES and (item := self._take()) is not None:
+            while turn_bytes < limit and not ahead and (group := self._take_group(limit - turn_bytes, granted)):
+                item = group[0]
                 sources, start = granted.sources(item)
                 if sources:
-                    rows = granted.plan.layers[item.layer]
-                    targets = granted.blocks[start : start + len(sources)]
-                    ready = cast(Mark, item.ready)
-                    pair = (sources, targets)
-                    turn_bytes += device.push(granted.lease, granted.plan, rows, pair, ready, self.gate.stopped)
-                    self._sums.add(rows, sources, start)
-                self._count(item, sources, start)
+                    ahead = not self._region.reached(cast(Mark, group[-1].ready))
+                    layers = range(item.layer, item.layer + len(group))
+                    pair = (sources, granted.blocks[start : start + len(sources)])
+                    ready = cast(Mark, group[-1].ready)
+                    turn_bytes += device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
+                    self._sums.add(layers, sources, start)
+                for each in group:
+                    self._count(each, sources, start)
+            if self._left == 0:
+                self._sums.seal()
         finally:
             device.finish()  # the gate says "nothing in flight" when this turn is over
+        if turn_bytes and not ahead:  # else the card's own time is in it
+            cost.measured(turn_bytes, time.monotonic() - started)
         self.num_bytes += turn_bytes
-        if self._left == 0:
-            self._sums.seal()
+
+    def _take_group(self, room: int, granted: Granted) -> list[Item]:
+        """The next item, and those after it that are the same blocks of the next layers, as far as computed."""
+        first = self._take()
+        if first is None:
+            return []
+        group = [first]
+        per_layer = len(first.blocks) * max(
+            sum(self._layout.planes[row.plane].block_bytes for row in rows) for rows in granted.plan.layers
+        )
+        while (len(group) + 1) * per_layer <= room and self._region.reached(cast(Mark, group[-1].ready)):
+            with self._lock:
+                item = self._items[0] if self._items else None
+                last = group[-1]
+                if item is None or (item.layer, item.first) != (last.layer + 1, last.first):
+                    break
+                if item.blocks != last.blocks or not self._region.reached(cast(Mark, item.ready)):
+                    break
+                group.append(self._items.popleft())
+        return group

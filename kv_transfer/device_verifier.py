@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,13 +86,15 @@ class DeviceLanding:
     def _enqueue(self, due: Sequence[tuple[int, int]]) -> None:
         assert self._digests is not None
         with self._lock:
-            for layer, num_blocks in due:
-                done = self._done[layer]
-                if self._over or num_blocks <= done:
-                    continue
-                for row in self._layers[layer]:
-                    self._digests.add(row, self.blocks[done:num_blocks], done)
-                self._done[layer] = num_blocks
+            if self._over:
+                return
+            new = [(layer, self._done[layer], count) for layer, count in sorted(due) if count > self._done[layer]]
+            # Neighbouring layers that have come equally far take one launch.
+            for _, group in itertools.groupby(enumerate(new), lambda item: (item[1][0] - item[0], *item[1][1:])):
+                taken = [entry for _, entry in group]
+                (first, done, count), (last, _, _) = taken[0], taken[-1]
+                self._digests.add(range(first, last + 1), self.blocks[done:count], done)
+                self._done[first : last + 1] = [count] * len(taken)
 
 
 class DeviceVerifier:

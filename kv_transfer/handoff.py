@@ -186,7 +186,7 @@ class Handoff:
         lease, session = self._outbox.lease, self._session
         if lease is None or session is None:
             return False
-        pumped = self._outbox.pump(link)
+        pumped = self._outbox.pump(link, session.cost)
         if pumped is Pumped.WRITTEN:
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_confirmed, done))
         elif pumped is not Pumped.STOPPED and (news := self._outbox.news(busy=pumped is Pumped.MORE)):

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
 from llm_engine.api.handoff import KvLayout
@@ -54,15 +56,14 @@ def plane_rows(layout: KvLayout) -> Iterator[PlaneLayer]:
 
 def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[Run]:
     """Pair the blocks up in order; neighbours on both ends become one run."""
-    runs: list[Run] = []
-    for source, target in zip(source_blocks, target_blocks, strict=True):
-        if runs:
-            last = runs[-1]
-            if source == last.source + last.num_blocks and target == last.target + last.num_blocks:
-                runs[-1] = last._replace(num_blocks=last.num_blocks + 1)
-                continue
-        runs.append(Run(source, target, 1))
-    return runs
+    sources, targets = np.asarray(source_blocks, np.int64), np.asarray(target_blocks, np.int64)
+    if len(sources) != len(targets):
+        raise ValueError(f"{len(sources)} blocks here, {len(targets)} there")
+    if not len(sources):
+        return []
+    starts = np.flatnonzero((np.diff(sources) != 1) | (np.diff(targets) != 1)) + 1
+    bounds = [0, *starts.tolist(), len(sources)]
+    return [Run(int(sources[first]), int(targets[first]), last - first) for first, last in itertools.pairwise(bounds)]
 
 
 class CopyPlan:

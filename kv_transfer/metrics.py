@@ -40,6 +40,8 @@ class PeerStats:
     healthy: bool = True
     detail: str = ""  # why not healthy
     pending: int = 0  # the writer's count
+    call_s: float = 0.0  # the writer's measured cost of the link: fixed time of a call …
+    bytes_per_s: float = 0.0  # … and rate; 0 until something was sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ def links_of(peers: Sequence[PeerStats]) -> list[LinkStatus]:
             reason=peer.reason,
             healthy=peer.healthy,
             detail=peer.detail,
+            call_s=peer.call_s,
+            bytes_per_s=peer.bytes_per_s,
         )
         for peer in peers
     ]

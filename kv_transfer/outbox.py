@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from kv_transfer.cost import CostMeter
 from kv_transfer.gate import WriteGate
 from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, merge_runs
 from kv_transfer.link import Copy, LeaseKey, Link
@@ -23,8 +24,6 @@ from kv_transfer.manifest import ManifestBuilder, Policy
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
-_TURN_BYTES = 16 << 20  # written for one hand-off before the sender looks at the next
-_BATCH_BYTES = 8 << 20  # one call of the link
 _BATCH_COPIES = 1024
 _PROGRESS_BYTES = 4 << 20  # when idle the receiver is told what it may hash already, if it is so much
 _BUSY_PROGRESS_BYTES = 32 << 20  # and while there is more to write, because telling takes time from the copying
@@ -96,7 +95,7 @@ class Outbox:
             if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
                 last = first + len(blocks) - 1
                 raise ValueError(f"layer {layer}: {first}..{last} are not the next of {self.num_blocks} blocks")
-            if not all(0 <= block < self._layout.num_blocks for block in blocks):
+            if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
                 raise ValueError(f"layer {layer}: block ids {list(blocks)}, expected 0..{self._layout.num_blocks - 1}")
             self._next[layer] = first + len(blocks)
             self._items.append(Item(layer, first, tuple(blocks), self._mark()))
@@ -148,8 +147,11 @@ class Outbox:
         written, self._written = self._written, {}
         return tuple(written.items())
 
-    def pump(self, link: Link) -> Pumped:
-        """Sender thread: write what is ready, for one turn. Raises TransferError when the link is broken."""
+    def pump(self, link: Link, cost: CostMeter) -> Pumped:
+        """Sender thread: write what is ready, for one turn. Raises TransferError when the link is broken.
+
+        `cost`: what the link's calls take; decides how much goes into one, and into a turn.
+        """
         with self._lock:
             self._queued = False
             granted = self._granted
@@ -157,7 +159,7 @@ class Outbox:
             return Pumped.STOPPED
         started = time.monotonic()
         try:
-            self._write_turn(link, granted)
+            self._write_turn(link, cost, granted)
         except LeaseRevoked:  # by our own gate
             return Pumped.STOPPED
         finally:
@@ -169,33 +171,43 @@ class Outbox:
                 return Pumped.WRITTEN
             return Pumped.MORE if self._wake() else Pumped.IDLE
 
-    def _write_turn(self, link: Link, granted: Granted) -> None:
+    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted) -> None:
         batch: list[tuple[PlaneLayer, Copy]] = []
         batch_bytes = turn_bytes = 0
-        while turn_bytes < _TURN_BYTES and (item := self._take()) is not None:
+        call_bytes, limit = cost.batching
+        while turn_bytes + batch_bytes < limit and (item := self._take()) is not None:
             sources, start = granted.sources(item)
             runs = merge_runs(sources, granted.blocks[start : start + len(sources)])
             for row in granted.plan.layers[item.layer]:
                 for copy in granted.plan.copies(row, runs):
                     batch.append((row, copy))
                     batch_bytes += copy.num_bytes
-                    if batch_bytes >= _BATCH_BYTES or len(batch) == _BATCH_COPIES:
-                        self._write(link, granted.lease, batch, batch_bytes)
+                    if batch_bytes >= call_bytes or len(batch) == _BATCH_COPIES:
+                        self._write(link, cost, granted.lease, batch, batch_bytes)
                         turn_bytes += batch_bytes
                         batch, batch_bytes = [], 0
             self._count(item, sources, start)
         if batch:
-            self._write(link, granted.lease, batch, batch_bytes)
+            self._write(link, cost, granted.lease, batch, batch_bytes)
 
-    def _write(self, link: Link, lease: LeaseKey, batch: Sequence[tuple[PlaneLayer, Copy]], num_bytes: int) -> None:
+    def _write(
+        self,
+        link: Link,
+        cost: CostMeter,
+        lease: LeaseKey,
+        batch: Sequence[tuple[PlaneLayer, Copy]],
+        num_bytes: int,
+    ) -> None:
         """Copy, and hash every piece while it is in the cache. On return nothing reads the source any more."""
         copies = [copy for _, copy in batch]
+        started = time.monotonic()
         if self._manifest.policy == "full":
             link.write(lease, self._source, copies, self.gate.stopped, partial(self._hash_piece, batch))
         else:  # samples are few: fewer and larger calls are worth more than the cache
             link.write(lease, self._source, copies, self.gate.stopped)
             for row, copy in _merged(batch):
                 self._hash(row, copy)
+        cost.measured(num_bytes, time.monotonic() - started)
         self.num_bytes += num_bytes
 
     def _hash_piece(self, batch: Sequence[tuple[PlaneLayer, Copy]], index: int, first: int, last: int) -> None:

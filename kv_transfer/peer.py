@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 
+from kv_transfer.cost import CostCurve
 from kv_transfer.handoff import Handoff
 from kv_transfer.metrics import PeerStats
 from kv_transfer.session import ClientContext, Session
@@ -54,6 +55,8 @@ class Peer:
         healthy, detail = self.healthy, self.detail
         if session is not None:
             healthy, detail = session.canary.healthy, session.canary.detail
+        measured = session is not None and session.cost.num_calls > 0
+        curve = session.cost.curve if session is not None and measured else CostCurve(0.0, 0.0)
         return PeerStats(
             name=self.target.name,
             incarnation=self.target.incarnation,
@@ -62,6 +65,8 @@ class Peer:
             healthy=healthy,
             detail=detail,
             pending=len(self._waiting) + (session.num_pending if session is not None else 0),
+            call_s=curve.call_s,
+            bytes_per_s=curve.bytes_per_s,
         )
 
     async def run(self) -> None:

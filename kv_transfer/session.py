@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from kv_transfer.canary import Canary
 from kv_transfer.control import Socket, connect_dealer, post
+from kv_transfer.cost import CostMeter
 from kv_transfer.handoff import Handoff
 from kv_transfer.layout import CopyPlan, check_layout, mismatch
 from kv_transfer.link import Link
@@ -77,6 +78,14 @@ class ClientContext:
     tally: Tally = field(default_factory=Tally)
     handoffs: set[Handoff] = field(default_factory=set)
 
+    def new_cost(self) -> CostMeter:
+        """For one link from `source`."""
+        if isinstance(self.source, memoryview):
+            return CostMeter()
+        from kv_transfer.device_outbox import START
+
+        return CostMeter(START)
+
     def new_outbox(self, num_tokens: int) -> Outbox:
         """For one hand-off out of `source`."""
         if isinstance(self.source, memoryview):
@@ -93,6 +102,7 @@ class Session:
         self.context = context
         self.target = target
         self.transport = ""
+        self.cost = context.new_cost()
         self.reason = ""
         self.canary = Canary(self, context.config.canary_period_s, context.config.commit_timeout_s)
         self.plan: CopyPlan

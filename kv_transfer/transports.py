@@ -89,10 +89,12 @@ def offer(name: str, network: LocalNetwork | None) -> LinkOffer:
 
 
 def open_inlet(name: str, end: ReceiverEnd) -> Inlet:
-    """Listen for writers. Raises ConfigError."""
+    """Listen for writers. Raises ConfigError, or LayoutMismatch for cells that a card can't copy."""
     if not isinstance(end.arena, Arena):
         from kv_transfer.cuda_ipc import CudaIpcInlet
+        from kv_transfer.device import check_words
 
+        check_words(end.layout)
         return CudaIpcInlet(end.arena, end.key, end.events)
     if name == "local" and end.network is not None:
         return LocalInlet(end.arena, end.layout, end.events, end.network)

@@ -22,6 +22,8 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str  # why this transport
     healthy: bool = True
     detail: str = ""  # why not healthy
+    call_s: float = 0.0  # what a call of the link costs beside its bytes, as the sending end measured it
+    bytes_per_s: float = 0.0  # 0: nothing measured
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):

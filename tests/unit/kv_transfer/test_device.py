@@ -1,0 +1,150 @@
+"""Device memory without a card: kernels in Triton's interpreter, descriptors, and who can use cuda_ipc."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kv_transfer.layout import Run, merge_runs
+from kv_transfer.negotiate import choose
+from kv_transfer.transports import usable
+from llm_engine.api.config import TransferConfig
+from llm_engine.api.errors import ConfigError, TransferError
+from llm_engine.api.handoff import LinkOffer
+
+torch = pytest.importorskip("torch")
+
+from kv_transfer.device import Descriptor, DeviceRegion, alignment, are_long, check_words  # noqa: E402
+
+_KERNELS = """
+import json, sys
+import torch
+from kv_transfer.device import DeviceRegion
+from kv_transfer.device_ops import DeviceDigests, push_blocks
+from kv_transfer.layout import CopyPlan
+from tests.unit.kv_transfer.rig import block_bytes, make_layout
+
+scale, phase = json.loads(sys.argv[1])
+here, there = make_layout(12, scale=scale), make_layout(9, scale=scale)
+generator = torch.Generator().manual_seed(1)
+source = DeviceRegion(torch.randint(0, 256, (here.arena_bytes,), dtype=torch.uint8, generator=generator))
+target = DeviceRegion(torch.zeros(there.arena_bytes, dtype=torch.uint8))
+plan, sources, targets = CopyPlan(here, there), [7, 2, 3, 11], [0, 8, 4, 2]
+num_bytes = sum(push_blocks(source, target.words, plan, layers, sources, targets) for layers in (range(2), range(2, 4)))
+ours, theirs = memoryview(source.memory.numpy()), memoryview(target.memory.numpy())
+right = all(block_bytes(here, ours, a) == block_bytes(there, theirs, b) for a, b in zip(sources, targets))
+others = sum(sum(block_bytes(there, theirs, b)) for b in range(9) if b not in targets)
+
+def digest(region, layout, blocks, cuts):
+    sums = DeviceDigests(region, layout, phase)
+    for layers in (range(1), range(1, 4)):
+        for first, last in zip([0, *cuts], [*cuts, 4]):
+            sums.add(layers, blocks[first:last], first)
+    return sums.values()
+
+whole = digest(source, here, sources, [])
+equal = whole == digest(target, there, targets, [1, 3])
+swapped = whole != digest(target, there, [8, 0, 4, 2], [])
+start = there.planes[0].address(2, 4, 9)
+line = slice(start + (phase or 0), start + (phase or 0) + 8)
+target.memory[line] ^= 1
+changed = [a != b for a, b in zip(sum(whole, []), sum(digest(target, there, targets, []), []))]
+print(json.dumps([num_bytes, right, others, equal, swapped, changed]))
+"""
+
+
+def interpreted(scale: int, phase: int | None) -> Any:
+    """Kernels run in a process of its own, because the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    words = [sys.executable, "-c", _KERNELS, json.dumps([scale, phase])]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("scale", "phase"), [(1, None), (128, 640)])
+def test_kernels_copy_blocks_and_notice_what_changed(scale: int, phase: int | None) -> None:
+    """Cells of 96 and 40 bytes, and of 12 and 5 KiB; sampled or not."""
+    num_bytes, right, others, equal, swapped, changed = interpreted(scale, phase)
+    assert num_bytes == 4 * 544 * scale
+    assert right
+    assert others == 0, "blocks outside the lease are untouched"
+    assert equal, "however the blocks are cut into launches"
+    assert swapped, "order counts"
+    assert changed == [False, False, True, False, False, False, False, False]
+
+
+def describe(**changes: Any) -> Descriptor:
+    fields: dict[str, Any] = {
+        "device": "GPU-1",
+        "driver": 13000,
+        "handle": bytes(64),
+        "offset": 512,
+        "num_bytes": 1 << 20,
+        "allocation_bytes": 2 << 20,
+        **changes,
+    }
+    return Descriptor(**fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"offset": -1}, {"offset": (1 << 20) + 1}, {"num_bytes": 3 << 20}, {"handle": bytes(63)}, {"num_bytes": 999}],
+)
+def test_a_descriptor_that_leaves_its_allocation_is_refused(changes: dict[str, Any]) -> None:
+    describe().check(1 << 20)
+    with pytest.raises(TransferError, match="device region"):
+        describe(**changes).check(1000)
+
+
+def test_long_runs_go_to_the_copy_engines() -> None:
+    assert are_long(merge_runs(range(64), range(64)), 64, 72 << 10)
+    assert not are_long(merge_runs(range(0, 128, 2), range(64)), 64, 72 << 10)
+    assert merge_runs([1, 2, 3, 9], [4, 5, 6, 7]) == [Run(1, 4, 3), Run(9, 7, 1)]
+    assert alignment(32, 48) == 2
+    assert alignment(32, 40) == 1
+
+
+def test_regions_are_flat_words() -> None:
+    with pytest.raises(TransferError, match="expected words of 8"):
+        DeviceRegion(torch.zeros(12, dtype=torch.uint8))
+    with pytest.raises(TransferError, match="expected flat bytes"):
+        DeviceRegion(torch.zeros(16, dtype=torch.int32))
+
+
+def test_cells_must_be_whole_words() -> None:
+    from tests.unit.kv_transfer.rig import make_layout
+
+    check_words(make_layout(4))
+    odd = make_layout(4)
+    plane = odd.planes[0]
+    import msgspec
+
+    with pytest.raises(TransferError, match="not words of 8"):
+        check_words(msgspec.structs.replace(odd, planes=(msgspec.structs.replace(plane, block_bytes=97),)))
+
+
+def test_memory_that_is_on_no_card_is_a_start_up_error_that_says_so() -> None:
+    region = DeviceRegion(torch.zeros(64, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"transport=auto: cuda_ipc does not work here: the caches are on cpu"):
+        usable(TransferConfig(transport="auto"), None, region)
+    with pytest.raises(ConfigError, match=r"transport=tcp: copies from host memory"):
+        usable(TransferConfig(transport="tcp"), None, region)
+    with pytest.raises(ConfigError, match=r"transport=cuda_ipc: the caches are in host memory"):
+        usable(TransferConfig(transport="cuda_ipc"), None)
+
+
+def test_cuda_ipc_wins_where_both_ends_share_a_driver_and_says_why_where_not() -> None:
+    def offers(place: str) -> list[LinkOffer]:
+        return [LinkOffer(transport="cuda_ipc", host_id=place), LinkOffer(transport="tcp", address="h:1")]
+
+    assert choose("p", offers("host/13000"), "d", offers("host/13000"))[0].transport == "cuda_ipc"
+    link, reason = choose("p", offers("host/13000"), "d", offers("host/12080"))
+    assert link.transport == "tcp"
+    assert "cuda_ipc needs one host, network and PID namespace, user and driver" in reason
