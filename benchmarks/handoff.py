@@ -124,6 +124,7 @@ class Writer:
         self._compute_layer = compute
         self._trace = trace
         self._layer_s = args.compute_ms_per_layer / 1e3
+        self._ready_at = args.ready_at
         self._chunk_blocks = max(1, (args.chunk_tokens or args.tokens) // BLOCK_TOKENS)
         self._numbers = itertools.count()
         self._steps = ThreadPoolExecutor(64, "step")
@@ -173,9 +174,11 @@ class Writer:
             chunk = blocks[first : first + self._chunk_blocks]
             for layer in range(num_layers):
                 started = time.monotonic()
-                compute.layer(self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks)))
-                self._trace.add("compute", f"layer {layer}", started, time.monotonic())
+                seconds = self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks))
+                compute.layer(seconds * self._ready_at)
                 handoff.layer_ready(layer, first, chunk)
+                compute.layer(seconds * (1 - self._ready_at))
+                self._trace.add("compute", f"layer {layer}", started, time.monotonic())
         return compute.end()
 
 
@@ -189,7 +192,9 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
     rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
     plain = [rate.gb_per_s for rate in run.limits]
     verify = [end["verify_s"] for end in far]
-    control = [max(0.0, r.exposed_s - r.drain_s - v) for r, v in zip(reports, verify, strict=True)]
+    admitted = [end["admitted_at"] - s.compute_end for s, end in zip(run.samples, far, strict=True)]
+    commit = [max(0.0, a - r.drain_s - v) for a, r, v in zip(admitted, reports, verify, strict=True)]
+    answer = [r.exposed_s - a for a, r in zip(admitted, reports, strict=True)]
     result: dict[str, Any] = {
         "mode": mode.name,
         "tokens": mode.tokens,
@@ -215,7 +220,8 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
             "send": round(1e3 * statistics.median(r.write_s for r in reports), 3),
             "drain": round(1e3 * statistics.median(r.drain_s for r in reports), 3),
             "verify": round(1e3 * statistics.median(verify), 3),
-            "control": round(1e3 * statistics.median(control), 3),
+            "commit": round(1e3 * statistics.median(commit), 3),
+            "answer": round(1e3 * statistics.median(answer), 3),
         },
     }
     if mode.concurrent > 1:
@@ -279,6 +285,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         "kv_format": args.kv_format,
         "layers": args.layers,
         "compute_ms_per_layer": args.compute_ms_per_layer,
+        "ready_at": args.ready_at,
         "machine": machine() + (f", {_cards()}" if args.transport == "cuda_ipc" else ""),
         "modes": [summarise(run, limit, received) for run in runs],
     }
@@ -334,6 +341,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-format", choices=tuple(FORMATS), default="bf16")
     parser.add_argument("--checksum", choices=("auto", "full", "sampled", "count"), default="auto")
     parser.add_argument("--compute-ms-per-layer", type=float, default=0.0, help="simulated (default: 0)")
+    parser.add_argument(
+        "--ready-at",
+        type=float,
+        default=1.0,
+        help="when in a layer's compute its cache rows are stored: Baton's model stores them before attention "
+        "(default %(default)s: at its end)",
+    )
     parser.add_argument("--chunk-tokens", type=int, help="chunked prefill (default: one chunk)")
     parser.add_argument("--mode", choices=("all", *modes(BLOCK_TOKENS, 1)), default="bulk")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every mode; small ones run 20 times as often")

@@ -74,7 +74,9 @@ class DeviceOutbox(Outbox):
                     pair = (sources, granted.blocks[start : start + len(sources)])
                     ready = cast(Mark, group[-1].ready)
                     turn_bytes += device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
+                    begun = time.monotonic()
                     self._sums.add(layers, sources, start)
+                    self.hash_s += time.monotonic() - begun
                 for each in group:
                     self._count(each, sources, start)
             if self._left == 0:
