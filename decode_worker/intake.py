@@ -85,13 +85,14 @@ class Intake:
             return None
         if isinstance(outcome, Refusal):
             raise _refused(outcome, submit)
-        if not self._owner.reserved(submit, outcome):
-            self._give_back(outcome)
-            raise LeaseRevoked("the request ended while blocks were being reserved", request_id=submit.request_id)
         place = self._place(outcome)
         if place is None:
-            self._owner.dropped(outcome)
             self._give_back(outcome)
+            return None
+        if not self._owner.reserved(submit, outcome):
+            self._give_slots(place)
+            self._give_back(outcome)
+            raise LeaseRevoked("the request ended while blocks were being reserved", request_id=submit.request_id)
         return place
 
     async def reserve_probe(self) -> Place | None:

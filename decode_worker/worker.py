@@ -35,12 +35,13 @@ class DecodeWorker(Worker[Reservation]):
         super().__init__(config, name, Role.DECODE, key, assembly)
         self._arena = arena
         region = assembly.region
+        self._slots = None if assembly.mirror is None else Inbound(assembly.mirror, region.num_blocks)
         intake = Intake(
             self._steps,
             self,
             block_tokens=region.block_tokens,
             on_blocks_freed=lambda: self._server.blocks_freed(),
-            staged=None if assembly.mirror is None else Inbound(assembly.mirror, region.num_blocks),
+            staged=self._slots,
         )
         self._server: HandoffServer[Place] = HandoffServer(
             config=config.transfer, key=key, layout=region, arena=arena, reserver=intake

@@ -164,6 +164,11 @@ class Stager:
         self._thread = threading.Thread(target=self._run, name="kv-staging", daemon=True)
         self._thread.start()
 
+    @property
+    def num_free(self) -> int:
+        """Slots that no hand-off holds."""
+        return len(self._free)
+
     def open(self, num_blocks: int, deliver: Deliver) -> Sending:
         """Begin with a sequence of so many blocks."""
         sending = Sending(self, num_blocks, deliver)
@@ -259,6 +264,11 @@ class Inbound:
         self._mirror = mirror
         self._free = FreeRuns(num_slots)
         self._copying = threading.Lock()
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no hand-off holds."""
+        return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
         """Slots for a hand-off; None: not so many are free now."""
