@@ -291,6 +291,34 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
     }
 
 
+def versus(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -> dict[str, Any]:
+    """Both transports in turns, `--repeat` times one round each; the same modes, sizes and processes' work."""
+    names = (args.transport, args.versus)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(args.repeat):
+        for name in names:
+            words = [*args.words, "--transport", name, "--repeat", "1"]
+            turn = argparse.Namespace(**{**vars(args), "transport": name, "repeat": 1, "words": words})
+            results[name].append(asyncio.run(measure(turn, layout, config.model_copy(update={"transport": name}))))
+    modes_seen = [mode["mode"] for mode in results[names[0]][0]["modes"]]
+    rows = []
+    for index, mode in enumerate(modes_seen):
+        rates = {name: [one["modes"][index]["gb_per_s_median"] for one in results[name]] for name in names}
+        ratios = sorted(ours / theirs for ours, theirs in zip(*rates.values(), strict=True) if theirs > 0)
+        rows.append(
+            {
+                "mode": mode,
+                "bytes": results[names[0]][0]["modes"][index]["bytes"],
+                **{f"{name}_gb_per_s": values for name, values in rates.items()},
+                "ratio_median": round(statistics.median(ratios), 3) if ratios else None,
+                "ratio_least": round(ratios[0], 3) if ratios else None,
+                "ratio_most": round(ratios[-1], 3) if ratios else None,
+            }
+        )
+    first = results[names[0]][0]
+    return {"transport": args.transport, "versus": args.versus, "machine": first["machine"], "modes": rows}
+
+
 async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int, receiver: int) -> None:
     mode = run.mode
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
@@ -351,6 +379,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=int, help="chunked prefill (default: one chunk)")
     parser.add_argument("--mode", choices=("all", *modes(BLOCK_TOKENS, 1)), default="bulk")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every mode; small ones run 20 times as often")
+    parser.add_argument(
+        "--versus", choices=("shm", "tcp", "mooncake"), help="the same over another transport, in turns"
+    )
     parser.add_argument("--trace", type=Path, help="write the timeline of one more hand-off: FILE, and FILE's .svg")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
@@ -386,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.receiver:
         asyncio.run(receive(args, layout, config))
         return 0
-    result = asyncio.run(measure(args, layout, config))
+    result = versus(args, layout, config) if args.versus else asyncio.run(measure(args, layout, config))
     print(json.dumps(result) if args.json else _lines(result))
     return 0
 

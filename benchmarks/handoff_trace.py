@@ -144,10 +144,12 @@ def draw(spans: Sequence[Span], title: str, width: int = 1100) -> str:
         for span in spans:
             if span.lane == lane:
                 x, wide = left + (span.start - origin) * scale, max(0.6, (span.end - span.start) * scale)
+                style = f'height="{lane_height}" fill="{_COLOURS[lane]}"'
+                style += ' stroke="#ffffff" stroke-width="0.5"' if wide > 4 else ""
                 ms = (span.end - span.start) * 1e3
                 parts.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{lane_height}" fill="{_COLOURS[lane]}" '
-                    f'stroke="#ffffff" stroke-width="0.5"><title>{escape(span.name)}: {ms:.2f} ms</title></rect>'
+                    f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" {style}>'
+                    f"<title>{escape(span.name)}: {ms:.2f} ms</title></rect>"
                 )
     base = top + len(LANES) * (lane_height + gap)
     step = _step((end - origin) * 1e3)

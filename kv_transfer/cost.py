@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _SHARE = 0.02  # of a call's time that its fixed part may take
 _TURN_S = 0.005  # what the next hand-off in line waits for at most, about
-_LEAST_CALL, _MOST_CALL = 512 << 10, 64 << 20
+_LEAST_CALL, _MOST_CALL = 4 << 20, 64 << 20  # small ones cost the sender more than the link
 _LEAST_TURN, _MOST_TURN = 1 << 20, 1 << 30
 _DECAY = 0.97  # a call counts half as much after 23 others
 
@@ -36,11 +36,11 @@ class Batching(NamedTuple):
 
 
 def choose_batching(curve: CostCurve) -> Batching:
-    """The smallest calls whose fixed cost is not more than a fiftieth of their time, and turns of about 5 ms."""
+    """Calls whose fixed cost is at most a fiftieth of their time, and turns of about 5 ms, of one call at least."""
     call = curve.call_s * curve.bytes_per_s * (1 - _SHARE) / _SHARE
     turn = (_TURN_S - curve.call_s) * curve.bytes_per_s
-    call_bytes = int(min(max(call, _LEAST_CALL), _MOST_CALL))
-    return Batching(call_bytes, int(max(call_bytes, min(max(turn, _LEAST_TURN), _MOST_TURN))))
+    turn_bytes = int(min(max(turn, call, _LEAST_TURN), _MOST_TURN))
+    return Batching(min(int(min(max(call, _LEAST_CALL), _MOST_CALL)), turn_bytes), turn_bytes)
 
 
 START = CostCurve(100e-6, 2e9)  # of a link through host memory, until it is measured

@@ -11,7 +11,7 @@ from kv_transfer.link import LeaseKey, Link
 from tests.unit.kv_transfer.rig import MOONCAKE, Rig, until
 
 
-@pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+@pytest.mark.parametrize("transport", ["local", "shm", "tcp", MOONCAKE])
 async def test_a_good_pair_is_probed_and_stays_good(transport: str) -> None:
     async with Rig(transport, canary_period_s=0.02) as rig:
         await rig.hand_off("r1", 20)

@@ -16,14 +16,14 @@ curves = st.builds(CostCurve, st.floats(0, 1e-2), st.floats(1e5, 1e12))
 @given(curves)
 def test_batches_are_bounded_whatever_was_measured(curve: CostCurve) -> None:
     call, turn = choose_batching(curve)
-    assert 512 << 10 <= call <= 64 << 20
+    assert 1 << 20 <= call <= 64 << 20
     assert call <= turn <= 1 << 30
 
 
 @given(curves)
 def test_the_fixed_cost_of_a_call_does_not_show(curve: CostCurve) -> None:
     call, _ = choose_batching(curve)
-    if call < 64 << 20:
+    if call < 64 << 20 and curve.call_s < 1e-3:
         assert curve.call_s <= 0.0201 * curve.seconds(call)
 
 
@@ -33,6 +33,7 @@ def test_calls_grow_with_the_fixed_cost_and_turns_with_the_rate() -> None:
     assert choose_batching(network).turn_bytes == pytest.approx(15e6, rel=0.02)
     assert choose_batching(card).turn_bytes == 1 << 30
     assert choose_batching(card).call_bytes == 64 << 20
+    assert choose_batching(slow).call_bytes == 1 << 20
     assert choose_batching(network._replace(call_s=300e-6)).call_bytes > choose_batching(network).call_bytes
 
 

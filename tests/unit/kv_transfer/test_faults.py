@@ -25,13 +25,14 @@ HARMLESS = {Fault.NONE, Fault.DUPLICATE}
 async def run_with_faults(transport: str, checksum: str, faults: list[Fault]) -> bool:
     """One hand-off whose copies suffer `faults` in turn, then a clean one into whatever blocks are free. Accepted?"""
     fates = iter(faults)
+    scale = 256 if checksum == "sampled" else 1  # blocks of several pages
     links: list[FaultyLink] = []
 
     def wrap(link: Link) -> Link:
         links.append(FaultyLink(link, lambda: next(fates, Fault.NONE)))
         return links[-1]
 
-    async with Rig(transport, num_blocks=8, checksum=checksum, commit_timeout_s=2.0) as rig:
+    async with Rig(transport, num_blocks=8, scale=scale, checksum=checksum, commit_timeout_s=2.0) as rig:
         client = await rig.add_client("prefill-1", wrap_link=wrap)
         handoff = rig.offer("r1", 20, client=client)
         rig.compute(handoff, chunk=2)
@@ -60,10 +61,15 @@ memory = st.lists(st.sampled_from(sorted(set(Fault) - {Fault.LATE}, key=lambda f
 losses = st.lists(st.sampled_from([Fault.NONE, Fault.DROP, Fault.DUPLICATE, Fault.TRUNCATE, Fault.LATE]), max_size=24)
 
 
+# Samples notice pages that did not arrive or arrived elsewhere, not a changed bit.
+pages = st.lists(st.sampled_from([Fault.NONE, Fault.DROP, Fault.DUPLICATE, Fault.TRUNCATE, Fault.SWAP]), max_size=24)
+
+
 @pytest.mark.parametrize(
     ("transport", "checksum", "faults"),
     [
         ("shm", "full", memory),
+        ("shm", "sampled", pages),
         ("tcp", "full", networks),
         ("local", "full", networks),
         pytest.param("mooncake", "full", memory, marks=MOONCAKE.marks),

@@ -159,6 +159,25 @@ async def test_a_fenced_engine_writer_frees_its_blocks() -> None:
         await rig.hand_off("r2", 4 * BLOCKS)
 
 
+@needs_engine
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+async def test_blocks_of_a_stopped_engine_writer_wait_for_its_answer(end: signal.Signals) -> None:
+    """Stopped in the middle of a write: it answers when it goes on, and never if it is killed instead."""
+    async with Rig("mooncake", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig:
+        async with writing(rig, "mooncake") as child:
+            child.send(signal.SIGSTOP)
+            rig.server.cancel("r1", 0)
+            with pytest.raises(TimeoutError):
+                await until(lambda: rig.server.stats().quarantined_blocks == 0, 1.3)  # longer than fences are repeated
+            assert rig.pool.count("quarantined") == 16
+            await rig.hand_off("r2", 4 * (BLOCKS - 16))  # the other blocks serve
+            child.send(end)
+            if end is signal.SIGCONT:
+                await child.seen(event="failed", request="r1")
+                await until(lambda: rig.server.stats().quarantined_blocks == 0)
+        rig.stays_quarantined = 16 if end is signal.SIGKILL else 0
+
+
 async def test_a_stopped_shm_writer_that_dies_frees_its_blocks() -> None:
     async with Rig("shm", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE) as rig, writing(rig, "shm") as child:
         child.send(signal.SIGSTOP)
