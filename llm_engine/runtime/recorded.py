@@ -17,10 +17,13 @@ from llm_engine.models.deepseek_v32 import CausalLM
 from llm_engine.ops import ForwardBatch, Ops
 from llm_engine.runtime.graphs import Pass, PassGraphs
 from llm_engine.runtime.kv_store import KvStore
+from llm_engine.runtime.runner import Passed
+from llm_engine.runtime.sampler import best_of
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Parts = tuple[Tensor, Tensor, Tensor]  # of a `Passed`
 
 _FIRST_CONTEXT = 2048
 _CONTEXT_STEP = 8
@@ -45,13 +48,16 @@ class Recorded:
                 state_width=state_width,
             )
 
-        def verify(batch: ForwardBatch, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        def verify(batch: ForwardBatch, _: Tensor | None) -> Parts:
             hidden_RH = model.forward(batch, store)
-            return hidden_RH, model.logits(hidden_RH)
+            logits_RV = model.logits(hidden_RH)
+            return hidden_RH, logits_RV, best_of(logits_RV)
 
-        def draft(batch: ForwardBatch, state_RH: Tensor | None) -> Tensor:
-            assert state_RH is not None
-            return model.mtp(batch, state_RH, store)
+        def draft(batch: ForwardBatch, state_RH: Tensor | None) -> Parts:
+            assert state_RH is not None, "the pass takes states"
+            state_RH = model.mtp(batch, state_RH, store)
+            logits_RV = model.draft_logits(state_RH)
+            return state_RH, logits_RV, best_of(logits_RV)
 
         self._verify = ladder(verify, 1 + num_drafts)
         rows = {0: [], 1: [2]}.get(num_drafts, [1, 1 + num_drafts])
@@ -67,16 +73,17 @@ class Recorded:
         count = len(self._verify) + sum(map(len, self._drafts))
         _log.info("%d passes of decode recorded in %.1f s", count, time.monotonic() - started)
 
-    def decode(self, batch: ForwardBatch) -> tuple[Tensor, Tensor] | None:
-        """Hidden states and logits of all rows, or None where no recording holds the batch."""
-        return self._verify.run(batch)
+    def decode(self, batch: ForwardBatch) -> Passed | None:
+        """`RecordedPasses`."""
+        parts = self._verify.run(batch)
+        return None if parts is None else Passed(*parts)
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Tensor | None:
-        """States of the draft layer for all rows, or None where no recording holds the batch."""
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Passed | None:
+        """`RecordedPasses`."""
         for graphs in self._drafts:
-            states_NH = graphs.run(batch, hidden_NH)
-            if states_NH is not None:
-                return states_NH
+            parts = graphs.run(batch, hidden_NH)
+            if parts is not None:
+                return Passed(*parts)
         return None
 
 

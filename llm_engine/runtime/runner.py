@@ -39,15 +39,34 @@ class Model(Protocol):
     def draft_logits(self, hidden_MH: Tensor) -> Tensor: ...
 
 
-class RecordedPasses(Protocol):
-    """Passes of decode that were recorded. N rows, H hidden, V vocabulary; None: no recording holds the batch."""
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a pass gives for N rows. Logits [N, V] and `sampler.best_of` them where they were computed along.
 
-    def decode(self, batch: ForwardBatch) -> tuple[Tensor, Tensor] | None:
-        """Hidden states [N, H] and logits [N, V], valid until the next pass."""
+    Valid until the next pass, unless it was launched kernel by kernel.
+    """
+
+    states_NH: Tensor
+    logits_NV: Tensor | None = None
+    best_N2: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Passed:
+        """Some of them."""
+        logits, best = self.logits_NV, self.best_N2
+        return Passed(
+            self.states_NH[index], None if logits is None else logits[index], None if best is None else best[index]
+        )
+
+
+class RecordedPasses(Protocol):
+    """Passes of decode that were recorded, logits and all. None: no recording holds the batch. H hidden."""
+
+    def decode(self, batch: ForwardBatch) -> Passed | None:
+        """The main model."""
         ...
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Tensor | None:
-        """States [N, H] of the MTP layer, valid until the next pass."""
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Passed | None:
+        """The MTP layer."""
         ...
 
 
@@ -101,20 +120,24 @@ class Runner:
         ]
         batch = self._batch(rows)
         if not chunks and self._recorded is not None and (result := self._recorded.decode(batch)) is not None:
-            hidden_NH, logits_NV = result
             # A copy: states are read after further passes, which reuse the recordings' memory.
-            return self._draw(hidden_NH.clone(), batch.row_starts, decodes, chunks, logits_NV)
+            return self._draw(result.states_NH.clone(), batch.row_starts, decodes, chunks, result)
         hidden_RH = self.model.forward(batch.to(self.device), self._store, on_layer)
         return self._draw(hidden_RH, batch.row_starts, decodes, chunks)
 
-    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor) -> Tensor:
-        """States [N, H] of the MTP layer for rows of (next token, hidden state). Valid until the next pass."""
+    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor) -> Passed:
+        """The MTP layer over rows of (next token, hidden state)."""
         batch = self._batch(rows)
-        if self._recorded is not None and (states_NH := self._recorded.draft(batch, hidden_NH)) is not None:
-            return states_NH
+        if self._recorded is not None and (result := self._recorded.draft(batch, hidden_NH)) is not None:
+            return result
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
-        return self.model.mtp(batch.to(self.device), hidden_RH, self._store)[: len(hidden_NH)]
+        return Passed(self.model.mtp(batch.to(self.device), hidden_RH, self._store)[: len(hidden_NH)])
+
+    def draw_drafts(self, passed: Passed, rows: DrawRows) -> list[int]:
+        """A token for every row of an MTP pass."""
+        logits_NV = passed.logits_NV if passed.logits_NV is not None else self.model.draft_logits(passed.states_NH)
+        return self.sampler.draw(logits_NV, rows, report=False, best_R2=passed.best_N2).tokens
 
     def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
         return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
@@ -125,7 +148,7 @@ class Runner:
         starts: tuple[int, ...],
         decodes: Seq[Sequence],
         chunks: Seq[Chunk],
-        logits_MV: Tensor | None = None,
+        passed: Passed | None = None,
     ) -> StepOutput:
         num_decodes = len(decodes)
         num_decode_rows = starts[num_decodes]
@@ -137,8 +160,10 @@ class Runner:
             hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
         drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
         counts = [1 + len(seq.drafts) for seq in decodes] + [1] * len(ends)
-        if logits_MV is None:
-            logits_MV = self.model.logits(hidden_MH)
-        drawn = self.sampler.draw(logits_MV, DrawRows(drawing, [0] * len(drawing), counts))
+        rows = DrawRows(drawing, [0] * len(drawing), counts)
+        if passed is not None and passed.logits_NV is not None:
+            drawn = self.sampler.draw(passed.logits_NV, rows, best_R2=passed.best_N2)
+        else:
+            drawn = self.sampler.draw(self.model.logits(hidden_MH), rows)
         drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
         return StepOutput(hidden_RH, starts, drawn, drawn_starts)

@@ -100,20 +100,20 @@ class Sampler:
             self._primed = {key: row for row, key in enumerate(keys.tolist())}
             self._primed_noise_RV = self._noise(keys)
 
-    def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True) -> Drawn:
-        """One token per row of fp32 logits, which are not modified. `report`: log probabilities are wanted."""
+    def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True, best_R2: Tensor | None = None) -> Drawn:
+        """One token per row of fp32 logits, which are not modified.
+
+        `report`: log probabilities are wanted. `best_R2`: `best_of` the logits, if it is known already.
+        """
         slots = np.array([seq.slot for seq in rows.seqs], dtype=np.int64)
         slot_of_row = np.repeat(slots, rows.counts)
         edited_RV = self._edit(logits_RV, rows) if self._edits else logits_RV
         sampled = self._temperature[slot_of_row] > 0
         if not sampled.any():
-            tokens_R, scores_R = _best(edited_RV)
+            drawn_R2 = best_R2 if best_R2 is not None and edited_RV is logits_RV else best_of(edited_RV)
         else:
-            tokens_R, scores_R = self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled)
-        tokens = [
-            int(token) if math.isfinite(score) else INVALID
-            for token, score in torch.stack([tokens_R.double(), scores_R.double()], 1).tolist()  # one wait for both
-        ]
+            drawn_R2 = _paired(*self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled))
+        tokens = [int(token) if math.isfinite(score) else INVALID for token, score in drawn_R2.tolist()]
         wanted = self._reports[slot_of_row] if report else np.zeros(0, dtype=bool)
         return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {})
 
@@ -208,6 +208,16 @@ def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tens
     tied_RV = probs_RV == threshold_R1
     room_R1 = num_kept_R1 - above_RV.sum(dim=-1, keepdim=True)
     return probs_RV * (above_RV | (tied_RV & (tied_RV.cumsum(dim=-1) <= room_R1)))
+
+
+def best_of(scores_RV: Tensor) -> Tensor:
+    """[R, 2] fp64: the lowest id among the largest scores of each row, and that score. Waits for nothing."""
+    return _paired(*_best(scores_RV))
+
+
+def _paired(tokens_R: Tensor, scores_R: Tensor) -> Tensor:
+    """Side by side, so that the host waits once for both."""
+    return torch.stack([tokens_R.double(), scores_R.double()], 1)
 
 
 def _best(scores_RV: Tensor) -> tuple[Tensor, Tensor]:

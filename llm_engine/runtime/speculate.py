@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_engine.ops import to_device
 from llm_engine.runtime.batch import SequenceRows
-from llm_engine.runtime.runner import Runner
+from llm_engine.runtime.runner import Passed, Runner
 from llm_engine.runtime.sampler import INVALID, DrawRows
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
@@ -56,13 +56,13 @@ class Speculator:
             seq.drafts = []
         if not self._pending:
             return
-        states_RH, last_row = self._catch_up()
+        passed, last_row = self._catch_up()
         active = [(seq, wanted) for seq, wanted in zip(seqs, num_drafts, strict=True) if wanted and seq in last_row]
         if active:
             self._runner.sampler.prime([seq for seq, _ in active], [1 + wanted for _, wanted in active])
-        states_AH = self._rows_of(states_RH, [last_row[seq] for seq, _ in active])
+        passed = self._rows_of(passed, [last_row[seq] for seq, _ in active])
         while active:
-            tokens = self._draw([seq for seq, _ in active], states_AH)
+            tokens = self._draw([seq for seq, _ in active], passed)
             unfinished = []
             for place, ((seq, wanted), token) in enumerate(zip(active, tokens, strict=True)):
                 if token != INVALID:
@@ -72,10 +72,10 @@ class Speculator:
             active = [active[place] for place in unfinished]
             if active:
                 chained = [self._chained_row(seq) for seq, _ in active]
-                states_AH = self._runner.mtp(chained, self._rows_of(states_AH, unfinished))
+                passed = self._runner.mtp(chained, self._rows_of(passed, unfinished).states_NH)
 
-    def _catch_up(self) -> tuple[Tensor, dict[Sequence, int]]:
-        """Run all waiting rows; returns the layer's states and each sequence's last row in them."""
+    def _catch_up(self) -> tuple[Passed, dict[Sequence, int]]:
+        """Run all waiting rows; returns what the layer gives and each sequence's last row in it."""
         rows, last_row, num_rows = [], {}, 0
         for seq, (first, hidden_MH) in self._pending.items():
             count = len(hidden_MH)
@@ -83,21 +83,21 @@ class Speculator:
             num_rows += count
             last_row[seq] = num_rows - 1
             seq.num_drafted = first + count
-        states_RH = self._runner.mtp(rows, torch.cat([hidden_MH for _, hidden_MH in self._pending.values()]))
+        passed = self._runner.mtp(rows, torch.cat([hidden_MH for _, hidden_MH in self._pending.values()]))
         self._pending = {}
         for seq in last_row:
             self._cache.publish(seq)
-        return states_RH, last_row
+        return passed, last_row
 
-    def _draw(self, seqs: list[Sequence], states_AH: Tensor) -> list[int]:
+    def _draw(self, seqs: list[Sequence], passed: Passed) -> list[int]:
         """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""
         rows = DrawRows(seqs, [len(seq.drafts) for seq in seqs], [1] * len(seqs))
-        return self._runner.sampler.draw(self._runner.model.draft_logits(states_AH), rows, report=False).tokens
+        return self._runner.draw_drafts(passed, rows)
 
-    def _rows_of(self, states_RH: Tensor, rows: list[int]) -> Tensor:
-        if rows == list(range(len(states_RH))):
-            return states_RH
-        return states_RH[to_device(torch.tensor(rows, dtype=torch.int64), self._runner.device)]
+    def _rows_of(self, passed: Passed, rows: list[int]) -> Passed:
+        if rows == list(range(len(passed.states_NH))):
+            return passed
+        return passed.rows(to_device(torch.tensor(rows, dtype=torch.int64), self._runner.device))
 
     def _chained_row(self, seq: Sequence) -> SequenceRows:
         """The newest draft, at the position before its own."""
