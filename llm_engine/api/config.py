@@ -48,7 +48,8 @@ class EngineConfig(Section):
 
     backend: Literal["cpu", "triton", "npu"] = "cpu"
     device: int = Field(0, ge=0)  # which of the accelerators that this process sees; no meaning with backend cpu
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"  # fp8: bf16, with linear weights in fp8 blocks where they allow it
+    # auto: fp32 on the CPU, bf16 on accelerators; fp8: bf16, with linear weights in fp8 blocks where they allow it
+    dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     numerics: Literal["exact", "fast"] = "exact"
     graphs: bool = True  # record decode passes at start, where the backend can
     threads: int = Field(1, ge=1)
@@ -59,6 +60,13 @@ class EngineConfig(Section):
         if self.dtype == "fp8" and self.backend == "cpu":
             raise ValueError("dtype=fp8 needs an accelerator: set engine.dtype to fp32 or bf16 with engine.backend=cpu")
         return self
+
+    @property
+    def computed(self) -> Literal["fp32", "bf16", "fp8"]:
+        """`dtype`, chosen."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "fp32" if self.backend == "cpu" else "bf16"
 
 
 class KvConfig(Section):

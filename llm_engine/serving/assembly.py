@@ -77,7 +77,7 @@ def plan(config: ClusterConfig, *, uses_control_port: bool) -> Plan:
     preflight.check(config, uses_control_port=uses_control_port)
     spec = ModelSpec.from_dir(config.model.path)
     engine = config.engine
-    ops = load_ops(engine.backend, engine.numerics, engine.dtype, engine.device)
+    ops = load_ops(engine.backend, engine.numerics, engine.computed, engine.device)
     pages = page_dtype(spec, config.kv, engine.backend, ops.dtype)
     with_mtp = spec.num_mtp_layers > 0 and engine.num_drafts > 0
     if ops.device.type != "cpu":

@@ -55,7 +55,7 @@ async def test_a_worker_is_configured_to_serve_with_it(nano_dir: Path, monkeypat
         config = build(
             {
                 "model": {"path": str(nano_dir), "max_len": 64},
-                "engine": {"backend": backend},
+                "engine": {"backend": backend, "dtype": "fp32"},
                 "kv": {"memory_mb": 4},
                 "scheduler": {"max_num_seqs": 2},
                 "worker": {"heartbeat_s": 0.1},
