@@ -96,9 +96,10 @@ class WorkerActor:
         finally:
             self._stage, self._info = "stopped", None
 
-    async def report(self) -> WorkerReport:
+    async def report(self) -> bytes:
+        """A WorkerReport as JSON: this process and the controller may be of different versions."""
         sequences, handoffs = self._worker.held if self._stage == "serving" else (0, 0)
-        return WorkerReport(
+        report = WorkerReport(
             pid=os.getpid(),
             stage=self._stage,
             info=self._info,
@@ -107,6 +108,7 @@ class WorkerActor:
             links=self._worker.links if self._stage == "serving" else [],
             drain_s=self._stop_after,
         )
+        return msgspec.json.encode(report)
 
     async def stop(self, drain_s: float) -> None:
         """Take no new work, wait `drain_s` for what runs, hand the rest back, and let `run` return."""
@@ -149,9 +151,10 @@ class RouterActor:
             if quick_deaths:
                 await asyncio.sleep(_BACKOFF_S[min(quick_deaths, len(_BACKOFF_S)) - 1])
 
-    async def report(self) -> RouterReport:
+    async def report(self) -> bytes:
+        """A RouterReport as JSON."""
         pid = self._child.pid if self._child is not None and self._child.returncode is None else 0
-        return RouterReport(pid=pid, restarts=self._restarts, port=self._port)
+        return msgspec.json.encode(RouterReport(pid=pid, restarts=self._restarts, port=self._port))
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, SIGKILL after `grace_s`; `run` returns."""

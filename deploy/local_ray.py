@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.actors import RouterActor, WorkerActor, redirect_output
+import msgspec
+
+from deploy.actors import RouterActor, RouterReport, WorkerActor, WorkerReport, redirect_output
 from deploy.desired import pool_of
 from deploy.rundir import RunDir
 from llm_engine.api.config import SECRET_ENV, ClusterConfig, load
@@ -156,12 +158,19 @@ class RayHandle:
         import ray
 
         self._actor: Any = ray.remote(kind).options(**options).remote(*args)
+        self._kind: type[WorkerReport] | type[RouterReport] = (
+            WorkerReport if issubclass(kind, WorkerActor) else RouterReport
+        )
 
     def run(self) -> asyncio.Future[None]:
         return _future(self._actor.run.remote())
 
     def report(self) -> asyncio.Future[Any]:
-        return _future(self._actor.report.remote())
+        return asyncio.ensure_future(self._decoded(self._actor.report.remote()))
+
+    async def _decoded(self, reference: Any) -> WorkerReport | RouterReport:
+        report: WorkerReport | RouterReport = msgspec.json.decode(await reference, type=self._kind)
+        return report
 
     def stop(self, limit_s: float) -> asyncio.Future[None]:
         return _future(self._actor.stop.remote(limit_s))

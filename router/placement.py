@@ -65,10 +65,15 @@ class Placer:
         pool = self._membership.pool
         demand = Demand(len(flight.tokens), flight.journal.num_left, flight.avoid)
         prefills, decodes, both = pool(Role.PREFILL), pool(Role.DECODE), pool(Role.AGGREGATED)
+        # A new worker is taken to be as fast as the fastest: a slower guess would keep it idle, and so stay a guess.
+        rate = max((worker.load.prefill_tokens_per_s for worker in (*prefills, *both)), default=0.0)
+        step_s = min((t for worker in (*decodes, *both) if (t := worker.load.step_s) > 0), default=0.0)
         for _ in range(MAX_TRIES):
-            prefill_states = [_prefill_state(worker, flight) for worker in prefills]
-            decode_states = [_decode_state(worker, flight) for worker in decodes]
-            both_states = [(_prefill_state(worker, flight), _decode_state(worker, flight)) for worker in both]
+            prefill_states = [_prefill_state(worker, flight, rate) for worker in prefills]
+            decode_states = [_decode_state(worker, flight, step_s) for worker in decodes]
+            both_states = [
+                (_prefill_state(worker, flight, rate), _decode_state(worker, flight, step_s)) for worker in both
+            ]
             choice = self._policy(demand, prefill_states, decode_states, both_states)
             if isinstance(choice, Shortage):
                 return choice
@@ -108,18 +113,18 @@ class Placer:
         )
 
 
-def _prefill_state(worker: Worker, flight: Flight) -> PrefillState:
+def _prefill_state(worker: Worker, flight: Flight, rate: float) -> PrefillState:
     load = worker.load
     return PrefillState(
-        worker.known, worker.ledger.backlog_tokens(load), load.prefill_tokens_per_s, _hit_tokens(worker, flight),
-        load.bad_peers,
+        worker.known, worker.ledger.backlog_tokens(load), load.prefill_tokens_per_s or rate,
+        _hit_tokens(worker, flight), load.bad_peers,
     )  # fmt: skip
 
 
-def _decode_state(worker: Worker, flight: Flight) -> DecodeState:
+def _decode_state(worker: Worker, flight: Flight, step_s: float) -> DecodeState:
     load, ledger = worker.load, worker.ledger
     return DecodeState(
-        worker.known, ledger.seqs(load), ledger.blocks_available(load), ledger.idle(load), load.step_s,
+        worker.known, ledger.seqs(load), ledger.blocks_available(load), ledger.idle(load), load.step_s or step_s,
         _hit_tokens(worker, flight),
     )  # fmt: skip
 

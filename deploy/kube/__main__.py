@@ -33,6 +33,10 @@ def parser() -> argparse.ArgumentParser:
     release = commands.add_parser("release", help="let Helm own the worker groups of a RayCluster again")
     release.add_argument("--namespace", required=True)
     release.add_argument("--name", required=True)
+    renew = commands.add_parser("renew", help="replace a head pod of an older kind")
+    renew.add_argument("--namespace", required=True)
+    renew.add_argument("--name", required=True)
+    renew.add_argument("--timeout", type=float, default=600.0, metavar="S")
     smoke = commands.add_parser("smoke", help="ask the service for a few tokens")
     smoke.add_argument("--url", required=True)
     smoke.add_argument("--model", required=True)
@@ -68,6 +72,12 @@ def _run(args: argparse.Namespace) -> int:
 
         former = release_worker_groups(KubeApi(), args.namespace, args.name)
         print(f"{args.name}: worker groups taken over from {', '.join(former) or 'nobody'}")
+    elif args.command == "renew":
+        from deploy.kube.api import KubeApi
+        from deploy.kube.renew import renew_head
+
+        renewed = renew_head(KubeApi(), args.namespace, args.name, args.timeout)
+        print(f"{args.name}: {'another head pod is ready' if renewed else 'the head pod is of this release'}")
     else:
         from deploy.kube.smoke import smoke
 

@@ -20,6 +20,7 @@ _MAX_BYTES = 16 << 20
 FIELD_MANAGER = "baton"
 
 CONFIG_MAPS = "api/v1/namespaces/{namespace}/configmaps/{name}"
+PODS = "api/v1/namespaces/{namespace}/pods"
 RAY_CLUSTERS = "apis/ray.io/v1/namespaces/{namespace}/rayclusters/{name}"
 
 
@@ -55,6 +56,10 @@ class KubeApi:
         """A dictionary is a merge patch, a list a JSON patch. Returns the object after it."""
         kind = "merge-patch" if isinstance(patch, dict) else "json-patch"
         return self._call("PATCH", f"{path}?fieldManager={FIELD_MANAGER}", patch, f"application/{kind}+json")
+
+    def delete(self, path: str) -> None:
+        """Begin to remove an object."""
+        self._call("DELETE", path)
 
     def _call(self, method: str, path: str, body: Any = None, kind: str = "") -> dict[str, Any]:
         request = urllib.request.Request(f"{self._server}/{path}", method=method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import MAX_CARDS
 from tests.e2e.site import Json, Site, worker_of
@@ -21,8 +22,19 @@ def members(status: Json, pool: str) -> list[str]:
     return [worker["name"] for worker in status["workers"] if worker["role"] == pool]
 
 
+def accepted_drafts(site: Site, name: str) -> float:
+    """MTP drafts that a worker has verified and kept."""
+    address = site.worker(name)["metrics_addr"]
+    with site.host.network(), httpx.Client(trust_env=False, timeout=10.0) as http:
+        families = text_string_to_metric_families(http.get(address).text)
+    return sum(s.value for family in families for s in family.samples if s.name == "baton_accepted_tokens_total")
+
+
 def flip(site: Site) -> None:
-    """With every card in use, a prefill worker becomes a decode worker: drained first, back in its new role after."""
+    """With every card in use, a prefill worker becomes a decode worker: drained first, back in its new role after.
+
+    Streams decode there with MTP.
+    """
     refused = put(site, "decode", 3)
     assert refused.status_code == 409
     assert f"autoscaler.max_cards={MAX_CARDS}" in refused.json()["error"]["message"]
@@ -34,6 +46,7 @@ def flip(site: Site) -> None:
         return bool(now["ready"] and now["pools"]["decode"]["ready"] == 3 and members(now, "prefill") == ["prefill-0"])
 
     site.until(flipped)
+    site.until(lambda now: accepted_drafts(site, "decode-2") > 0)
 
 
 def test_pools_scale_apart_under_traffic(shared_site: Site) -> None:

@@ -104,7 +104,7 @@ def test_helm_names_a_number_of_pods_only_when_nobody_else_does(hardware: str) -
 def test_the_head_runs_baton_beside_ray() -> None:
     cluster = only(rendered("cpu"), "RayCluster")
     template = cluster["spec"]["headGroupSpec"]["template"]
-    assert template["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
+    assert template["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
     head = pod_specs(rendered("cpu"))["head"]
     assert head["serviceAccountName"] == "baton-head"
     assert head["containers"][0]["command"] == [

@@ -146,7 +146,7 @@ class Head:
         self._controller = Controller(config, self.run_dir, self._worker, None, store)
         self.task = asyncio.create_task(self._controller.run())
 
-    def _worker(self, name: str, config: ClusterConfig) -> StandInWorker:
+    def _worker(self, name: str, revision: int, config: ClusterConfig) -> StandInWorker:
         worker = StandInWorker(name)
         worker.serves()
         return worker

@@ -405,3 +405,13 @@ async def test_requests_wait_for_the_first_pair() -> None:
             assert not dispatcher.ready()
             await check(dispatcher, request(PROMPT, 4))
             assert dispatcher.ready()
+
+
+async def test_a_new_worker_gets_work_although_the_others_are_known_to_be_fast() -> None:
+    with fakes("prefill", "decode", "decode", step_s=0.005) as workers:
+        workers[2].settings.step_s = 0.0  # what a worker says before its first step
+        async with dispatching(addresses(workers)) as dispatcher:
+            await asyncio.gather(*(check(dispatcher, request([i] * 20, 100, seed=i)) for i in range(4)))
+            submits = [message for message in workers[0].log if isinstance(message, Submit)]
+            chosen = {submit.decode.name for submit in submits if submit.decode is not None}
+            assert chosen == {"decode-1", "decode-2"}
