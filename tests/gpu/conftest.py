@@ -1,12 +1,14 @@
 """Tests that need an accelerator: `TRITON_INTERPRET=0 python -m pytest tests/gpu -m gpu`.
 
-What they measure is printed at the end, and appended to the file named by BATON_GPU_REPORT.
+What they measure is printed at the end, and appended at once to the file named by BATON_GPU_REPORT; failures to that
+name with `.failures` behind it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("measured")
         for line in lines:
             terminalreporter.line(line)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show a failure when it happens: a lent card may be taken away before the summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        text = f"\n--- {report.nodeid} ({report.when})\n{report.longreprtext[-4000:]}\n"
+        sys.stderr.write(text)
+        with Path(os.environ[_REPORT] + ".failures").open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 @pytest.fixture(scope="session", autouse=True)

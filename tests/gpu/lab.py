@@ -32,6 +32,7 @@ from tests.unit.sched.requests import submit_of
 BLOCK = 16
 _POISON = 0x7F  # NaN as e4m3, about 3e38 as bf16 and fp32
 _WAIT_S = 30.0
+_pinned: list[torch.Tensor] = []  # for the life of the process, as `Ops.pin` says
 
 
 @dataclass
@@ -142,6 +143,7 @@ class StagedPair:
     def _end(self, store: KvStore) -> tuple[Mirror, Any, torch.Tensor]:
         layout = staging_layout(store.layout, KvConfig(block_tokens=BLOCK), self.lab.model.max_len)
         host = torch.full((layout.arena_bytes,), _POISON, dtype=torch.uint8, device="cpu")
+        _pinned.append(host)
         return Mirror(store, layout, host, self.lab.ops), layout, host
 
     def started(self, seq: Sequence) -> None:

@@ -27,7 +27,7 @@ from tests.gpu.conftest import Note
 from tests.gpu.lab import BLOCK, Lab
 from tests.models.harness import Harness
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 
 _CHUNK = 512
 
@@ -101,8 +101,14 @@ def reference(tiny_gpu_dir: Path) -> dict[str, tuple[Path, list[int], int, Tenso
     return found
 
 
-@pytest.mark.parametrize("size", ["tiny-gpu", "baton-nano"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        *(("baton-nano", case) for case in CASES),
+        *(("tiny-gpu", case) for case in CASES if case.dtype != "fp32"),  # compiling its fp32 takes minutes
+    ],
+    ids=str,
+)
 def test_logits_are_those_of_the_cpu(size: str, case: Case, reference: Any, note: Note) -> None:
     path, tokens, num_prompt, expected = reference[size]
     lab = Lab.load(path, numerics=case.numerics, dtype=case.dtype, pages=case.pages, max_len=len(tokens) + 8)

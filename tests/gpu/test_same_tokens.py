@@ -20,7 +20,7 @@ from llm_engine.sched import Failure
 from tests.gpu.lab import BLOCK, Lab, StagedPair, requests
 from tests.unit.runtime.harness import Driver
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 
 LENGTHS = (1, 15, 17, 33, 48, 50, 64, 65, 80, 90, 120, 130)
 NUM_OUTPUT = 12
@@ -53,7 +53,7 @@ def serve(driver: Driver, submits: list[Submit]) -> Outputs:
     return driver.outputs
 
 
-@pytest.mark.parametrize("beside", [1, 40, 200])
+@pytest.mark.parametrize("beside", [1, 100])
 def test_a_row_has_the_same_bits_beside_others(lab: Lab, beside: int) -> None:
     """A decode row in a pass with a chunk of another sequence. The smallest piece of what the others here promise."""
     rng = random.Random(beside)
@@ -73,14 +73,13 @@ def test_a_row_has_the_same_bits_beside_others(lab: Lab, beside: int) -> None:
     assert torch.equal(states(chunk), together[1:])
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "recorded"])
-@pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
+@pytest.mark.parametrize(("num_drafts", "graphs"), [(0, True), (1, False), (2, True), (3, True)])
 def test_in_batches(lab: Lab, submits: list[Submit], outputs: Outputs, num_drafts: int, graphs: bool) -> None:
     driver, _ = lab.driver(num_drafts=num_drafts, graphs=graphs, chunk=32, max_num_seqs=8)
     assert serve(driver, submits) == outputs
 
 
-@pytest.mark.parametrize("chunk", [16, 48, 256])
+@pytest.mark.parametrize("chunk", [16, 48])
 def test_in_chunks(lab: Lab, submits: list[Submit], outputs: Outputs, chunk: int) -> None:
     driver, _ = lab.driver(num_drafts=1, chunk=chunk, max_num_seqs=12)
     assert serve(driver, submits) == outputs
@@ -123,7 +122,7 @@ def _resubmit(driver: Driver, failure: Failure, waiting: dict[str, Submit]) -> N
     driver.add(new)
 
 
-@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+@pytest.mark.parametrize("num_drafts", [0, 2])
 def test_handed_over_through_host_memory(lab: Lab, submits: list[Submit], outputs: Outputs, num_drafts: int) -> None:
     pair = StagedPair(lab, num_drafts, graphs=True, chunk=32)
     few = submits[:8]
