@@ -205,7 +205,9 @@ def overview() -> dict[str, Any]:
                 {
                     "{{pool}} wanted": f"max by (pool) (baton_pool_desired_replicas{{{OWN}}})",
                     "{{pool}} ready": f"max by (pool) (baton_pool_ready_replicas{{{OWN}}})",
+                    "{{pool}} recommended": f"max by (pool) (baton_pool_recommended_replicas{{{OWN}}})",
                 },
+                "Recommended: by the autoscaler, in the modes `recommend` and `act`",
             ),
             stack("Requests by end", "reqps", {"{{outcome}}": total(requests, by="outcome")}),
             stack(

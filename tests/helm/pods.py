@@ -64,6 +64,7 @@ class Pods:
         tree["router"] |= {"membership": "tcp://127.0.0.1:7001", "controller": CONTROL, "drain_timeout_s": 2}
         tree["worker"] |= {"request_port": 0, "control_port": 0, "metrics_port": 0, "drain_timeout_s": 5}
         tree["kv"] = {"memory_mb": memory_mb}
+        tree["autoscaler"]["mode"] = "recommend"  # changes nothing, and exports what it would do
         tree["pools"]["decode"] |= decode
         draft = self.config.with_suffix(".new")
         draft.write_text(tomli_w.dumps(tree), encoding="utf-8")
