@@ -27,6 +27,8 @@ VALUES = {"cpu": "values-cpu.yaml", "gpu": "values-gpu-v32.yaml", "ascend": "val
 CASES = list(itertools.product(VALUES, (False, True), (False, True)))
 RELEASE, NAMESPACE = "baton", "serving"
 
+_PACKAGES = {"promtool": "prometheus"}
+
 Manifest = dict[str, Any]
 
 
@@ -44,7 +46,11 @@ def tool(name: str) -> str:
     own = DIRECTORY / name
     found = str(own) if own.exists() else shutil.which(name)
     if found is None:
-        how = f"python {Path('tests/helm/install_tools.py')}" if name in HELM else "apt-get install prometheus"
+        how = (
+            f"python {Path('tests/helm/install_tools.py')}"
+            if name in HELM
+            else f"apt-get install {_PACKAGES.get(name, name)}"
+        )
         if os.environ.get("CI"):
             pytest.fail(f"{name} is missing: {how}")
         pytest.skip(f"{name} is missing: {how}")

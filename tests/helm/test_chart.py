@@ -46,6 +46,7 @@ EVERYTHING = (
     "autoscaling.mode=act",
     "autoscaling.maxCards=64",
     "model.maxLen=65536",
+    "ray.gcsFaultTolerance.redisAddress=redis:6379",
 )
 ASCEND_AGGREGATED = "aggregated.cards=8"
 
@@ -200,7 +201,7 @@ def test_ascend_ports_clear_the_range_of_the_transport(cards: int, accepted: boo
 
 @pytest.mark.parametrize(("hardware", "monitoring", "autoscaling"), CASES)
 def test_pods_are_confined(hardware: str, monitoring: bool, autoscaling: bool) -> None:
-    docs = rendered(hardware, monitoring, autoscaling)
+    docs = rendered(hardware, monitoring, autoscaling, "ray.gcsFaultTolerance.redisAddress=redis:6379")
     for name, spec in pod_specs(docs).items():
         assert spec["securityContext"]["runAsNonRoot"] is True, name
         for container in (*spec["containers"], *spec.get("initContainers", ())):
@@ -213,7 +214,7 @@ def test_pods_are_confined(hardware: str, monitoring: bool, autoscaling: bool) -
             assert all("secretKeyRef" in e["valueFrom"] for e in secrets), f"{name}: a secret in plain sight"
         mounted = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", ())}
         assert mounted <= {volume["name"] for volume in spec.get("volumes", ())}, name
-        if name not in ("head", "baton-release"):
+        if name not in ("head", "baton-release", "baton-renew"):
             assert spec.get("automountServiceAccountToken") is False, f"{name} needs no access to the API server"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.helm.charts import tool
 from tests.helm.pods import URL, Pods, open_pods, serving, start_head
 
 REDIS_PORT = "6399"
@@ -20,11 +20,7 @@ FAULT_TOLERANT = {
     "RAY_external_storage_namespace": "baton",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as the operator sets it
 }
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(480),
-    pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def stream(http: httpx.Client) -> str:
@@ -46,8 +42,9 @@ def client(pods: Pods, enough: threading.Event) -> list[str]:
 
 
 def test_workers_and_streams_outlive_the_head(tmp_path: Path, nano_dir: Path) -> None:
+    redis = tool("redis-server")
     with open_pods(tmp_path, nano_dir) as pods, tempfile.TemporaryDirectory(prefix="head-", dir="/tmp") as own_files:
-        pods.start("redis", "redis-server", "--bind", "127.0.0.1", "--port", REDIS_PORT, "--save", "")
+        pods.start("redis", redis, "--bind", "127.0.0.1", "--port", REDIS_PORT, "--save", "")
         with serving(pods, **FAULT_TOLERANT) as (api, head), ThreadPoolExecutor(2) as clients:
             before = pods.until(lambda now: now.ready)
             enough = threading.Event()
