@@ -171,7 +171,7 @@ class Writer:
             handoff.layer_ready(layer, 0, blocks[:cached])
         compute = self._compute_layer.begin()
         for first in range(cached, len(blocks), self._chunk_blocks):
-            chunk = blocks[first : first + self._chunk_blocks]
+            chunk = tuple(blocks[first : first + self._chunk_blocks])
             for layer in range(num_layers):
                 started = time.monotonic()
                 seconds = self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks))

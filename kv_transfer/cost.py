@@ -13,7 +13,7 @@ from typing import NamedTuple
 _SHARE = 0.02  # of a call's time that its fixed part may take
 _TURN_S = 0.005  # what the next hand-off in line waits for at most, about
 _LEAST_CALL, _MOST_CALL = 4 << 20, 64 << 20  # small ones cost the sender more than the link
-_LEAST_TURN, _MOST_TURN = 1 << 20, 1 << 30
+_LEAST_TURN, _MOST_TURN = 1 << 20, 2 << 30
 _DECAY = 0.97  # a call counts half as much after 23 others
 
 

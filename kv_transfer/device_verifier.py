@@ -41,6 +41,7 @@ class DeviceLanding:
         self._asked = [0] * len(self._layers)  # loop only
         self._done = [0] * len(self._layers)
         self._lock = threading.Lock()
+        self._values: list[list[int]] | None = None  # once everything was hashed
         self._over = False
 
     @property
@@ -68,6 +69,8 @@ class DeviceLanding:
 
     def left_bytes(self) -> int:
         """What has not been hashed yet."""
+        if self._values is not None:
+            return 0
         return sum(
             (len(self.blocks) - done) * sum(self.layout.planes[row.plane].block_bytes for row in rows)
             for rows, done in zip(self._layers, self._done, strict=True)
@@ -78,7 +81,8 @@ class DeviceLanding:
         if self._digests is None:
             return None
         self._enqueue([(layer, len(self.blocks)) for layer in range(len(self._layers))])
-        values = self._digests.values()
+        values = self._values
+        assert values is not None
         for claim, own, plane in zip(manifest.planes, values, self.layout.planes, strict=True):
             for layer, (claimed, found) in enumerate(zip(claim.checksums, own, strict=True)):
                 if claimed != found:
@@ -97,6 +101,8 @@ class DeviceLanding:
                 (first, done, count), (last, _, _) = taken[0], taken[-1]
                 self._digests.add(range(first, last + 1), self.blocks[done:count], done)
                 self._done[first : last + 1] = [count] * len(taken)
+            if self._values is None and min(self._done) == len(self.blocks):
+                self._values = self._digests.values()
 
 
 class DeviceVerifier:

@@ -188,8 +188,12 @@ class Handoff:
             return False
         pumped = self._outbox.pump(link, session.cost)
         if pumped is Pumped.WRITTEN:
+            # The engine is still computing (what follows the last cache rows): the receiver need not wait for Commit.
+            news = () if self._awaited else self._outbox.news(pumped)
+            if news:
+                link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_confirmed, done))
-        elif pumped is not Pumped.STOPPED and (news := self._outbox.news(busy=pumped is Pumped.MORE)):
+        elif pumped is not Pumped.STOPPED and (news := self._outbox.news(pumped)):
             link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
         return pumped is Pumped.MORE
 

@@ -80,6 +80,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._items: deque[Item] = deque()
         self._next = [0] * len(layer_planes(layout))
+        self._checked: tuple[int, ...] = ()
         self._granted: Granted | None = None
         self._queued = False  # the sender has been woken and has not begun its turn
         self._left = -1  # (layer, block) pairs still to be written; -1 before the grant
@@ -95,10 +96,13 @@ class Outbox:
             if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
                 last = first + len(blocks) - 1
                 raise ValueError(f"layer {layer}: {first}..{last} are not the next of {self.num_blocks} blocks")
-            if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
-                raise ValueError(f"layer {layer}: block ids {list(blocks)}, expected 0..{self._layout.num_blocks - 1}")
+            if blocks is not self._checked:  # every layer of a chunk reports the same tuple
+                if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
+                    expected = f"expected 0..{self._layout.num_blocks - 1}"
+                    raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
+                self._checked = tuple(blocks)
             self._next[layer] = first + len(blocks)
-            self._items.append(Item(layer, first, tuple(blocks), self._mark()))
+            self._items.append(Item(layer, first, self._checked, self._mark()))
             return self._wake()
 
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
@@ -138,9 +142,9 @@ class Outbox:
         """Of everything written; call it after WRITTEN."""
         return self._manifest.build(self.num_tokens, self.num_sent_blocks)
 
-    def news(self, *, busy: bool) -> tuple[tuple[int, int], ...]:
+    def news(self, pumped: Pumped) -> tuple[tuple[int, int], ...]:
         """Sender thread, after `pump`: (layer, blocks written so far) if that is worth a message, else nothing."""
-        least = _BUSY_PROGRESS_BYTES if busy else _PROGRESS_BYTES
+        least = {Pumped.MORE: _BUSY_PROGRESS_BYTES, Pumped.WRITTEN: 1}.get(pumped, _PROGRESS_BYTES)
         if self.num_bytes - self._told_bytes < least or not self._manifest.hashes:
             return ()
         self._told_bytes = self.num_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.cost import CostCurve, CostMeter, choose_batching
@@ -17,7 +17,7 @@ curves = st.builds(CostCurve, st.floats(0, 1e-2), st.floats(1e5, 1e12))
 def test_batches_are_bounded_whatever_was_measured(curve: CostCurve) -> None:
     call, turn = choose_batching(curve)
     assert 1 << 20 <= call <= 64 << 20
-    assert call <= turn <= 1 << 30
+    assert call <= turn <= 2 << 30
 
 
 @given(curves)
@@ -31,12 +31,13 @@ def test_calls_grow_with_the_fixed_cost_and_turns_with_the_rate() -> None:
     network, slow, card = CostCurve(30e-6, 3e9), CostCurve(30e-6, 5e6), CostCurve(30e-6, 380e9)
     assert choose_batching(slow).turn_bytes == 1 << 20
     assert choose_batching(network).turn_bytes == pytest.approx(15e6, rel=0.02)
-    assert choose_batching(card).turn_bytes == 1 << 30
+    assert choose_batching(card).turn_bytes == pytest.approx(1.9e9, rel=0.02)
     assert choose_batching(card).call_bytes == 64 << 20
     assert choose_batching(slow).call_bytes == 1 << 20
     assert choose_batching(network._replace(call_s=300e-6)).call_bytes > choose_batching(network).call_bytes
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.floats(1e-6, 1e-3), st.floats(1e7, 1e11), st.integers(0, 1 << 32))
 def test_the_meter_finds_the_curve_that_calls_follow(call_s: float, bytes_per_s: float, seed: int) -> None:
     truth, meter, rng = CostCurve(call_s, bytes_per_s), CostMeter(), random.Random(seed)
