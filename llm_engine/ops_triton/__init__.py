@@ -59,7 +59,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         plan=plan,
         write_latent=write_latent,
         write_index_keys=write_index_keys,
-        index_topk=index_topk,
+        index_topk=partial(index_topk, numerics=numerics),
         pack_kv_b=partial(mla.pack_kv_b, numerics=numerics),
         mla_attend=mla.mla_attend,
         self_check=check,

@@ -26,7 +26,6 @@ def _turned(
 def _load_rows(
     plane: Ptr,
     slot: Val,
-    seen: Val,
     L: tl.constexpr,
     L_TILE: tl.constexpr,
     E: tl.constexpr,
@@ -35,25 +34,23 @@ def _load_rows(
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> tuple[Val, Val]:
-    """Latents [KEYS, L] and rotated keys [KEYS, E] of cache rows, zero where not seen."""
+    """Latents [KEYS, L] and rotated keys [KEYS, E] of cache rows."""
     column, rest = tl.arange(0, L_TILE), tl.arange(0, E_TILE)
-    rest_mask = seen[:, None] & (rest[None, :] < E)
     if FP8:
-        # A power of two times three bits is exact in bf16, which packs two values in a register.
+        # With three bits of mantissa and a scale that is a power of two, values are exact in bf16.
         groups: tl.constexpr = L // GROUP
         at = plane + slot * (L + 4 * groups + 2 * E)
         group = tl.arange(0, groups)
         value_at = e4m3_ptr(at)[:, None, None] + group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-        value = tl.load(value_at, mask=seen[:, None, None], other=0.0).to(tl.bfloat16)
         scale_at = (at + L).to(tl.pointer_type(tl.float32))[:, None] + group[None, :]
-        scale = tl.load(scale_at, mask=seen[:, None], other=0.0).to(tl.bfloat16)
-        latent = tl.reshape(value * scale[:, :, None], (KEYS, L))
+        value = tl.load(value_at).to(tl.float32).to(tl.bfloat16)  # faster than at once
+        latent = tl.reshape(value * tl.load(scale_at).to(tl.bfloat16)[:, :, None], (KEYS, L))
         rope_at = (at + L + 4 * groups).to(tl.pointer_type(tl.bfloat16))[:, None] + rest[None, :]
     else:
         at = plane + slot[:, None] * (L + E)
-        latent = tl.load(at + column[None, :], mask=seen[:, None] & (column[None, :] < L), other=0.0)
+        latent = tl.load(at + column[None, :], mask=column[None, :] < L, other=0.0)
         rope_at = at + L + rest[None, :]
-    return latent, tl.load(rope_at, mask=rest_mask, other=0.0)
+    return latent, tl.load(rope_at, mask=rest[None, :] < E, other=0.0)
 
 
 @kernel
@@ -82,6 +79,7 @@ def _attend(
     E: tl.constexpr,
     E_TILE: tl.constexpr,
     K: tl.constexpr,
+    K_TILE: tl.constexpr,
     P: tl.constexpr,
     FP8: tl.constexpr,
     GROUP: tl.constexpr,
@@ -98,7 +96,9 @@ def _attend(
     head = (tl.program_id(0) % head_tiles) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     count = tl.load(visible + row)
     if K > 0:
-        count = tl.minimum(count, K)
+        every = tl.arange(0, K_TILE)
+        chosen = tl.load(sel + row * K + every, mask=every < K, other=-1)
+        count = tl.sum((chosen >= 0).to(tl.int32), 0)
     share = SPLIT if SPLIT > 0 else tl.cdiv(tl.cdiv(count, tl.num_programs(1)), KEYS) * KEYS
     first = split * share
     end = tl.minimum(first + share, count)
@@ -114,23 +114,34 @@ def _attend(
     table = tables + seq * num_blocks
     top = tl.full((HEAD_TILE,), -1e30, tl.float32)  # below any score, and its difference to itself is zero
     total = tl.zeros((HEAD_TILE,), tl.float32)
-    value = tl.zeros((HEAD_TILE, L_TILE), tl.float32)
+    # What follows suits Triton's way with Hopper's products. The sum is kept as bits, so that it is awaited where it is
+    # made: left in flight into the next step, it makes the assembler issue all products one by one. The larger product
+    # for the scores stands in a branch, always taken, which hides that another one follows: seeing that, the compiler
+    # lets all warps compute the same rows.
+    bits = tl.zeros((HEAD_TILE, L_TILE), tl.int32)
     for start in range(first, end, KEYS):
-        position = start + tl.arange(0, KEYS)
-        seen = position < end
+        place = start + tl.arange(0, KEYS)
+        position = tl.minimum(place, end - 1)  # beyond the end the last key again, unseen
         if K > 0:
-            position = tl.load(sel + row * K + position, mask=seen, other=-1)
-            seen = position >= 0
-        slot = start_slot + position.to(tl.int64) if P == 0 else row_slots(table, position, seen, P)
-        latent, rope = _load_rows(plane, slot, seen, L, L_TILE, E, E_TILE, FP8, GROUP, KEYS)
-        score = dot(q_rest, tl.trans(rope), dot(q_latent, tl.trans(latent), tl.zeros((HEAD_TILE, KEYS), tl.float32)))
-        score = tl.where(seen[None, :], score * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - new_top[:, None])
+            position = tl.load(sel + row * K + position)
+        if P == 0:
+            slot = start_slot + position.to(tl.int64)
+        else:
+            slot = tl.load(table + position // P).to(tl.int64) * P + position % P
+        latent, rope = _load_rows(plane, slot, L, L_TILE, E, E_TILE, FP8, GROUP, KEYS)
+        score = tl.zeros((HEAD_TILE, KEYS), tl.float32)
+        if end > first:
+            score = dot(q_latent, tl.trans(latent), score)
+        score = dot(q_rest, tl.trans(rope), score)
+        score = tl.where((place < end)[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new_top[:, None])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weight, 1)
-        value = dot(weight.to(latent.dtype), latent, value * fade[:, None])
+        value = dot(weight.to(latent.dtype), latent, bits.to(tl.float32, bitcast=True) * fade[:, None])
+        bits = value.to(tl.int32, bitcast=True)
         top = new_top
+    value = bits.to(tl.float32, bitcast=True)
     mask = head_mask & (column[None, :] < L)
     if PARTIAL:
         at = (split.to(tl.int64) * num_rows + row) * HEADS + head
@@ -199,8 +210,9 @@ def _unpack(
     length = tl.load(lengths + seq * num_stride)
     position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     seen = position < length
-    slot = row_slots(tables + seq.to(tl.int64) * num_blocks, position, seen, P)
-    latent, rope = _load_rows(plane, slot, seen, L, L, E, E_TILE, True, GROUP, KEYS)
+    nearest = tl.maximum(tl.minimum(position, length - 1), 0)
+    slot = row_slots(tables + seq.to(tl.int64) * num_blocks, nearest, nearest < length, P)
+    latent, rope = _load_rows(plane, slot, L, L, E, E_TILE, True, GROUP, KEYS)
     at = out + (tl.load(starts + seq).to(tl.int64) + position)[:, None] * (L + E)
     column, rest = tl.arange(0, L)[None, :], tl.arange(0, E_TILE)[None, :]
     tl.store(at + column, latent, mask=seen[:, None])

@@ -29,33 +29,39 @@ from llm_engine.ops_triton.lang import (
     ue8m0,
 )
 from llm_engine.ops_triton.plan import GROUP_ROWS, TritonPlan
-from llm_engine.ops_triton.topk import choose
+from llm_engine.ops_triton.tiles import Numerics
+from llm_engine.ops_triton.topk import ALIGNED, as_order, choose
 
-_KEYS: Final = 64  # positions of one step
-_WANTED_PROGRAMS: Final = 1056  # eight for every processor
+_WANTED_PROGRAMS: Final = 528  # four for every processor
 _MOST_TILES: Final = 32  # steps of one program
-_ALIGNED: Final = 128  # columns, which reading rows of scores prefers
 _SCORE_BYTES: Final = 256 << 20
 
 
 def index_topk(
-    query_RhD: Tensor, g_Rh: Tensor, plane_BPD: Tensor, plan: TritonPlan, k: int, *, interleaved: bool = False
+    query_RhD: Tensor,
+    g_Rh: Tensor,
+    plane_BPD: Tensor,
+    plan: TritonPlan,
+    k: int,
+    *,
+    interleaved: bool = False,
+    numerics: Numerics = "exact",
 ) -> Tensor | None:
     """See `llm_engine.ops.spec.IndexTopk`."""
     if plan.max_visible <= k:
         return None
     turned_NhD, g_Nh = _turned(query_RhD, g_Rh, plan, interleaved, fp8=is_fp8(plane_BPD))
     sel_NK = query_RhD.new_empty(plan.num_rows, k, dtype=torch.int32)
-    width = ceil_div(plan.max_visible, _ALIGNED) * _ALIGNED
+    width = ceil_div(plan.max_visible, ALIGNED) * ALIGNED
     most = max(_SCORE_BYTES // (4 * width), GROUP_ROWS)
-    scores_MT = turned_NhD.new_empty(min(most, plan.num_rows), width, dtype=torch.float32)
+    orders_MT = turned_NhD.new_empty(min(most, plan.num_rows), width, dtype=torch.int32)
     group, groups = 0, len(plan.group_starts) - 1
     while group < groups:
         first = int(plan.group_starts[group])
         end = int(plan.group_starts.searchsorted(first + most, "right")) - 1
         rows = int(plan.group_starts[end]) - first
-        _launch_scores(turned_NhD, g_Nh, plane_BPD, plan, scores_MT, slice(group, end), first)
-        choose(scores_MT[:rows], plan.visible_N[first : first + rows], sel_NK[first : first + rows])
+        _launch_scores(turned_NhD, g_Nh, plane_BPD, plan, orders_MT, slice(group, end), first, numerics)
+        choose(orders_MT[:rows], plan.visible_N[first : first + rows], sel_NK[first : first + rows])
         group = end
     return sel_NK
 
@@ -77,17 +83,26 @@ def _turned(
 
 
 def _launch_scores(
-    turned_NhD: Tensor, g_Nh: Tensor, plane: Tensor, plan: TritonPlan, scores_MT: Tensor, groups: slice, first: int
+    turned_NhD: Tensor,
+    g_Nh: Tensor,
+    plane: Tensor,
+    plan: TritonPlan,
+    orders_MT: Tensor,
+    groups: slice,
+    first: int,
+    numerics: Numerics,
 ) -> None:
     _, heads, width = turned_NhD.shape
-    columns, count = scores_MT.shape[1], groups.stop - groups.start
-    tiles = ceil_div(columns, _KEYS)
+    columns, count = orders_MT.shape[1], groups.stop - groups.start
+    alone = numerics == "fast" and count == int(plan.group_starts[groups.stop] - plan.group_starts[groups.start])
+    rows, keys, stages = (1, 128, 3) if alone else (GROUP_ROWS, 64, 2)
+    tiles = ceil_div(columns, keys)
     share = min(max(tiles * count // _WANTED_PROGRAMS, 1), _MOST_TILES)
     _scores[(ceil_div(tiles, share), count)](
         turned_NhD, g_Nh, plane, plan.group_starts_G[groups], plan.group_sizes_G[groups], plan.seqs_N, plan.visible_N,
-        plan.tables_SB, scores_MT, first, plan.tables_SB.stride(0), columns, share,
-        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, GROUP_ROWS, _KEYS, is_fp8(plane),
-        num_warps=4, num_stages=3,
+        plan.tables_SB, orders_MT, first, plan.tables_SB.stride(0), columns, share,
+        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, rows, keys, ALIGNED, is_fp8(plane),
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
 
 
@@ -151,7 +166,7 @@ def _scores(
     seqs: Ptr,
     visible: Ptr,
     tables: Ptr,
-    scores: Ptr,
+    orders: Ptr,
     num_skipped: int,
     num_blocks: int,
     num_columns: int,
@@ -163,9 +178,10 @@ def _scores(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FP8: tl.constexpr,
 ) -> None:
-    """`num_share` tiles of KEYS positions for the rows of one group. Positions beyond a row's own are not written."""
+    """Orders of scores of `num_share` tiles of KEYS positions for the rows of one group; see `choose`."""
     first = tl.load(group_starts + tl.program_id(1))
     end = first + tl.load(group_sizes + tl.program_id(1))
     last_visible = tl.load(visible + end - 1)  # of the group's last row, which sees most
@@ -183,7 +199,7 @@ def _scores(
     weight = tl.load(g + row * HEADS + head, mask=there, other=0.0)
     member = first + tl.arange(0, ROWS)
     own = tl.load(visible + member, mask=member < end, other=0)
-    out = scores + (member - num_skipped).to(tl.int64)[None, :] * num_columns
+    out = orders + (member - num_skipped).to(tl.int64)[None, :] * num_columns
     for start in range(begin, stop, KEYS):
         position = start + tl.arange(0, KEYS)
         seen = position < last_visible
@@ -199,4 +215,7 @@ def _scores(
         products = dot(key, q, tl.zeros((KEYS, ROWS * HEAD_TILE), tl.float32))
         products = tl.maximum(products, 0.0) * weight[None, :]
         score = tl.sum(tl.reshape(products, (KEYS, ROWS, HEAD_TILE)), 2) * scale[:, None]
-        tl.store(out + position[:, None], score, mask=position[:, None] < own[None, :])
+        order = as_order(score)
+        order = tl.where(position[:, None] < own[None, :], order, tl.zeros_like(order))
+        written = position[:, None] < tl.cdiv(own, ALIGNED)[None, :] * ALIGNED
+        tl.store(out + position[:, None], order.to(tl.int32, bitcast=True), mask=written)

@@ -28,7 +28,7 @@ _HEADS: Final = 64  # of one program, at most
 _EXACT_SPLIT: Final = 512  # keys
 _WANTED_PROGRAMS: Final = 132  # one for every processor, which holds no more
 _PARTIAL_BYTES: Final = 512 << 20
-_MERGED_AT_ONCE: Final = 8  # partial sums in flight
+_MERGED_AT_ONCE: Final = 16  # partial sums in flight, at most
 _UNPACKED_BYTES: Final = 512 << 20
 _UNPACK_READS: Final = 4  # of every unpacked key, from which on unpacking has paid
 _UNPACK_KEYS: Final = 16  # of one program
@@ -64,7 +64,7 @@ def mla_attend(
     latent_RhL[plan.num_rows :] = 0
     keys = plan.max_visible if sel_NK is None else sel_NK.shape[1]
     unpacked_TC = None
-    if is_fp8(plane_BPC) and _pays(plan, keys, rank + width - plain):
+    if kv_b.numerics == "fast" and is_fp8(plane_BPC) and _pays(plan, keys, rank + width - plain):
         unpacked_TC = _unpacked(plane_BPC, plan, rank, query_RhD)
     split, splits, portion = _splits(plan.num_rows, heads, rank, keys, kv_b.numerics)
     for first in range(0, plan.num_rows, portion):
@@ -129,7 +129,7 @@ def _attend_rows(
     if splits > 1:
         out = latent_RhL.new_empty(splits, rows, heads, rank, dtype=torch.float32)
         sums = latent_RhL.new_empty(splits, rows, heads, 2, dtype=torch.float32)
-    head_tile = min(tile_size(heads, 16), _HEADS)
+    head_tile, chosen = min(tile_size(heads, 16), _HEADS), 0 if sel is None else sel.shape[1]
     keys, tables, page = plane, plan.tables_SB, plan.block_tokens
     if unpacked_TC is not None:
         keys, tables, page = unpacked_TC, plan.starts_S, 0
@@ -137,9 +137,9 @@ def _attend_rows(
         absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
         plan.visible_N[some], tables, out, sums, rows, plan.tables_SB.stride(0), *query_RhD.stride()[:2],
         scale * _LOG2_E, heads, head_tile, query_RhD.shape[2] - 2 * pairs, rank, tile_size(rank, 16),
-        2 * pairs, tile_size(2 * pairs, 16), 0 if sel is None else sel.shape[1], page,
+        2 * pairs, tile_size(2 * pairs, 16), chosen, tile_size(chosen), page,
         is_fp8(keys), SCALE_GROUP, _KEYS, split, splits > 1,
-        num_warps=8 if head_tile * rank > 8192 else 4, num_stages=2,
+        num_warps=8 if head_tile * rank > 8192 else 4, num_stages=2 if is_fp8(keys) else 3,
     )  # fmt: skip
     if sums is not None:
         _merge[(rows, heads)](out, sums, latent_RhL[some], splits, rows, heads, rank, tile_size(rank), _MERGED_AT_ONCE)

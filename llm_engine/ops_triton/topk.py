@@ -1,17 +1,15 @@
 """Exact top-k of rows of different lengths: positions ascending, the lowest position wins a tie. One program a row.
 
-Scores count as unsigned integers of the same order. The smallest chosen one is found by halving an interval until
-as many scores as wanted lie above its lower end, or nothing else lies in it. A row stays in registers meanwhile: whole
-while short, as its upper and then its lower halves of 16 bits when long; only rows beyond that are read again at every
-step. Counting and the order of the result do not depend on scheduling, so equal scores give equal choices on every
-rank.
+Scores come as unsigned integers that compare like them (`as_order`). The smallest chosen one is found by halving an
+interval until as many scores as wanted lie above its lower end, or nothing else lies in it. Meanwhile a row stays in
+registers, some of its bits at a time; only one too long for that is read again at every step. Counting and the order
+of the result do not depend on scheduling, so equal scores give equal choices on every rank.
 
 Shapes: M rows, T positions, K chosen.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import triton.language as tl
@@ -19,37 +17,46 @@ from torch import Tensor
 
 from llm_engine.ops_triton.lang import Ptr, Val, inline, kernel, tile_size
 
-_SHORT: Final = 8192  # scores
-_MIDDLE: Final = 32768
-_LONG: Final = 65536
-_WARPS: Final = {_SHORT: 16, _MIDDLE: 32, _LONG: 32, 2 * _LONG: 32}
+ALIGNED: Final = 64  # columns; what lies behind a row's last score, up to a multiple of that, is 0
+_TIERS: Final = (8192, 16384, 32768, 65536)  # scores that registers hold, and for how many they are laid out
+_FEW_WARPS: Final = 8  # up to the first tier
+_WARPS: Final = 16
+_PLACED_BY_WARP: Final = 256  # scores at a time
 
 
-def choose(scores_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
+@inline
+def as_order(score: Val) -> Val:
+    """fp32 → uint32 that compares likewise; equal for both zeros, 0 for NaN."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
+    order = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return tl.where(score == score, order, tl.zeros_like(order))
+
+
+def choose(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
     """Fill `sel` (int32) with the K best of the first `visible` scores of each row; all of them, then -1, if fewer.
 
-    Rows of `scores` are adjacent. A width of some multiple of 128 is read fastest.
+    `orders`: int32, the bits of `as_order`. Rows are adjacent and a multiple of ALIGNED wide.
     """
-    (rows, k), width = sel_MK.shape, scores_MT.shape[1]
-    assert scores_MT.is_contiguous(), "rows of scores are adjacent"
+    (rows, k), width = sel_MK.shape, orders_MT.shape[1]
+    assert orders_MT.is_contiguous(), "rows of scores are adjacent"
+    assert width % ALIGNED == 0, "rows of scores are aligned"
     if not rows:
         return
-    longest = next((size for size in _WARPS if width <= size), 2 * _LONG)
-    aligned = math.gcd(width, 128)
+    longest = next((tier for tier in _TIERS if width <= tier), 2 * _TIERS[-1])
+    tiers = (min(_TIERS[0], tile_size(width)), *_TIERS[1:])
+    warps = _FEW_WARPS if longest == _TIERS[0] else _WARPS
+    placed = min(tile_size(width), warps * _PLACED_BY_WARP)
     _choose[(rows,)](
-        scores_MT, visible_M, sel_MK, width // aligned, k, tile_size(k), aligned, min(_SHORT, tile_size(width, 16)),
-        _MIDDLE, _LONG, longest, num_warps=_WARPS[longest],
+        orders_MT, visible_M, sel_MK, width // ALIGNED, k, tile_size(k), ALIGNED, *tiers, longest, placed,
+        num_warps=warps,
     )  # fmt: skip
 
 
 @inline
-def _load_order(scores: Ptr, first: Val, count: Val, TILE: tl.constexpr, COLUMNS: tl.constexpr) -> Val:
-    """Scores as unsigned integers that compare like them; equal for both zeros, lowest for NaN, 0 beyond `count`."""
+def _load(orders: Ptr, first: Val, count: Val, TILE: tl.constexpr, ALIGNED: tl.constexpr) -> Val:
     position = first + tl.arange(0, TILE)
-    score = tl.load(scores + position, mask=position < tl.cdiv(count, COLUMNS) * COLUMNS, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    order = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-    return tl.where((score == score) & (position < count), order, tl.zeros_like(order))
+    there = position < tl.cdiv(count, ALIGNED) * ALIGNED
+    return tl.load(orders + position, mask=there, other=0).to(tl.uint32, bitcast=True)
 
 
 @inline
@@ -75,16 +82,16 @@ def _result(low: Val, at_low: Val, at_high: Val, K: tl.constexpr) -> tuple[Val, 
 
 @inline
 def _digits(
-    scores: Ptr, first: Val, count: Val, low: Val, shift: Val, bits: Val, PAIRS: tl.constexpr, COLUMNS: tl.constexpr
+    orders: Ptr, first: Val, count: Val, low: Val, shift: Val, bits: Val, PAIRS: tl.constexpr, ALIGNED: tl.constexpr
 ) -> Val:
     """`bits` at `shift` of 2 · PAIRS scores, two in a number, each under a set bit; 0 if `low` differs above them.
 
     Subtracting another digit leaves the set bit of those that are at least that.
     """
     prefix, mask = low >> shift >> bits, (tl.full((), 1, tl.uint32) << bits) - 1
-    one = _load_order(scores, first, count, PAIRS, COLUMNS) >> shift
+    one = _load(orders, first, count, PAIRS, ALIGNED) >> shift
     one = tl.where((one >> bits) == prefix, one & mask, tl.zeros_like(one))
-    other = _load_order(scores, first + PAIRS, count, PAIRS, COLUMNS) >> shift
+    other = _load(orders, first + PAIRS, count, PAIRS, ALIGNED) >> shift
     other = tl.where((other >> bits) == prefix, other & mask, tl.zeros_like(other))
     return (one << 16) | other | 0x80008000
 
@@ -96,20 +103,20 @@ def _reach(pairs: Val, digits: Val) -> Val:
 
 @inline
 def _cut_resident(
-    scores: Ptr, count: Val, K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr
+    orders: Ptr, count: Val, K: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tuple[Val, Val]:
     """See _result; `count` is above K. Digits of up to 15 bits at a time are in registers, in four parts."""
     part: tl.constexpr = TILE // 8
-    low, high = tl.full((), 0, tl.uint32), tl.full((), 0x8000, tl.uint32) << 16 << 1  # 2³², which is 0
+    low, high = tl.full((), 0, tl.uint32), tl.full((), 0, tl.uint32)  # 0 stands for 2³²
     at_low, at_high = count, tl.full((), 0, tl.int32)
     for step in range(3):
         shift, bits = tl.where(step == 0, 17, tl.where(step == 1, 2, 0)), tl.where(step == 2, 2, 15)
         if at_low != K:
             base = (low >> shift >> bits) << bits
-            a = _digits(scores, 0, count, low, shift, bits, part, COLUMNS)
-            b = _digits(scores, 2 * part, count, low, shift, bits, part, COLUMNS)
-            c = _digits(scores, 4 * part, count, low, shift, bits, part, COLUMNS)
-            d = _digits(scores, 6 * part, count, low, shift, bits, part, COLUMNS)
+            a = _digits(orders, 0, count, low, shift, bits, part, ALIGNED)
+            b = _digits(orders, 2 * part, count, low, shift, bits, part, ALIGNED)
+            c = _digits(orders, 4 * part, count, low, shift, bits, part, ALIGNED)
+            d = _digits(orders, 6 * part, count, low, shift, bits, part, ALIGNED)
             beyond = at_high
             lower, upper = (low >> shift) - base, ((high - 1) >> shift) + 1 - base
             while (upper - lower > 1) & (at_low != K):
@@ -124,7 +131,7 @@ def _cut_resident(
 
 @inline
 def _cut_streamed(
-    scores: Ptr, count: Val, K: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr
+    orders: Ptr, count: Val, K: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tuple[Val, Val]:
     """_cut_resident of a row that is read again at every step."""
     low, high = tl.full((), 0, tl.uint32), tl.full((), 0xFFFFFFFF, tl.uint32)
@@ -133,27 +140,28 @@ def _cut_streamed(
         middle = low + ((high - low) >> 1)
         counts = tl.zeros((TILE,), tl.int32)
         for start in range(0, count, TILE):
-            counts += (_load_order(scores, start, count, TILE, COLUMNS) >= middle).to(tl.int32)
-        at_middle = tl.sum(counts, 0)
-        low, high, at_low, at_high = _halve(low, high, at_low, at_high, middle, at_middle, K)
+            counts += (_load(orders, start, count, TILE, ALIGNED) >= middle).to(tl.int32)
+        low, high, at_low, at_high = _halve(low, high, at_low, at_high, middle, tl.sum(counts, 0), K)
     return _result(low, at_low, at_high, K)
 
 
 @kernel
 def _choose(
-    scores: Ptr,
+    orders: Ptr,
     visible: Ptr,
     sel: Ptr,
     num_columns: int,
     K: tl.constexpr,
     K_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SHORT: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    LONG: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TIER_1: tl.constexpr,
+    TIER_2: tl.constexpr,
+    TIER_3: tl.constexpr,
+    TIER_4: tl.constexpr,
     LONGEST: tl.constexpr,
+    PLACED: tl.constexpr,
 ) -> None:
-    """`num_columns`: of a row, in COLUMNS. No row is longer than LONGEST, unless that is more than LONG."""
+    """`num_columns`: of a row, in units of ALIGNED. LONGEST: the tier that holds them, beyond the last if none does."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(visible + row)
     sel += row * K
@@ -161,35 +169,41 @@ def _choose(
         place = tl.arange(0, K_TILE)
         tl.store(sel + place, tl.where(place < count, place, -1), mask=place < K)
         return
-    scores += row * num_columns * COLUMNS
+    orders += row * num_columns * ALIGNED
     lowest, spare = tl.full((), 0, tl.uint32), tl.full((), 0, tl.int32)
-    if count <= SHORT:
-        lowest, spare = _cut_resident(scores, count, K, SHORT, COLUMNS)
-    if (LONGEST > SHORT) & (count > SHORT) & (count <= MIDDLE):
-        lowest, spare = _cut_resident(scores, count, K, MIDDLE, COLUMNS)
-    if (LONGEST > MIDDLE) & (count > MIDDLE) & (count <= LONG):
-        lowest, spare = _cut_resident(scores, count, K, LONG, COLUMNS)
-    if (LONGEST > LONG) & (count > LONG):
-        lowest, spare = _cut_streamed(scores, count, K, MIDDLE // 2, COLUMNS)
-    _place(scores, count, sel, lowest, spare, SHORT, COLUMNS)
+    if count <= TIER_1:
+        lowest, spare = _cut_resident(orders, count, K, TIER_1, ALIGNED)
+    if (LONGEST > TIER_1) & (count > TIER_1) & (count <= TIER_2):
+        lowest, spare = _cut_resident(orders, count, K, TIER_2, ALIGNED)
+    if (LONGEST > TIER_2) & (count > TIER_2) & (count <= TIER_3):
+        lowest, spare = _cut_resident(orders, count, K, TIER_3, ALIGNED)
+    if (LONGEST > TIER_3) & (count > TIER_3) & (count <= TIER_4):
+        lowest, spare = _cut_resident(orders, count, K, TIER_4, ALIGNED)
+    if (LONGEST > TIER_4) & (count > TIER_4):
+        lowest, spare = _cut_streamed(orders, count, K, TIER_2, ALIGNED)
+    _place(orders, count, sel, lowest, spare, PLACED, ALIGNED)
 
 
 @inline
 def _place(
-    scores: Ptr, count: Val, sel: Ptr, lowest: Val, spare: Val, TILE: tl.constexpr, COLUMNS: tl.constexpr
+    orders: Ptr, count: Val, sel: Ptr, lowest: Val, spare: Val, TILE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
     """Write the chosen positions."""
-    above, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # so far
+    # Sums of short lines, then of lines, keep nearly all of a running sum within a few threads.
+    line = tl.arange(0, TILE // ALIGNED)[:, None] * ALIGNED + tl.arange(0, ALIGNED)[None, :]
+    placed, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # so far
     for start in range(0, count, TILE):
-        position = start + tl.arange(0, TILE)
-        order = _load_order(scores, start, count, TILE, COLUMNS)
+        position = start + line
+        there = position < tl.cdiv(count, ALIGNED) * ALIGNED
+        order = tl.load(orders + position, mask=there, other=0).to(tl.uint32, bitcast=True)
         larger = order > lowest
         equal = (order == lowest) & (position < count)
         both = larger.to(tl.int32) + (equal.to(tl.int32) << 16)  # two sums at once
-        upto = tl.cumsum(both, 0)
+        lines = tl.sum(both, 1)
+        upto = tl.cumsum(both, 1) + (tl.cumsum(lines, 0) - lines)[:, None]
         rank = ties + (upto >> 16)
-        place = above + (upto & 0xFFFF) + tl.minimum(rank, spare) - 1
+        place = placed + (upto & 0xFFFF) + tl.minimum(rank, spare) - 1
         tl.store(sel + place, position, mask=larger | (equal & (rank <= spare)))
-        whole = tl.sum(both, 0)
-        above += whole & 0xFFFF
+        whole = tl.sum(lines, 0)
+        placed += whole & 0xFFFF
         ties += whole >> 16

@@ -42,8 +42,8 @@ def compiled(case: str, cache_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles(cache_dir: Path) -> None:
-    """Each once, of two passes that together launch all of them."""
-    kernels = compiled("--once exact/bf16/decode fast/fp8/decode", cache_dir)
+    """Each once, of three passes that together launch all of them."""
+    kernels = compiled("--once exact/bf16/decode fast/fp8/decode fast/fp8/prefill", cache_dir)
     names = {kernel["name"] for kernel in kernels}
     sources = "".join(path.read_text() for path in Path(ops_triton.__file__).parent.glob("*.py"))
     assert names == set(re.findall(r"@kernel\ndef (\w+)", sources))

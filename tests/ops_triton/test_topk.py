@@ -2,17 +2,39 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_engine.ops_triton.topk import choose
+from llm_engine.ops_triton.lang import Ptr, kernel
+from llm_engine.ops_triton.topk import ALIGNED, as_order, choose
+
+
+@kernel
+def _orders(scores: Ptr, orders: Ptr, num_columns: int, TILE: tl.constexpr) -> None:
+    at = tl.program_id(0) * num_columns + tl.arange(0, TILE)
+    there = tl.arange(0, TILE) < num_columns
+    order = as_order(tl.load(scores + at, mask=there, other=0.0))
+    tl.store(orders + at, order.to(tl.int32, bitcast=True), mask=there)
+
+
+def orders_of(scores: Tensor, visible: list[int]) -> Tensor:
+    """Rows for `choose`. What nobody may look at is as large as can be."""
+    orders = torch.empty(scores.shape, dtype=torch.int32)
+    _orders[(len(scores),)](scores, orders, scores.shape[1], triton.next_power_of_2(scores.shape[1]))
+    aligned = torch.full((len(scores), -(-scores.shape[1] // ALIGNED) * ALIGNED), -1, dtype=torch.int32)
+    for row, count in enumerate(visible):
+        aligned[row, :count] = orders[row, :count]
+        aligned[row, count : -(-count // ALIGNED) * ALIGNED] = 0
+    return aligned
 
 
 def chosen(scores: Tensor, visible: list[int], k: int) -> list[list[int]]:
     """Selections, by row, without the -1 behind them."""
     sel = torch.full((len(visible), k), -7, dtype=torch.int32)
-    choose(scores, torch.tensor(visible, dtype=torch.int32), sel)
+    choose(orders_of(scores, visible), torch.tensor(visible, dtype=torch.int32), sel)
     rows = []
     for row, count in zip(sel.tolist(), visible, strict=True):
         kept = min(k, count)
@@ -57,3 +79,13 @@ def test_zeros_of_both_signs_are_equal_and_nan_is_last() -> None:
 def test_short_rows_select_everything() -> None:
     scores = torch.full((3, 20), torch.nan)
     assert chosen(scores, [1, 8, 7], 8) == [[0], list(range(8)), list(range(7))]
+
+
+@pytest.mark.parametrize("width", [9000, 20000, 40000, 70000])
+def test_rows_of_every_length(width: int) -> None:
+    """Distinct scores, scores that differ in their last bits only, and zeros; a short row under a long bound."""
+    torch.manual_seed(width)
+    scores = torch.stack([torch.randn(width), 1 + torch.randint(0, 9, (width,)) * 2.0**-22, torch.zeros(width)])
+    scores = torch.cat([scores, scores[:1]])
+    visible = [width, width - 3, width, 3000]
+    assert chosen(scores, visible, 2048) == [expected(scores[i], visible[i], 2048) for i in range(4)]
