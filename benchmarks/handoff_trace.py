@@ -1,6 +1,7 @@
 """A timeline of one hand-off: layers computed, layers pushed, and the control messages at the end.
 
-Written as Chrome trace format (open it in Perfetto or chrome://tracing) and, beside it, as an SVG picture.
+On a card the compute lane shows when the step thread enqueued a layer, and pushes begin when the card has stored its
+rows. Written as Chrome trace format (open it in Perfetto or chrome://tracing) and, beside it, as an SVG picture.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class ShmLink:
                     raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
                 if self._target is None:
                     raise TransferError("shm link is closed")
-                for first, last in cuts(copy.num_bytes):
+                pieces = ((0, copy.num_bytes),) if sent is no_news else cuts(copy.num_bytes)
+                for first, last in pieces:
                     np.copyto(
                         self._target[copy.target + first : copy.target + last],
                         origin[copy.source + first : copy.source + last],
