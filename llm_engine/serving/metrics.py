@@ -143,9 +143,7 @@ class _LoadCollector(Collector):
             "baton_link_info", "Data link to a peer; 1 while it is healthy", labels=["peer", "transport", "reason"]
         )
         rate = GaugeMetricFamily("baton_link_bytes_per_second", "Measured rate of a link", labels=["peer", "transport"])
-        call = GaugeMetricFamily(
-            "baton_link_call_seconds", "Fixed cost of a link's call", labels=["peer", "transport"]
-        )
+        call = GaugeMetricFamily("baton_link_call_seconds", "Fixed cost of a link's call", labels=["peer", "transport"])
         for one in self._links():
             link.add_metric([one.peer, one.transport, one.reason], float(one.healthy))
             if one.bytes_per_s:
