@@ -3,6 +3,8 @@
 A row walks over its keys in ascending position, whether they are a selection or everything it may see, in splits of a
 number of keys that `exact` fixes. Every split keeps its own maximum and sums; they are merged in order, and one split
 alone merges to what it was. So a row's bits depend on its own keys only, and a selection of everything equals none.
+With `fast`, rows share their keys evenly among splits, and where many rows read the same fp8 pages these are unpacked
+once for all of them.
 
 Shapes: R rows, N real rows, h heads, D query width without rotated part, J rope pairs, L latent rank, C = L + 2J,
 V value width, K selected, Z splits.
@@ -23,8 +25,9 @@ from llm_engine.ops_triton.lang import ceil_div, tile_size
 from llm_engine.ops_triton.plan import TritonPlan
 from llm_engine.ops_triton.tiles import Numerics
 
-_KEYS: Final = 64  # of one step
-_HEADS: Final = 64  # of one program, at most
+# Tiles and splits were chosen by measuring on an H200, at 128 heads and 2,048 chosen keys.
+_KEYS: Final = 64  # of one step; 32 cost half as much again
+_HEADS: Final = 64  # of one program, at most: the rows of one product, and their sums fill its registers
 _EXACT_SPLIT: Final = 512  # keys
 _WANTED_PROGRAMS: Final = 132  # one for every processor, which holds no more
 _PARTIAL_BYTES: Final = 512 << 20

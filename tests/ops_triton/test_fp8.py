@@ -147,27 +147,25 @@ def test_attention_reads_the_pages(fp8: Ops) -> None:
 
 
 @pytest.mark.parametrize("k", [None, 48])
-def test_many_rows_read_unpacked_keys_with_the_same_bits(fp8: Ops, k: int | None) -> None:
-    """Two sequences of different lengths, against some of their rows alone, which read the pages."""
-    pages = Pages(fp8, 70, beside=40)
-    kv_b = fp8.pack_kv_b(torch.randn(4, 24, RANK).bfloat16() / 9, torch.randn(4, 16, RANK).bfloat16() / 9)
+def test_many_rows_read_unpacked_keys(fp8: Ops, device: torch.device, k: int | None) -> None:
+    """Two sequences of different lengths with `fast`, against `exact`, which reads the pages for every row."""
+    pages, fast = Pages(fp8, 70, beside=40), build_on(device, "fast", torch.bfloat16, fp8=True)
+    halves = torch.randn(4, 24, RANK).bfloat16() / 9, torch.randn(4, 16, RANK).bfloat16() / 9
     query = torch.randn(110, 4, 24 + 2 * PAIRS).bfloat16()
-    many, few = (pages.cache.plan(fp8, spans) for spans in ([(1, 0, 40), (0, 0, 70)], [(0, 67, 70)]))
-    assert isinstance(many, TritonPlan)
-    assert isinstance(few, TritonPlan)
+    plan = pages.cache.plan(fast, [(1, 0, 40), (0, 0, 70)])
+    assert isinstance(plan, TritonPlan)
     sel = None
     if k is not None:
-        sel = torch.rand(110, 70).masked_fill(torch.arange(70) >= many.visible_N[:, None], -1.0).topk(k).indices
-        sel = torch.where(many.visible_N[:, None] > k, sel.sort(1).values, -1)
-        sel = torch.where((sel < 0) & (torch.arange(k) < many.visible_N[:, None]), torch.arange(k), sel).int()
-    assert mla._pays(many, k or 70, RANK + 2 * PAIRS)
-    assert not mla._pays(few, k or 70, RANK + 2 * PAIRS)
-    whole = fp8.mla_attend(query, pages.latent, many, sel, kv_b, 0.17)
-    last = fp8.mla_attend(query[-3:], pages.latent, few, None if sel is None else sel[-3:].contiguous(), kv_b, 0.17)
-    assert torch.equal(whole[-3:], last)
-    few = pages.cache.plan(fp8, [(1, 37, 40)])
-    other = fp8.mla_attend(query[37:40], pages.latent, few, None, kv_b, 0.17)
-    assert torch.equal(whole[37:40], other)
+        sel = torch.rand(110, 70).masked_fill(torch.arange(70) >= plan.visible_N[:, None], -1.0).topk(k).indices
+        sel = torch.where(plan.visible_N[:, None] > k, sel.sort(1).values, -1)
+        sel = torch.where((sel < 0) & (torch.arange(k) < plan.visible_N[:, None]), torch.arange(k), sel).int()
+    assert mla._pays(plan, k or 70, RANK + 2 * PAIRS)
+    got, expected = (
+        ops.mla_attend(query, pages.latent, plan, sel, ops.pack_kv_b(*halves), 0.17) for ops in (fast, fp8)
+    )
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+    unpacked = mla._unpacked(pages.latent, plan, RANK, query)
+    assert torch.equal(unpacked[40:].double(), pages.latent_rows())
 
 
 def test_the_indexer_reads_the_pages(fp8: Ops) -> None:
