@@ -114,13 +114,13 @@ class Sequences:
     def decode(self) -> DecodeTimes:
         """Run all steps, one ahead of the tokens that are read back."""
         step = self.record()
-        reader = _Reader(self.ops.device)
+        reader, spans = _Reader(self.ops.device), []
         arrivals, busy, count = [], [], self.point.steps + WARM_UP
-        reader.send(step(0))
+        spans.append(self._launch(step, 0, reader))
         for number in range(1, count + 1):
             started = time.perf_counter()
             if number < count:
-                reader.send(step(number))
+                spans.append(self._launch(step, number, reader))
             waiting = time.perf_counter()
             reader.wait()
             arrived = time.perf_counter()
@@ -128,25 +128,24 @@ class Sequences:
             busy.append(waiting - started + time.perf_counter() - arrived)
             arrivals.append(arrived)
         between = [after - before for before, after in pairwise(arrivals)]
-        timed = between[WARM_UP - 1 :]
-        return DecodeTimes(statistics.median(timed), self._device_seconds(step), statistics.median(busy[WARM_UP:]))
+        return DecodeTimes(
+            step=statistics.median(between[WARM_UP - 1 :]),
+            device=statistics.median(span() for span in spans[WARM_UP:]),
+            host=statistics.median(busy[WARM_UP:]),
+        )
 
-    def _device_seconds(self, step: Callable[[int], Tensor]) -> float:
-        """Seconds of a step between events on the device, with nobody reading."""
-        times = []
-        for number in range(WARM_UP, min(self.point.steps, 8) + WARM_UP):
-            begin, end = (torch.Event(self.ops.device, enable_timing=True) for _ in range(2))
-            if self.ops.device.type == "cpu":
-                started = time.perf_counter()
-                step(number)
-                times.append(time.perf_counter() - started)
-                continue
-            begin.record()
-            step(number)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times)
+    def _launch(self, step: Callable[[int], Tensor], number: int, reader: _Reader) -> Callable[[], float]:
+        """Launch a step. Returns how to learn, once it is over, the seconds that the device spent on it."""
+        if self.ops.device.type == "cpu":
+            started = time.perf_counter()
+            reader.send(step(number))
+            spent = time.perf_counter() - started
+            return lambda: spent
+        begin, end = (torch.Event(self.ops.device, enable_timing=True) for _ in range(2))
+        begin.record()
+        reader.send(step(number))
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3
 
     def _rows(self, seq: int, start: int, count: int) -> SequenceRows:
         """Some tokens of a sequence at positions from `start` on."""

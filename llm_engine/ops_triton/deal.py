@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, tile_size
 
 _SCAN, _LONG_SCAN = 1024, 8192  # choices that a program looks at together: of few, and of many
 
@@ -71,7 +71,9 @@ def _count(
     WIDTH: tl.constexpr,
     E: tl.constexpr,
     SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     expert = tl.program_id(0)
     count = tl.zeros((SCAN,), tl.int32)
     for start in range(0, num_choices, SCAN):
@@ -94,7 +96,9 @@ def _place(
     E_TILE: tl.constexpr,
     M: tl.constexpr,
     SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     expert = tl.program_id(0)
     each = tl.arange(0, E_TILE)
     tiles = (tl.load(counts + each, mask=each < E, other=0) + M - 1) // M

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from llm_engine.ops_triton.lang import Ptr, kernel, sigmoid
+from llm_engine.ops_triton.lang import Ptr, await_inputs, kernel, sigmoid
 from llm_engine.ops_triton.products import blank, by_row, multiply, tile_of, upright
 from llm_engine.ops_triton.quant import quantise
 
@@ -33,8 +33,10 @@ def _up_kernel(
     STEP: tl.constexpr,
     HEIGHT: tl.constexpr,
     TURNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """silu(x · Wgᵀ) · (x · Wuᵀ). Without GROUPED slots are rows. QUANTISED: in fp8, COLUMNS are a block."""
+    await_inputs(OVERLAP)
     tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS), HEIGHT)
     slot = tile * ROWS + tl.arange(0, ROWS)
     expert = tl.full((), 0, tl.int64)
@@ -101,15 +103,19 @@ def _down_kernel(
     depth: int,
     width: int,
     FP8: tl.constexpr,
+    PAIRED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     HEIGHT: tl.constexpr,
     TURNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
-    """x · Wdᵀ."""
-    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS), HEIGHT)
+    """x · Wdᵀ. PAIRED, for fp8 only: two tiles of columns beside each other."""
+    await_inputs(OVERLAP)
+    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS * (1 + PAIRED)), HEIGHT)
+    column_tile *= 1 + PAIRED
     expert = tl.load(expert_of_tile + tile).to(tl.int64)
     if expert < 0:
         return
@@ -119,16 +125,26 @@ def _down_kernel(
     x_at = x + slot.to(tl.int64)[:, None] * depth
     weight_at = weight + (expert * width + column[:, None]) * depth
     total = blank(ROWS, COLUMNS, TURNED)
+    second = blank(ROWS, COLUMNS, TURNED)
     if FP8:
         groups = depth // STEP
-        scale_at = weight_scales + (expert * tl.cdiv(width, STEP) + column_tile * COLUMNS // STEP) * groups
+        scales_at = weight_scales + expert * tl.cdiv(width, STEP) * groups
+        scale_at = scales_at + (column_tile * COLUMNS // STEP) * groups
+        second_at, second_scale_at = (
+            weight_at + COLUMNS * depth,
+            scales_at + ((column_tile + 1) * COLUMNS // STEP) * groups,
+        )
         x_scale_at = x_scales + slot
         for group in range(groups):
             inner = (group * STEP + tl.arange(0, STEP))[None, :]
             a = tl.load(x_at + inner)
             b = tl.load(weight_at + inner, mask=None if EVEN else column_mask[:, None], other=None if EVEN else 0.0)
-            scale = tl.load(x_scale_at + group * (num_tiles * ROWS)) * tl.load(scale_at + group)
-            total += multiply(a, b, blank(ROWS, COLUMNS, TURNED), TURNED) * by_row(scale, TURNED)
+            scale = tl.load(x_scale_at + group * (num_tiles * ROWS))
+            part = multiply(a, b, blank(ROWS, COLUMNS, TURNED), TURNED)
+            total += part * by_row(scale * tl.load(scale_at + group), TURNED)
+            if PAIRED:
+                part = multiply(a, tl.load(second_at + inner), blank(ROWS, COLUMNS, TURNED), TURNED)
+                second += part * by_row(scale * tl.load(second_scale_at + group), TURNED)
     else:
         for start in range(0, depth, STEP):
             inner = (start + tl.arange(0, STEP))[None, :]
@@ -140,13 +156,23 @@ def _down_kernel(
             total = multiply(a, tl.load(weight_at + inner, mask=weight_mask, other=other), total, TURNED)
     at = out + slot.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=column_mask[None, :])
+    if PAIRED:
+        tl.store(at + COLUMNS, upright(second, TURNED).to(out.dtype.element_ty))
 
 
 @kernel
 def _swiglu(
-    gate_up: Ptr, out: Ptr, out_scales: Ptr, num_rows: int, width: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    gate_up: Ptr,
+    out: Ptr,
+    out_scales: Ptr,
+    num_rows: int,
+    width: int,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """silu(gate) · up of rows [2 · width] in fp8. COLUMNS are a block."""
+    await_inputs(OVERLAP)
     row, column_tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < num_rows)[:, None]
@@ -170,8 +196,10 @@ def _combine(
     MERGED: tl.constexpr,
     SHARED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Σ_k weight_k · down of its slot, in rank order, plus the shared expert: a slot too if MERGED."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < HIDDEN

@@ -16,7 +16,8 @@ from llm_engine.ops_triton.products import _product, _product_fp8, _sum_partials
 from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight, scaled_mm
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
 
-_TORCH_ROWS: Final = 256
+_TORCH_ROWS: Final = 128  # from which on torch's products are faster than these, measured on an H200
+_WIDE_TORCH_ROWS: Final = 64  # above which that holds for products of bf16 in fp32 too
 _SUM_TILE: Final = 1024
 
 
@@ -59,6 +60,9 @@ def linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:
     rows, depth = x_RI.shape
     if packed.numerics == "fast" and x_RI.dtype == weight.dtype == packed.out_dtype == torch.bfloat16:
         return torch.nn.functional.linear(x_RI, weight)
+    plain = x_RI.dtype == weight.dtype == torch.bfloat16 and not packed.in_two
+    if packed.numerics == "fast" and plain and rows > _WIDE_TORCH_ROWS and x_RI.device.type == "cuda":
+        return torch.mm(x_RI, weight.t(), out_dtype=torch.float32)
     out_RO = x_RI.new_empty(rows, packed.out, dtype=packed.out_dtype)
     if rows:
         cut = cut_product(packed.numerics, rows, depth, packed.out)
@@ -87,7 +91,9 @@ def suits_torch(rows: int, weight: Fp8Weight) -> bool:
 def heads_product(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, numerics: Numerics) -> None:
     """out[r, h] = x[r, h] · W[h]ᵀ. Rows and heads of `x` and `out` may be strided."""
     rows, heads, depth = x_RhI.shape
-    if rows:
+    if numerics == "fast" and x_RhI.dtype == out_RhO.dtype == torch.bfloat16:
+        torch.bmm(x_RhI.transpose(0, 1), weight_hOI.transpose(1, 2), out=out_RhO.transpose(0, 1))
+    elif rows:
         _launch(x_RhI, weight_hOI, out_RhO, cut_product(numerics, rows, depth, weight_hOI.shape[1], heads))
 
 
@@ -104,8 +110,7 @@ def _launch(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, cut: Cut, *, in_
     even = depth % tile.depth == 0 and out % tile.columns == 0
     _product[grid](
         x_RhI, weight_hOI, partial_ZRO, rows, *strides, out, depth, _steps(depth, tile.depth, splits),
-        splits, cut.parallel, in_two, even, tile.rows, tile.columns, tile.depth, tile.turned,
-        num_warps=tile.warps, num_stages=tile.stages,
+        splits, cut.parallel, in_two, even, tile.rows, tile.columns, tile.depth, tile.turned, **tile.options(),
     )  # fmt: skip
     if cut.parallel:
         _add_partials(partial_ZRO, out_RhO[:, 0])
@@ -119,7 +124,7 @@ def _launch_fp8(x: Fp8Rows, weight: Fp8Weight, out_RO: Tensor, cut: Cut) -> None
     _product_fp8[grid](
         x.values_RI, x.scales_GR, weight.values_OI, weight.scales, partial_ZRO, rows, out, depth,
         _steps(depth, BLOCK, splits), splits, cut.parallel, out % tile.columns == 0, tile.rows, tile.columns, BLOCK,
-        tile.turned, num_warps=tile.warps, num_stages=tile.stages,
+        tile.turned, **tile.options(),
     )  # fmt: skip
     if cut.parallel:
         _add_partials(partial_ZRO, out_RO)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import triton
@@ -30,9 +31,32 @@ class Kernel(Protocol):
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
-    """A kernel that can be launched."""
-    varying = [name for name in inspect.signature(function).parameters if name.startswith("num_")]
-    return cast(Kernel, triton.jit(function, do_not_specialize=varying))
+    """A kernel that can be launched. With a last parameter OVERLAP it begins with `await_inputs(OVERLAP)`."""
+    names = inspect.signature(function).parameters
+    varying = [name for name in names if name.startswith("num_")]
+    compiled = cast(Kernel, triton.jit(function, do_not_specialize=varying))
+    return _Overlapped(compiled) if "OVERLAP" in names else compiled
+
+
+class _Overlapped:
+    """A kernel that is set up while the one before it ends, where the card can do that."""
+
+    def __init__(self, compiled: Kernel) -> None:
+        self._compiled = compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        if nvidia_arch() >= 90:
+            return partial(self._compiled[grid], OVERLAP=True, launch_pdl=True)
+        return partial(self._compiled[grid], OVERLAP=False)
+
+
+@cache
+def nvidia_arch() -> int:
+    """Which generation of Nvidia's cards kernels run on, 90 for Hopper; 0 where they run on something else."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def inline(function: F) -> F:
@@ -48,6 +72,14 @@ def ceil_div(size: int, part: int) -> int:
 def tile_size(size: int, least: int = 1) -> int:
     """The power of two that covers a size. Products want at least 16."""
     return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+@inline
+def await_inputs(OVERLAP: tl.constexpr) -> None:
+    """Let the next kernel be set up, and wait until what the kernels before this one have written can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @inline

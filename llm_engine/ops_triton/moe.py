@@ -97,7 +97,8 @@ def mlp(x_RH: Tensor, packed: PackedMlp) -> Tensor:
     rows, depth = x_RH.shape
     if isinstance(gate_up, Fp8Weight) and packed.numerics == "fast" and suits_torch(rows, gate_up):
         return linear_fp8(_swiglu_fp8(scaled_mm(quantise_rows(x_RH), gate_up)), down)
-    tile, _ = expert_tiles(packed.numerics, rows, depth, fp8=isinstance(gate_up, Fp8Weight))
+    width = gate_up.shape[0] // 2
+    tile, _ = expert_tiles(packed.numerics, rows, 1, depth, width, fp8=isinstance(gate_up, Fp8Weight))
     inner = _up(x_RH, gate_up, None, tile, isinstance(down.weight_OI, Fp8Weight))
     return linear_fp8(inner, down) if isinstance(inner, Fp8Rows) else linear(inner, down)
 
@@ -112,7 +113,8 @@ def moe(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: PackedExperts)
     experts, fp8 = gate_up.shape[0], isinstance(gate_up, Fp8Weight)
     shared = packed.shared
     merged = packed.merged and shared is not None and not _alone_is_faster(rows, shared)
-    tiles = expert_tiles(packed.numerics, rows * top_k / experts, hidden, fp8=fp8)
+    awake = min(experts, rows * (top_k + merged))
+    tiles = expert_tiles(packed.numerics, rows * top_k / experts, awake, hidden, gate_up.shape[-2] // 2, fp8=fp8)
     dealt = deal(ids_RK, experts, tiles[0].rows, with_shared=merged)
     inner = _up(x_RH, gate_up, dealt, tiles[0], isinstance(down, Fp8Weight))
     down_SH = _down(inner, down, dealt, tiles[1], x_RH.dtype)
@@ -157,7 +159,7 @@ def _up(x_RH: Tensor, gate_up: Tensor | Fp8Weight, dealt: Deal | None, tile: Til
             x, x_scales, weight, scales, *dealt_to, out,
             None if fp8_out is None else fp8_out.scales_GR, rows, tiles, x.stride(0), depth, width,
             dealt is not None, x_scales is not None, quantised, depth % tile.depth == 0 and width % tile.columns == 0,
-            tile.rows, tile.columns, tile.depth, tile.height, tile.turned, num_warps=tile.warps, num_stages=tile.stages,
+            tile.rows, tile.columns, tile.depth, tile.height, tile.turned, **tile.options(),
         )  # fmt: skip
     return out if fp8_out is None else fp8_out
 
@@ -168,10 +170,11 @@ def _down(inner: Tensor | Fp8Rows, down: Tensor | Fp8Weight, dealt: Deal, tile: 
     (slots, depth), out = x.shape, down.shape[-2]
     step = min(tile.depth, tile_size(depth, 16))
     y_SH = torch.empty(slots, out, dtype=dtype, device=x.device)
-    _down_kernel[(dealt.num_tiles * ceil_div(out, tile.columns),)](
+    paired = tile.paired and x_scales is not None and out % (2 * tile.columns) == 0
+    _down_kernel[(dealt.num_tiles * ceil_div(out, tile.columns << paired),)](
         x, x_scales, weight, scales, dealt.expert_of_tile_T, y_SH, dealt.num_tiles, depth, out,
-        x_scales is not None, depth % step == 0 and out % tile.columns == 0,
-        tile.rows, tile.columns, step, tile.height, tile.turned, num_warps=tile.warps, num_stages=tile.stages,
+        x_scales is not None, paired, depth % step == 0 and out % tile.columns == 0,
+        tile.rows, tile.columns, step, tile.height, tile.turned, **tile.options(),
     )  # fmt: skip
     return y_SH
 

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, tile_size
 from llm_engine.ops_triton.quant import BLOCK, carry_rows, empty_rows, quantise
 
 
@@ -72,7 +72,9 @@ def _rms_norm(
     ADDED: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     mask = column < WIDTH

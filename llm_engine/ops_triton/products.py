@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from llm_engine.ops_triton.lang import Ptr, Val, dot, inline, kernel
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, dot, inline, kernel
 
 
 @inline
@@ -66,8 +66,10 @@ def _product(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     TURNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """`num_steps` steps a split. TWO: the weight is two terms over each other. EVEN: only rows may be missing."""
+    await_inputs(OVERLAP)
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS), 8)
     head = tl.program_id(2).to(tl.int64)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -116,8 +118,10 @@ def _product_fp8(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """`num_steps` groups of BLOCK values a split. EVEN: only rows may be missing. COLUMNS divide BLOCK."""
+    await_inputs(OVERLAP)
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS), 8)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -153,7 +157,9 @@ def _sum_partials(
     width: int,
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width

@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from llm_engine.ops_triton.lang import Ptr, Val, ceil_div, inline, kernel, to_e4m3, ue8m0
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, to_e4m3, ue8m0
 from llm_engine.ops_triton.tiles import quantise_tile
 
 BLOCK: Final = 128
 _FORM: Final = "fp8_rows"  # name under which activations carry their quantised form
+_TORCH_ROW_UNIT: Final = 4  # rows of torch's product come in such
 _E4M3_MAX: Final = 448.0
 _MIN_AMAX: Final = 1e-4
 
@@ -36,7 +37,8 @@ class Fp8Rows:
 class Fp8Weight:
     """A weight [O, I] (or a stack of them) in blocks: scales fp32 [⌈O / 128⌉, I / 128].
 
-    `wide_scales`: the same for torch's product, whose rows are multiples of four; None for what it does not take.
+    `wide_scales`: the same for torch's product, whose rows are multiples of four, None for a stack. That product also
+    reads the rows that fill the last block, which lie behind `values_OI`.
     """
 
     values_OI: Tensor
@@ -86,17 +88,29 @@ def quantise_rows(x_RI: Tensor) -> Fp8Rows:
 
 
 def scaled_mm(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
-    """x · Wᵀ in bf16 by torch's block-scaled product; for weights that have `wide_scales`, on cards that have it."""
+    """x · Wᵀ in bf16 by torch's block-scaled product; for weights that have `wide_scales`, on cards that have it.
+
+    Rows of the result may be strided.
+    """
     assert weight.wide_scales is not None, "packed for torch's product"
-    return torch.nn.functional.scaled_mm(
-        x.values_RI,
-        weight.values_OI.t(),
-        x.scales_GR.t(),
+    (out, depth), rows = weight.shape, len(x.values_RI)
+    filled = (-(-out // BLOCK) * BLOCK, depth)
+    values_RI, scales_GR = x.values_RI, x.scales_GR
+    if rows % _TORCH_ROW_UNIT:
+        missing = -rows % _TORCH_ROW_UNIT
+        pad = torch.nn.functional.pad
+        values_RI = pad(values_RI.view(torch.uint8), (0, 0, 0, missing)).view(torch.float8_e4m3fn)
+        scales_GR = pad(scales_GR, (0, missing))
+    y_RO = torch.nn.functional.scaled_mm(
+        values_RI,
+        weight.values_OI.as_strided(filled, (depth, 1)).t(),
+        scales_GR.t(),
         ScalingType.BlockWise1x128,
         weight.wide_scales.t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
+    return y_RO[:rows, :out]
 
 
 def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
@@ -108,9 +122,8 @@ def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
     fraction, exponent = torch.frexp(amax / _E4M3_MAX)  # fraction in [½, 1)
     scales = torch.ldexp(torch.ones_like(fraction), exponent - (fraction == 0.5).int())
     values = (tiles / scales[:, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
-    values_OI = values.reshape(padded.shape)[:out].to(torch.float8_e4m3fn)
-    wide = None if out % BLOCK else torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
-    return Fp8Weight(values_OI.contiguous(), scales.contiguous(), wide)
+    values_OI = values.reshape(padded.shape).to(torch.float8_e4m3fn).contiguous()[:out]
+    return Fp8Weight(values_OI, scales.contiguous(), torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)))
 
 
 def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
@@ -142,7 +155,9 @@ def _quantise_rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     mask = (row < num_rows)[:, None] & (group < depth // BLOCK)[None, :]

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops_triton import gemm
-from llm_engine.ops_triton.moe import _swiglu_fp8, _up, moe, pack_experts, pack_mlp
+from llm_engine.ops_triton.deal import deal
+from llm_engine.ops_triton.moe import _down, _swiglu_fp8, _up, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
-from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, carry_rows, quantise_rows, quantise_weight
+from llm_engine.ops_triton.quant import (
+    BLOCK,
+    Fp8Rows,
+    carry_rows,
+    quantise_rows,
+    quantise_stack,
+    quantise_weight,
+    scaled_mm,
+)
 from llm_engine.ops_triton.tiles import Cut, Tile
 
 UPRIGHT = Tile(rows=16, columns=64, depth=128, warps=4, stages=2)
@@ -118,3 +127,39 @@ def test_a_shared_expert_is_the_same_merged_or_alone(monkeypatch: pytest.MonkeyP
     together = moe(x, ids, weights, experts)
     monkeypatch.setattr(sys.modules[moe.__module__], "_alone_is_faster", lambda *_: True)
     torch.testing.assert_close(moe(x, ids, weights, experts), together, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+def test_paired_tiles_give_the_same_product(columns: int) -> None:
+    torch.manual_seed(0)
+    down = quantise_stack(torch.randn(3, 256, 384).bfloat16() / 16)
+    dealt = deal(torch.rand(40, 3).argsort(-1)[:, :2], 3, UPRIGHT.rows, with_shared=False)
+    x = quantise_rows(torch.randn(dealt.num_tiles * UPRIGHT.rows, 384).bfloat16())
+    tile = replace(UPRIGHT, columns=columns)
+    single, paired = (_down(x, down, dealt, each, torch.bfloat16) for each in (tile, replace(tile, paired=True)))
+    used = (dealt.expert_of_tile_T >= 0).repeat_interleave(UPRIGHT.rows)
+    assert torch.equal(single[used], paired[used])
+
+
+@pytest.mark.parametrize("rows", [7, 8])
+def test_torch_multiplies_whole_units_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows of a weight up to the end of its last block; neither is left in the result."""
+    torch.manual_seed(rows)
+    x, weight = quantise_rows(torch.randn(rows, 256).bfloat16()), quantise_weight(torch.randn(200, 256).bfloat16())
+
+    def product(
+        a: Tensor, b: Tensor, a_scales: Tensor, _a: object, b_scales: Tensor, _b: object, **_: object
+    ) -> Tensor:
+        assert a.shape == (8, 256)
+        assert a_scales.shape == (8, 2)
+        assert b.shape == (256, 256)
+        assert b_scales.shape == (4, 2)
+        spread = b_scales[:2].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return ((a.float() * a_scales.repeat_interleave(BLOCK, 1)) @ (b.float() * spread)).bfloat16()
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", product)
+    got = scaled_mm(x, weight)
+    assert got.shape == (rows, 200)
+    spread = weight.scales.repeat_interleave(BLOCK, 0)[:200].repeat_interleave(BLOCK, 1)
+    expected = in_full(x) @ (weight.values_OI.double() * spread.double()).T
+    torch.testing.assert_close(got.double(), expected, atol=0.3, rtol=1e-2)
