@@ -82,7 +82,8 @@ class DeviceLanding:
             return None
         self._enqueue([(layer, len(self.blocks)) for layer in range(len(self._layers))])
         values = self._values
-        assert values is not None
+        if values is None:
+            return "the lease ended while its blocks were being verified"
         for claim, own, plane in zip(manifest.planes, values, self.layout.planes, strict=True):
             for layer, (claimed, found) in enumerate(zip(claim.checksums, own, strict=True)):
                 if claimed != found:

@@ -58,10 +58,51 @@ print(json.dumps([num_bytes, right, others, equal, swapped, changed]))
 """
 
 
-def interpreted(scale: int, phase: int | None) -> Any:
+_VERIFIER = """
+import asyncio, json
+import torch
+from kv_transfer.device import DeviceRegion
+from kv_transfer.device_manifest import DeviceManifest
+from kv_transfer.device_verifier import DeviceVerifier
+from kv_transfer.link import LeaseKey
+from tests.unit.kv_transfer.rig import make_layout
+
+layout, key, blocks = make_layout(12), LeaseKey(3, 4), [7, 2, 3, 11]
+generator = torch.Generator().manual_seed(1)
+region = DeviceRegion(torch.randint(0, 256, (layout.arena_bytes,), dtype=torch.uint8, generator=generator))
+sums = DeviceManifest(region, layout, "full", key)
+for layers, first, last in ((range(4), 0, 2), (range(3), 2, 4), (range(3, 4), 2, 4)):
+    sums.add(layers, blocks[first:last], first)
+sums.seal()
+manifest, verifier = sums.build(16, 4), DeviceVerifier(layout, region)
+
+def check(claims, end=False, changed=0):
+    landing = verifier.land(key, blocks, "full")
+    landing.advance(claims)
+    verifier._thread.submit(lambda: None).result()
+    left = landing.left_bytes()
+    region.memory[layout.planes[1].address(2, 3, 12)] ^= changed
+    if end:
+        landing.end()
+    verdict = asyncio.run(verifier.check(manifest, landing, 16))
+    region.memory[layout.planes[1].address(2, 3, 12)] ^= changed
+    return [left, verdict]
+
+print(json.dumps([
+    check([]),
+    check([(0, 2), (1, 2), (3, 4), (9, 9)]),
+    check([(layer, 4) for layer in range(4)]),
+    check([(0, 4)], end=True),
+    check([(0, 4), (1, 4)], changed=1),
+]))
+verifier.close()
+"""
+
+
+def interpreted(script: str, *settings: Any) -> Any:
     """Kernels run in a process of its own, because the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")
-    words = [sys.executable, "-c", _KERNELS, json.dumps([scale, phase])]
+    words = [sys.executable, "-c", script, json.dumps(settings)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
@@ -71,13 +112,22 @@ def interpreted(scale: int, phase: int | None) -> Any:
 @pytest.mark.parametrize(("scale", "phase"), [(1, None), (128, 640)])
 def test_kernels_copy_blocks_and_notice_what_changed(scale: int, phase: int | None) -> None:
     """Cells of 96 and 40 bytes, and of 12 and 5 KiB; sampled or not."""
-    num_bytes, right, others, equal, swapped, changed = interpreted(scale, phase)
+    num_bytes, right, others, equal, swapped, changed = interpreted(_KERNELS, scale, phase)
     assert num_bytes == 4 * 544 * scale
     assert right
     assert others == 0, "blocks outside the lease are untouched"
     assert equal, "however the blocks are cut into launches"
     assert swapped, "order counts"
     assert changed == [False, False, True, False, False, False, False, False]
+
+
+def test_layers_are_verified_as_they_land_and_at_the_end() -> None:
+    nothing_early, some, all_early, ended, changed = interpreted(_VERIFIER)
+    assert nothing_early == [2176, None]
+    assert some == [1088, None]
+    assert all_early == [0, None]
+    assert ended == [1632, "the lease ended while its blocks were being verified"]
+    assert changed == [1088, "plane index, layer 2: the bytes here are not the bytes that were sent"]
 
 
 def describe(**changes: Any) -> Descriptor:

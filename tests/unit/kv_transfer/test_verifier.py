@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kv_transfer import verifier as verifier_module
 from kv_transfer.layout import PlaneLayer
-from kv_transfer.link import LeaseKey
+from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import ManifestBuilder, Policy, RowDigest
 from kv_transfer.verifier import Landing, Verifier
 from llm_engine.api.handoff import Manifest
@@ -154,3 +154,38 @@ def _small(data: bytes) -> int:
     row = RowDigest(96, 64)
     row.update(memoryview(data))
     return row.value()
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations([(row, position) for row in range(len(ROWS)) for position in range(len(BLOCKS))]))
+def test_cells_that_land_in_any_order_give_the_same_verdict(order: list[tuple[int, int]]) -> None:
+    bench = Bench()
+    landing, _ = by_hand(bench)
+    for row, position in order:
+        landing.on_landed([Cells(row, BLOCKS[position], 1)])
+    assert landing.finish(bench.manifest, range(4)) is None
+    bench.verifier.close()
+
+
+def test_runs_of_blocks_are_hashed_as_they_land() -> None:
+    bench = Bench()
+    landing, _ = by_hand(bench)
+    before = landing.left_bytes()
+    landing.on_landed([Cells(0, 7, 1), Cells(0, 2, 2)])  # blocks 2 and 3 are neighbours in memory and in the lease
+    assert landing.left_bytes() == before - 3 * 96
+    landing.on_landed([Cells(1, 7, 1), Cells(1, 3, 1)])  # block 2 is missing in between
+    assert landing.left_bytes() == before - 4 * 96
+    bench.verifier.close()
+
+
+@pytest.mark.parametrize("right_last", [True, False])
+def test_a_block_that_is_stored_twice_counts_as_it_is_at_the_end(right_last: bool) -> None:
+    bench = Bench()
+    landing, _ = by_hand(bench)
+    cell = next(cells(LAYOUT, BLOCKS[0]))
+    right, wrong = bench.memory[cell], bytes(cell.stop - cell.start)
+    for stored in (wrong, right) if right_last else (right, wrong):
+        bench.memory[cell] = stored
+        landing.on_landed([Cells(0, BLOCKS[0], 1)])
+    assert (landing.finish(bench.manifest, range(4)) is None) == right_last
+    bench.verifier.close()
