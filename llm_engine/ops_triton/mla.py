@@ -136,13 +136,15 @@ def _attend_rows(
     keys, tables, page = plane, plan.tables_SB, plan.block_tokens
     if unpacked_TC is not None:
         keys, tables, page = unpacked_TC, plan.starts_S, 0
+    # Triton keeps as many tiles of keys in flight as stages are left by looking up where they are; two tiles fit.
+    listed = not is_fp8(keys) and (sel is not None or unpacked_TC is None)
     _attend[(rows * ceil_div(heads, head_tile), splits)](
         absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
         plan.visible_N[some], tables, out, sums, rows, plan.tables_SB.stride(0), *query_RhD.stride()[:2],
         scale * _LOG2_E, heads, head_tile, query_RhD.shape[2] - 2 * pairs, rank, tile_size(rank, 16),
         2 * pairs, tile_size(2 * pairs, 16), chosen, tile_size(chosen), page,
         is_fp8(keys), SCALE_GROUP, _KEYS, split, splits > 1,
-        num_warps=8 if head_tile * rank > 8192 else 4, num_stages=2 if is_fp8(keys) else 3,
+        num_warps=8 if head_tile * rank > 8192 else 4, num_stages=3 if listed else 2,
     )  # fmt: skip
     if sums is not None:
         _merge[(rows, heads)](out, sums, latent_RhL[some], splits, rows, heads, rank, tile_size(rank), _MERGED_AT_ONCE)
