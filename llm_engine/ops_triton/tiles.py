@@ -88,7 +88,7 @@ def expert_tiles(
         tile = Tile(64, 64, step, 4, 3)
         return tile, tile
     if not fp8:
-        tile = Tile(128, 64, step, 8, 3)
+        tile = Tile(128, 64, min(step, 64), 8, 3)
         return tile, tile
     up = Tile(128, 64, step, 8, 3, registers=128)
     if rows_an_expert < _FULL_TILES:
