@@ -72,7 +72,7 @@ class Autoscaler:
         self._window.add(self._clock(), await self._scraper.scrape(routers, self._fleet.members()))
         now, sizes = self._clock(), dict(self._pools.sizes)
         if self._seen and sizes != self._seen:
-            self._policy.changed(now)
+            self._policy.changed(now, [pool for pool in LOOPS if sizes[pool] != self._seen[pool]])
         self._seen = sizes
         decision = self._policy.decide(now, self._states(sizes), self._window.signals(), others=self._others(sizes))
         self._note(sizes, decision)

@@ -17,7 +17,7 @@ Without measurements a pool stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from llm_engine.api.config import AutoscalerConfig
@@ -144,11 +144,12 @@ class ScalingPolicy:
         self._large_since: dict[str, float] = {}
         self._changed_at = -math.inf
 
-    def changed(self, now: float) -> None:
-        """Sizes were changed, by this policy or by anybody else."""
+    def changed(self, now: float, pools: Collection[str] = LOOPS) -> None:
+        """Sizes of these pools were changed, by this policy or by anybody else."""
         self._changed_at = now
-        self._small_since.clear()
         self._large_since.clear()
+        for pool in pools:  # the other one is as small as it was
+            self._small_since.pop(pool, None)
 
     def decide(self, now: float, pools: Mapping[str, PoolState], signals: Signals, *, others: int = 0) -> Decision:
         """`pools`: prefill and decode. `others`: cards that other pools hold."""

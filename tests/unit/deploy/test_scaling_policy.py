@@ -82,6 +82,15 @@ def test_a_short_peak_is_not_an_order() -> None:
     assert policy.decide(22.0, state, peak).sizes["prefill"] == 4
 
 
+def test_a_pool_that_is_short_does_not_wait_for_the_change_of_the_other() -> None:
+    policy, state, short = ScalingPolicy(config(up_after_s=10.0)), pools(), replace(CALM, backlog_s=9.0)
+    policy.decide(0.0, state, short)
+    policy.changed(9.0, ["decode"])
+    assert policy.decide(10.0, state, short).sizes["prefill"] == 4
+    policy.changed(10.0, ["prefill"])
+    assert policy.decide(12.0, state, short).sizes["prefill"] == 2
+
+
 def test_a_pool_shrinks_slowly_and_never_right_after_a_change() -> None:
     policy, state = ScalingPolicy(config(down_after_s=120.0, cooldown_s=300.0)), pools(4, 4)
     policy.changed(0.0)
