@@ -127,6 +127,7 @@ class Sequences:
             reader.receive()
             busy.append(waiting - started + time.perf_counter() - arrived)
             arrivals.append(arrived)
+        self._wait()
         between = [after - before for before, after in pairwise(arrivals)]
         return DecodeTimes(
             step=statistics.median(between[WARM_UP - 1 :]),
