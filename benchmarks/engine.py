@@ -72,7 +72,7 @@ def _measure_point(model: CausalLM, ops: Ops, point: Point, options: Options, ca
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats()
     sequences = Sequences(model, ops, point, fp8=options.fp8)
-    sequences.prefill()  # compiles and allocates
+    sequences.warm_up()
     prefill_s = sequences.prefill()
     times = sequences.decode()
     accepted = 1 + sum(options.acceptance**draft for draft in range(1, point.mtp + 1))

@@ -68,9 +68,13 @@ class Sequences:
         self._tables = [order[seq :: point.batch] for seq in range(point.batch)]
         self._tokens_SK = torch.zeros(point.batch, point.rows_per_seq, dtype=torch.int64, device=ops.device)
 
-    def prefill(self) -> float:
-        """Seconds to prefill every sequence, in passes of at most `chunk` rows."""
-        waiting = [(seq, 0) for seq in range(self.point.batch)]
+    def warm_up(self) -> None:
+        """Compile and allocate what prefill needs: as much of it as differs from pass to pass."""
+        self.prefill(num_seqs=-(-2 * self.point.chunk // self.point.context))
+
+    def prefill(self, num_seqs: int | None = None) -> float:
+        """Seconds to prefill the sequences, or the first of them, in passes of at most `chunk` rows."""
+        waiting = [(seq, 0) for seq in range(self.point.batch)][:num_seqs]
         self._wait()
         started = time.perf_counter()
         while waiting:
