@@ -25,17 +25,20 @@ def pin(host: Tensor) -> None:
 
 
 class CudaCapture:
-    """See `llm_engine.ops.spec.Capture`. All recordings share one pool: what one leaves in it the next overwrites."""
+    """See `llm_engine.ops.spec.Capture`. All recordings share one pool: what one leaves in it the next overwrites.
+
+    The latest recording is kept, because a pool ends with the last of its recordings.
+    """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._latest: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
         self._warm_up(function)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
             result = function()
-        self._pool = graph.pool()
+        self._latest = graph
 
         def replay() -> T:
             graph.replay()

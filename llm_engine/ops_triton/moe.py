@@ -63,8 +63,8 @@ def pack_experts(
     gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None, fp8: bool, numerics: Numerics
 ) -> PackedExperts:
     """See `llm_engine.ops.spec.PackExperts`."""
-    gate_up, down = _packed(gate_up_E2FH, fp8), _packed(down_EHF, fp8)
     merged = shared is not None and shared.gate_up_2FH.shape == gate_up_E2FH.shape[1:]
+    gate_up, down = _packed(gate_up_E2FH, fp8, room=int(merged)), _packed(down_EHF, fp8, room=int(merged))
     if merged and shared is not None:
         gate_up, own_gate_up = _with_one_more(gate_up, shared.gate_up_2FH)
         down, own_down = _with_one_more(down, shared.down.weight_OI)
@@ -72,20 +72,19 @@ def pack_experts(
     return PackedExperts(gate_up, down, merged, shared, numerics)
 
 
-def _packed(weight: Tensor, fp8: bool) -> Tensor | Fp8Weight:
+def _packed(weight: Tensor, fp8: bool, room: int = 0) -> Tensor | Fp8Weight:
     # The seam between gate and up rows must fall between blocks.
     if fp8 and can_be_fp8(weight) and weight.shape[-2] % (2 * BLOCK) == 0:
-        return quantise_stack(weight) if weight.dim() == 3 else quantise_weight(weight)
+        return quantise_stack(weight, room) if weight.dim() == 3 else quantise_weight(weight)
     return weight.contiguous()
 
 
 def _with_one_more(stack: Tensor | Fp8Weight, one: Tensor | Fp8Weight) -> tuple[Tensor | Fp8Weight, Tensor | Fp8Weight]:
-    """A stack with a weight behind it, and that weight as a part of the stack."""
+    """A stack with a weight behind it, and that weight as a part of the stack. Stacks in fp8 have room for it."""
     if isinstance(stack, Fp8Weight):
         assert isinstance(one, Fp8Weight), "equal shapes are packed alike"
-        values = torch.cat([stack.values_OI, one.values_OI[None]])
-        scales = torch.cat([stack.scales, one.scales[None]])
-        return Fp8Weight(values, scales), Fp8Weight(values[-1], scales[-1], one.wide_scales)
+        stack.values_OI[-1], stack.scales[-1] = one.values_OI, one.scales
+        return stack, Fp8Weight(stack.values_OI[-1], stack.scales[-1], one.wide_scales)
     assert isinstance(one, Tensor), "equal shapes are packed alike"
     weights = torch.cat([stack, one[None]])
     return weights, weights[-1]

@@ -126,11 +126,14 @@ def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
     return Fp8Weight(values_OI, scales.contiguous(), torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)))
 
 
-def quantise_stack(weights_EOI: Tensor) -> Fp8Weight:
-    """Several weights of one shape, one at a time: a stack of experts in full is many gigabytes."""
+def quantise_stack(weights_EOI: Tensor, room: int = 0) -> Fp8Weight:
+    """Several weights of one shape, one at a time: a stack of experts in full is many gigabytes.
+
+    `room`: how many more the stack holds, behind them, for the caller to fill.
+    """
     experts, out, depth = weights_EOI.shape
-    values = weights_EOI.new_empty(experts, out, depth, dtype=torch.float8_e4m3fn)
-    scales = weights_EOI.new_empty(experts, -(-out // BLOCK), depth // BLOCK, dtype=torch.float32)
+    values = weights_EOI.new_empty(experts + room, out, depth, dtype=torch.float8_e4m3fn)
+    scales = weights_EOI.new_empty(experts + room, -(-out // BLOCK), depth // BLOCK, dtype=torch.float32)
     for expert in range(experts):
         packed = quantise_weight(weights_EOI[expert])
         values[expert], scales[expert] = packed.values_OI, packed.scales
