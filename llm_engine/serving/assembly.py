@@ -110,8 +110,7 @@ def _assemble(
     weights_s = time.monotonic() - started
     plan.ops.warm_up(config.scheduler.max_step_tokens)
     if plan.on_host:
-        store, report = _on_host(plan, host_memory), None
-        recorded = _record(config, plan, model, store, role)
+        store, recorded, report = _on_host(plan, host_memory), None, None
     else:
         store, recorded, report = _on_device(config, plan, model, role)
         _log.info("%s", report)
@@ -214,6 +213,5 @@ def _record(config: ClusterConfig, plan: Plan, model: CausalLM, store: KvStore, 
         max_num_seqs=config.scheduler.max_num_seqs,
         max_len=min(model.max_len, store.num_blocks * store.block_tokens),
     )
-    if not plan.on_host:  # where nothing is recorded, preparing would only compute
-        recorded.prepare()
+    recorded.prepare()
     return recorded
