@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Show a failure when it happens: a lent card may be taken away before the summary."""
+    """Show a failure when it happens: the run may be cut off before the summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         text = f"\n--- {report.nodeid} ({report.when})\n{report.longreprtext[-4000:]}\n"
         sys.stderr.write(text)
