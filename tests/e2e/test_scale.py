@@ -49,6 +49,7 @@ def flip(site: Site) -> None:
     site.until(lambda now: accepted_drafts(site, "decode-2") > 0)
 
 
+@pytest.mark.slow
 def test_pools_scale_apart_under_traffic(shared_site: Site) -> None:
     traffic = Traffic(shared_site)
     with traffic:
