@@ -21,14 +21,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.handoff_compute import Compute, DeviceCompute, HostCompute
-from benchmarks.handoff_limits import DeviceLimit, Limit, MemoryLimit, Rate, SocketLimit
+from benchmarks.handoff_limits import DeviceLimit, Limit, MemoryLimit, SocketLimit
+from benchmarks.handoff_report import Mode, Run, Sample, modes, summarise
 from benchmarks.handoff_rig import (
     BLOCK_TOKENS,
     FORMATS,
@@ -43,7 +43,6 @@ from benchmarks.handoff_rig import (
 from benchmarks.handoff_trace import Trace, wrap
 from benchmarks.machine import cpu_s, machine
 from kv_transfer.memory import Arena
-from kv_transfer.metrics import HandoffReport
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout
@@ -54,56 +53,7 @@ if TYPE_CHECKING:
     from kv_transfer.device import DeviceRegion
 
 _FIRST = FirstToken(token=0, logprobs=None, hidden=bytes(14336), cached_tokens=0)
-_SMALL_TOKENS = 512
 _MEMORY_SHARE = 0.6  # of what is available, for both pools together
-
-
-class Mode(NamedTuple):
-    """One kind of measurement: `rounds` times `concurrent` hand-offs at once."""
-
-    name: str
-    tokens: int
-    rounds: int
-    concurrent: int = 1
-    cached_tokens: int = 0
-    scattered: bool = False
-
-
-def modes(tokens: int, repeat: int) -> dict[str, Mode]:
-    """Every mode for a context of `tokens`. Concurrent hand-offs share it, so that the volume is the same."""
-    small = min(_SMALL_TOKENS, tokens)
-    half = tokens // 2 // BLOCK_TOKENS * BLOCK_TOKENS
-    listed = [
-        Mode("bulk", tokens, repeat),
-        Mode("scatter", tokens, repeat, scattered=True),
-        Mode("delta", tokens, repeat, cached_tokens=half),
-        Mode("small", small, 20 * repeat),
-        *(Mode(f"concurrent-{n}", max(BLOCK_TOKENS, tokens // n), repeat, concurrent=n) for n in (8, 32)),
-    ]
-    return {mode.name: mode for mode in listed}
-
-
-@dataclass(slots=True)
-class Sample:
-    """One finished hand-off on the writer's clock."""
-
-    parcel: Parcel
-    report: HandoffReport
-    started: float
-    compute_end: float
-    ended: float
-
-
-@dataclass(slots=True)
-class Run:
-    """What one mode measured."""
-
-    mode: Mode
-    samples: list[Sample] = field(default_factory=list)
-    round_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)  # of the writing process, a round
-    receiver_cpu_s: list[float] = field(default_factory=list)
-    limits: list[Rate] = field(default_factory=list)  # one before every round
 
 
 class Writer:
@@ -180,61 +130,6 @@ class Writer:
                 compute.layer(seconds * (1 - self._ready_at))
                 self._trace.add("compute", f"layer {layer}", started, time.monotonic())
         return compute.end()
-
-
-def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The numbers of one mode."""
-    mode, reports = run.mode, [sample.report for sample in run.samples]
-    far = [received[str(sample.parcel.number)] for sample in run.samples]
-    exposed = sorted((end["admitted_at"] - s.compute_end) * 1e3 for s, end in zip(run.samples, far, strict=True))
-    accepted = sorted(report.exposed_s * 1e3 for report in reports)
-    round_bytes = sum(report.num_bytes for report in reports) / len(run.round_s)
-    rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
-    plain = [rate.gb_per_s for rate in run.limits]
-    verify = [end["verify_s"] for end in far]
-    admitted = [end["admitted_at"] - s.compute_end for s, end in zip(run.samples, far, strict=True)]
-    commit = [max(0.0, a - r.drain_s - v) for a, r, v in zip(admitted, reports, verify, strict=True)]
-    answer = [r.exposed_s - a for a, r in zip(admitted, reports, strict=True)]
-    result: dict[str, Any] = {
-        "mode": mode.name,
-        "tokens": mode.tokens,
-        "cached_tokens": mode.cached_tokens,
-        "handoffs": len(reports),
-        "bytes": reports[0].num_bytes,
-        "exposed_ms_p50": round(statistics.median(exposed), 3),
-        "exposed_ms_p99": round(exposed[int(len(exposed) * 0.99)], 3),
-        "accepted_ms_p50": round(statistics.median(accepted), 3),
-        "accepted_ms_p99": round(accepted[int(len(accepted) * 0.99)], 3),
-        "total_ms_p50": round(1e3 * statistics.median(s.ended - s.started for s in run.samples), 3),
-        "gb_per_s_best": round(max(rates), 2),
-        "gb_per_s_median": round(statistics.median(rates), 2),
-        f"{limit.name}_gb_per_s_best": round(max(plain), 2),
-        f"{limit.name}_gb_per_s_median": round(statistics.median(plain), 2),
-        "share_of_limit_best": round(max(rates) / max(plain), 3),
-        "share_of_limit_median": round(statistics.median(a / b for a, b in zip(rates, plain, strict=True)), 3),
-        "receiver_cpu_ms_per_gb": round(statistics.mean(run.receiver_cpu_s) * 1e12 / round_bytes, 1),
-        "cpu_ms_per_gb": round(statistics.median(run.cpu_s) * 1e12 / round_bytes, 1),
-        f"{limit.name}_cpu_ms_per_gb": round(statistics.median(r.cpu_s for r in run.limits) * 1e12 / round_bytes, 1),
-        "stage_ms_p50": {
-            "hash": round(1e3 * statistics.median(r.hash_s for r in reports), 3),
-            "send": round(1e3 * statistics.median(r.write_s for r in reports), 3),
-            "drain": round(1e3 * statistics.median(r.drain_s for r in reports), 3),
-            "verify": round(1e3 * statistics.median(verify), 3),
-            "commit": round(1e3 * statistics.median(commit), 3),
-            "answer": round(1e3 * statistics.median(answer), 3),
-        },
-    }
-    if mode.concurrent > 1:
-        firsts = range(0, len(run.samples), mode.concurrent)
-        rounds = [run.samples[first : first + mode.concurrent] for first in firsts]
-        result["fairness"] = round(statistics.median(_fairness(samples) for samples in rounds), 3)
-    return result
-
-
-def _fairness(samples: Sequence[Sample]) -> float:
-    """Jain's index over the rates of hand-offs that ran at once: 1 when all were equally fast, 1/n when one had all."""
-    rates = [1 / (sample.ended - sample.started) for sample in samples]
-    return sum(rates) ** 2 / (len(rates) * sum(rate * rate for rate in rates))
 
 
 async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -> dict[str, Any]:
@@ -390,6 +285,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.words = words
     if min(args.tokens, args.layers, args.repeat) < 1 or args.compute_ms_per_layer < 0:
         parser.error("--tokens, --layers and --repeat must be positive, --compute-ms-per-layer not negative")
+    if not 0 <= args.ready_at <= 1:
+        parser.error("--ready-at is a share of a layer's compute: expected 0 to 1")
     return args
 
 

@@ -33,8 +33,8 @@ from kv_transfer.cuda import driver
 from kv_transfer.device import Descriptor, DeviceRegion, Mark, missing, place_id
 from kv_transfer.device_ops import PeerMemory, push_blocks
 from kv_transfer.layout import CopyPlan
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
-from kv_transfer.listener import Events, Listener
+from kv_transfer.link import Copy, LeaseKey, Sent, all_landed, no_news
+from kv_transfer.listener import Events, UnseenInlet
 from kv_transfer.shm import check_user, peer_pid
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import LinkOffer
@@ -152,9 +152,7 @@ class CudaIpcLink:
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """`write` and `finish` return when everything has landed."""
-        future: Future[int | None] = Future()
-        future.set_result(None)
-        return future
+        return all_landed()
 
     def close(self) -> None:
         """Wait for the card, unmap, say goodbye: in this order, because goodbye is the receiver's proof."""
@@ -186,7 +184,7 @@ class CudaIpcLink:
             self._on_lost(TransferError("cuda_ipc link closed by the receiver"))
 
 
-class CudaIpcInlet(Listener):
+class CudaIpcInlet(UnseenInlet):
     """Receiver's end."""
 
     transport = "cuda_ipc"
@@ -204,25 +202,6 @@ class CudaIpcInlet(Listener):
     def offer(self) -> LinkOffer:
         """Abstract socket name and the place that both ends must share."""
         return LinkOffer(transport="cuda_ipc", address=self._address, host_id=place_id())
-
-    @property
-    def late_bytes(self) -> int:
-        """Not visible here."""
-        return 0
-
-    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
-        """The writer is told by the grant."""
-
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """Not visible here."""
-
-    def landed(self, lease: LeaseKey) -> Landed | None:
-        """Not visible here."""
-        return None
-
-    def end_lease(self, lease: LeaseKey) -> bool:
-        """Only the writer knows when it has stopped."""
-        return False
 
     def check_peer(self, sock: socket.socket) -> None:
         """The peer must run as the same user, where its end can be seen."""

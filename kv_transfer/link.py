@@ -1,11 +1,11 @@
-"""The two ends of a data link, one implementation of each per transport (local, shm, tcp).
+"""The two ends of a data link, one implementation of each per transport.
 
 The writer holds a `Link` per peer; the receiver holds an `Inlet` per transport, which takes the links of all writers.
 Both authenticate with the cluster key before anything else. Offsets are relative to the receiver's region; what a
 writer may touch is decided by leases: (lease id, epoch, list of blocks).
 
 A new transport implements both protocols, says in its docstring what proves that a writer has stopped, and is named in
-`negotiate` (preference), `session` (connect) and `receiver` (open).
+`transports`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ class Copy(NamedTuple):
 
 Sent = Callable[[int, int, int], None]
 CACHED_BYTES = 256 << 10  # read twice, so much comes from the cache the second time
+
+
+def all_landed() -> Future[int | None]:
+    """The answer to `confirm` of a link whose writes return when they have landed."""
+    future: Future[int | None] = Future()
+    future.set_result(None)
+    return future
 
 
 def no_news(index: int, first: int, last: int) -> None:

@@ -7,9 +7,11 @@ import itertools
 import logging
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kv_transfer.auth import Handshake, Verdict
+from kv_transfer.link import Cells, Landed, LeaseKey
 from llm_engine.api.errors import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,29 @@ class Listener:
         with contextlib.suppress(OSError):  # a writer that died here is noticed by `serve`
             handshake.conclude(Verdict(ok=True))
         return True
+
+
+class UnseenInlet(Listener):
+    """Base of the inlets whose writers store into the region unseen: the writer's word is all that is known."""
+
+    @property
+    def late_bytes(self) -> int:
+        """Not visible here."""
+        return 0
+
+    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
+        """The writer is told by the grant."""
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """Not visible here."""
+
+    def landed(self, lease: LeaseKey) -> Landed | None:
+        """Not visible here."""
+        return None
+
+    def end_lease(self, lease: LeaseKey) -> bool:
+        """Only the writer knows when it has stopped."""
+        return False
 
 
 def _shutdown(sock: socket.socket) -> None:

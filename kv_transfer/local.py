@@ -11,7 +11,7 @@ import numpy as np
 
 from kv_transfer.gate import Doors
 from kv_transfer.layout import CellMap
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
+from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, all_landed, no_news
 from kv_transfer.listener import Events, next_connection
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import LeaseRevoked, TransferError
@@ -81,9 +81,7 @@ class LocalLink:
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns."""
-        future: Future[int | None] = Future()
-        future.set_result(None)
-        return future
+        return all_landed()
 
     def close(self) -> None:
         """Detach from the inlet."""

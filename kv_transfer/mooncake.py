@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, no_news
-from kv_transfer.listener import Events, Listener
+from kv_transfer.link import Copy, LeaseKey, Sent, all_landed, no_news
+from kv_transfer.listener import Events, UnseenInlet
 from kv_transfer.memory import Arena
 from kv_transfer.sockets import dial, tune
 from llm_engine.api.config import TransferConfig
@@ -188,9 +188,7 @@ class MooncakeLink:
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies have landed when `write` returns."""
-        future: Future[int | None] = Future()
-        future.set_result(None)
-        return future
+        return all_landed()
 
     def close(self) -> None:
         """Say goodbye if nothing is on its way. Never waits for the engine: a write that runs fails later."""
@@ -215,7 +213,7 @@ class MooncakeLink:
             self._on_lost(TransferError("mooncake link closed by the receiver"))
 
 
-class MooncakeInlet(Listener):
+class MooncakeInlet(UnseenInlet):
     """Receiver's end."""
 
     transport = "mooncake"
@@ -234,25 +232,6 @@ class MooncakeInlet(Listener):
     def offer(self) -> LinkOffer:
         """host:port/engine port."""
         return LinkOffer(transport="mooncake", address=self._address)
-
-    @property
-    def late_bytes(self) -> int:
-        """Not visible here."""
-        return 0
-
-    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
-        """The writer is told by the grant."""
-
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """Not visible here."""
-
-    def landed(self, lease: LeaseKey) -> Landed | None:
-        """Not visible here."""
-        return None
-
-    def end_lease(self, lease: LeaseKey) -> bool:
-        """Only the writer knows when it has stopped."""
-        return False
 
     def close(self) -> None:
         """See Listener.close."""

@@ -32,8 +32,8 @@ import numpy.typing as npt
 
 from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.host import host_id
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, cuts, no_news
-from kv_transfer.listener import Events, Listener
+from kv_transfer.link import Copy, LeaseKey, Sent, all_landed, cuts, no_news
+from kv_transfer.listener import Events, UnseenInlet
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import ConfigError, LeaseRevoked, ProtocolError, TransferError
 from llm_engine.api.handoff import LinkOffer
@@ -109,9 +109,7 @@ class ShmLink:
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Copies are done when `write` returns; the system calls that follow order them before the receiver's reads."""
-        future: Future[int | None] = Future()
-        future.set_result(None)
-        return future
+        return all_landed()
 
     def close(self) -> None:
         """Unmap, then close the socket: in this order, because end of file is the receiver's proof."""
@@ -136,7 +134,7 @@ class ShmLink:
             self._on_lost(TransferError(f"shm link {reason}"))
 
 
-class ShmInlet(Listener):
+class ShmInlet(UnseenInlet):
     """Receiver's end."""
 
     transport = "shm"
@@ -158,25 +156,6 @@ class ShmInlet(Listener):
     def offer(self) -> LinkOffer:
         """Abstract socket name and host identity."""
         return LinkOffer(transport="shm", address=self._address, host_id=host_id())
-
-    @property
-    def late_bytes(self) -> int:
-        """Not visible here."""
-        return 0
-
-    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
-        """The writer is told by the grant."""
-
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """Not visible here."""
-
-    def landed(self, lease: LeaseKey) -> Landed | None:
-        """Not visible here."""
-        return None
-
-    def end_lease(self, lease: LeaseKey) -> bool:
-        """Only the writer knows when it has stopped."""
-        return False
 
     def check_peer(self, sock: socket.socket) -> None:
         """The peer must run as the same user."""

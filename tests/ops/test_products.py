@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops, load_ops
-from llm_engine.ops_cpu.gemm import PackedProduct, TiledGemm
+from llm_engine.ops_cpu.gemm import FreeGemm, PackedProduct, TiledGemm
 from llm_engine.ops_cpu.self_check import check_products
 from tests.ops import reference
 
@@ -19,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize(("depth", "out"), [(16, 8), (64, 64), (200, 33), (512, 576), (1100, 70)])
-@pytest.mark.parametrize("rows", [1, 8, 21])
+@pytest.mark.parametrize("rows", [1, 8, 21, 300])
 def test_linear_matches_float64(ops: Ops, depth: int, out: int, rows: int) -> None:
     torch.manual_seed(depth)
     weight = (torch.randn(out, depth) / depth**0.5).to(ops.dtype)
@@ -32,6 +35,40 @@ def test_linear_matches_float64(ops: Ops, depth: int, out: int, rows: int) -> No
     in_fp32 = ops.linear(x, ops.pack_linear(weight, fp32=True))
     assert in_fp32.dtype == torch.float32
     torch.testing.assert_close(in_fp32.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 17, 300])
+def test_heads_match_float64(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight = torch.randn(4, 24, 40) / 5
+    x = torch.randn(rows, 4, 24).bfloat16()
+    expected = torch.einsum("rhi,hio->hro", x.double(), weight.bfloat16().double())
+    got = FreeGemm(torch.bfloat16).heads(weight)(x)
+    torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+_WARM_THEN_RUN = """
+import torch
+from llm_engine.ops import load_ops
+torch.set_num_threads(1)
+with torch.inference_mode():
+    ops = load_ops("cpu", "fast", "bf16")
+    product = ops.pack_linear(torch.randn(64, 32).bfloat16())
+    ops.warm_up(700)
+    print("warm", flush=True)
+    for rows in range(1, 701, 3):
+        ops.linear(torch.randn(rows, 32).bfloat16(), product)
+"""
+
+
+def test_no_number_of_rows_compiles_after_the_warm_up() -> None:
+    command = [sys.executable, "-c", _WARM_THEN_RUN]
+    done = subprocess.run(
+        command, env=os.environ | {"ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, timeout=100, check=True
+    )
+    _, found, after = done.stdout.partition("warm\n")
+    assert found
+    assert "create:cache_miss" not in after
 
 
 def test_mlp_matches_float64(ops: Ops) -> None:
