@@ -116,5 +116,6 @@ class ControlClient:
     def __enter__(self) -> ControlClient:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._context.term()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._context.term()  # would wait for ever for the socket that an interrupt has left open

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from deploy import local_ray
@@ -27,6 +26,7 @@ from deploy.fleet import one_line
 from deploy.identity import ProcessId, descendants, identify, kill_all, wait_gone
 from deploy.report import EventPrinter, Say, banner
 from deploy.rundir import ClusterRecord, NotRunning, RunDir
+from deploy.signals import Signals
 from llm_engine.api.config import ClusterConfig, Resolved
 from llm_engine.api.errors import ConfigError, ServingError
 from llm_engine.serving.preflight import check_checkpoint
@@ -38,7 +38,6 @@ _CONTROLLER_SILENT_S = 60.0
 _STOP_S = 20.0
 _KILL_GRACE_S = 5.0
 _MAX_RAY_DIR_CHARS = 24  # a Unix socket's path has at most 107, and Ray adds some 80
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StartFailed(ServingError):
@@ -47,7 +46,7 @@ class StartFailed(ServingError):
 
 def up(resolved: Resolved, run_dir: RunDir) -> None:
     """Run a cluster until a signal asks for its end. Raises ServingError when it can't start or breaks."""
-    started = time.monotonic()
+    started, say = time.monotonic(), Say(sys.stdout)
     config = resolved.config
     left = run_dir.acquire()
     try:
@@ -55,7 +54,6 @@ def up(resolved: Resolved, run_dir: RunDir) -> None:
             _remove_leftovers(left)
         _check_port(config)
         check_checkpoint(config.model.path)
-        say = Say(sys.stdout)
         for key, source in sorted(resolved.sources.items()):
             say(f"  {key} from {source}")
         with Signals() as signals, _ray_prints_to(run_dir.logs), _Cluster(config, run_dir, signals, say) as cluster:
@@ -120,6 +118,7 @@ class _Cluster:
             local_ray.set_environment(self._run_dir.create_secret(), ray_dir)
             local_ray.start(ray_dir)
             self._signals.install()  # Ray has put its own handlers in their place
+            self._signals.pause(0.0)
             self._controller = local_ray.start_controller(self._config, self._run_dir.path)
         except BaseException:
             self.__exit__()
@@ -149,14 +148,14 @@ class _Cluster:
                 if current.ready:
                     self._save(url=current.router.url, ready=True)
                     return current
-            time.sleep(_POLL_S)
+            self._signals.pause(_POLL_S)
         raise StartFailed(f"not ready within {self._config.controller.start_timeout_s:g} s: see {self._run_dir.logs}")
 
     def watch(self) -> None:
         """Report changes until a signal interrupts. Raises ServingError when the controller is gone for good."""
         heard = time.monotonic()
         while True:
-            time.sleep(_STEADY_POLL_S)
+            self._signals.pause(_STEADY_POLL_S)
             if self._poll(timeout_s=_STEADY_POLL_S) is not None:
                 heard = time.monotonic()
             elif time.monotonic() - heard > _CONTROLLER_SILENT_S:
@@ -209,31 +208,6 @@ class _Cluster:
         if record != self._record or not record.ready:
             self._run_dir.write(record)
             self._record = record
-
-
-class Signals:
-    """The first signal raises KeyboardInterrupt in the main thread; later ones change nothing: clean-up has begun."""
-
-    def __init__(self) -> None:
-        self._raised = False
-        self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-
-    def install(self) -> None:
-        for signum in _SIGNALS:
-            signal.signal(signum, self._handle)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self._raised:
-            self._raised = True
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Signals:
-        self.install()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
