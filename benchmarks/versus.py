@@ -6,7 +6,8 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,13 @@ def closed_loop(url: str, jobs: Sequence[Job], concurrency: int, timeout_s: floa
     return asyncio.run(run())
 
 
-def measure_baton(
-    settings: Mapping[str, Any], levels: Mapping[int, Sequence[Job]], *, aggregated: bool
-) -> dict[int, dict[str, float]]:
-    """Run each concurrency level against a fresh cluster (one prefill and one decode worker, or one aggregated)."""
+@contextmanager
+def baton(settings: Mapping[str, Any], warm_up: Sequence[Job], *, aggregated: bool) -> Iterator[str]:
+    """A fresh cluster (one prefill and one decode worker, or one aggregated) that has answered; yields its address."""
     split = int(not aggregated)
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as run_dir,
         ProcessCluster(Path(run_dir), settings, prefill=split, decode=split, aggregated=1 - split) as cluster,
     ):
-        warm_up = [Job(prompt=job.prompt[::-1], max_tokens=job.max_tokens) for job in next(iter(levels.values()))[:4]]
-        closed_loop(cluster.url, warm_up, 4)
-        return {level: closed_loop(cluster.url, jobs, level) for level, jobs in levels.items()}
+        closed_loop(cluster.url, [Job(prompt=job.prompt[::-1], max_tokens=job.max_tokens) for job in warm_up], 4)
+        yield cluster.url

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.loadgen import Job
 from benchmarks.machine import machine
-from benchmarks.versus import make_jobs, measure_baton
+from benchmarks.versus import baton, closed_loop, make_jobs
 
 
 def measure_transformers(model_dir: Path, jobs: Sequence[Job], dtype: str, threads: int) -> float:
@@ -83,15 +83,16 @@ def compare(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
         "engine.threads": args.threads,
         "kv.prefix_cache": False,
     }
-    baton = measure_baton(settings, {args.streams: jobs}, aggregated=args.aggregated)[args.streams]
+    with baton(settings, jobs[:4], aggregated=args.aggregated) as url:
+        ours = closed_loop(url, jobs, args.streams)
     peer = measure_transformers(model_dir, jobs, args.dtype, os.cpu_count() or 1)
     return {
         "machine": machine(),
         "settings": {key: value for key, value in settings.items() if key != "model.path"},
         "aggregated": args.aggregated,
-        "baton": baton,
+        "baton": ours,
         "transformers_tokens_per_s": round(peer, 1),
-        "ratio": round(baton["output_tokens_per_s"] / peer, 2),
+        "ratio": round(ours["output_tokens_per_s"] / peer, 2),
     }
 
 

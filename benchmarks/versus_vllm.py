@@ -1,7 +1,9 @@
 """Baton against vLLM's CPU engine on one V3-style checkpoint, in one run.
 
 `python -m benchmarks.versus_vllm --vllm-python VENV/bin/python`, where VENV holds vLLM built for CPU. Both serve bf16
-on the same cores over HTTP; the same closed loop runs at 1, 8 and 32 streams.
+on the same cores over HTTP. Both servers are up, and the same closed loop runs at 1, 8 and 32 streams against one and
+then the other, in several rounds: a shared machine is faster at one time than at another, and a ratio of neighbours
+is not. Reported is the median round.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +24,12 @@ from typing import Any
 import httpx
 
 from benchmarks.machine import machine
-from benchmarks.versus import closed_loop, make_jobs, measure_baton
+from benchmarks.versus import baton, closed_loop, make_jobs
 from deploy.processes import free_port
 
 START_TIMEOUT_S = 180.0
+
+Round = dict[str, dict[str, float]]  # engine → figures of one closed loop
 
 
 @contextmanager
@@ -73,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests-per-stream", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="threads of Baton's worker")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="fast")
     parser.add_argument("--step-tokens", type=int, default=1024, help="prefill rows of one step; vLLM takes 2048")
@@ -97,22 +104,38 @@ def compare(args: argparse.Namespace, model_dir: Path, scratch: Path) -> dict[st
         "kv.prefix_cache": False,
         "scheduler.max_step_tokens": args.step_tokens,
     }
-    ours = measure_baton(settings, levels, aggregated=not args.disaggregated)
-    with vllm_server(args.vllm_python, model_dir, scratch / "vllm.log") as url:
-        closed_loop(url, levels[args.streams[0]], args.streams[0])
-        theirs = {n: closed_loop(url, jobs, n) for n, jobs in levels.items()}
+    rounds: dict[int, list[Round]] = {level: [] for level in levels}
+    warm_up = levels[args.streams[0]][:4]
+    with (
+        baton(settings, warm_up, aggregated=not args.disaggregated) as ours,
+        vllm_server(args.vllm_python, model_dir, scratch / "vllm.log") as theirs,
+    ):
+        closed_loop(theirs, warm_up, 4)
+        for number in range(args.rounds):
+            for level, jobs in levels.items():
+                first, second = (ours, theirs) if number % 2 == 0 else (theirs, ours)
+                results = {url: closed_loop(url, jobs, level) for url in (first, second)}
+                rounds[level].append({"baton": results[ours], "vllm": results[theirs]})
+                print(f"round {number + 1}, {level} streams: {_ratio(rounds[level][-1]):.2f}", file=sys.stderr)
     return {
         "machine": machine(),
         "settings": {key: value for key, value in settings.items() if key != "model.path"},
-        "levels": {
-            n: {
-                "baton": ours[n],
-                "vllm": theirs[n],
-                "ratio": round(ours[n]["output_tokens_per_s"] / theirs[n]["output_tokens_per_s"], 2),
-            }
-            for n in args.streams
-        },
+        "levels": {level: summary(results) for level, results in rounds.items()},
     }
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """The median ratio, all ratios in the order of the rounds, and each engine's median figures."""
+    ratios = [round(_ratio(results), 2) for results in rounds]
+    engines = {
+        engine: {key: statistics.median(results[engine][key] for results in rounds) for key in rounds[0][engine]}
+        for engine in ("baton", "vllm")
+    }
+    return {"ratio": statistics.median(ratios), "ratios": ratios, **engines}
+
+
+def _ratio(results: Round) -> float:
+    return results["baton"]["output_tokens_per_s"] / results["vllm"]["output_tokens_per_s"]
 
 
 def _bench(directory: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Latent attention for `fast`, through torch's attention over gathered cache rows, in two forms.
+"""Latent attention for `fast` in two forms.
 
-Absorbed: a row's heads are the queries, and its cache rows are keys and values at once; rows with about as many keys
-share one call. Expanded, for chunks in which nothing is left out: keys and values of all heads are computed from the
+Absorbed: a row's heads are the queries, and its cache rows are keys and values at once: on tile registers where the CPU
+has them (`mla_tiles`), else through torch's attention over gathered cache rows, one call for rows with about as many
+keys. Expanded, for chunks in which nothing is left out: keys and values of all heads are computed from the
 latents first, which is cheaper where many rows share their keys: 320 instead of 1088 multiplications per head, row and
 key with the released model's widths.
 
@@ -13,7 +14,10 @@ L latent rank, C = L + E cache width, V value width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -23,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from llm_engine.ops import ForwardBatch
+from llm_engine.ops_cpu import mla_tiles
 from llm_engine.ops_cpu.gemm import Gemm, PackedProduct
 from llm_engine.ops_cpu.jit import (
     CACHE,
@@ -86,12 +91,17 @@ class Span:
     seen_nT: Tensor | None  # None: the sequence starts here, each row sees one more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FreePlan(CpuPlan):
     """What all layers do when nothing is left out."""
 
     spans: tuple[Span, ...]
-    groups: tuple[Group, ...]
+    alone_n: Longs  # rows outside of the spans
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Of the rows outside of the spans."""
+        return tuple(_groups(self, self.alone_n, None))
 
 
 def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tensor) -> FreePlan:
@@ -102,9 +112,8 @@ def plan(batch: ForwardBatch, *, block_tokens: int, cos_TJ: Tensor, sin_TJ: Tens
     for first, end in bounds:
         alone[first:end] = False
     spans = tuple(_span(base, first, end) for first, end in bounds)
-    groups = tuple(_groups(base, np.flatnonzero(alone), None))
     inherited: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(base)}
-    return FreePlan(**inherited, spans=spans, groups=groups)
+    return FreePlan(**inherited, spans=spans, alone_n=np.flatnonzero(alone))
 
 
 def _span(plan: CpuPlan, first: int, end: int) -> Span:
@@ -157,32 +166,37 @@ def mla_attend(
     """See `llm_engine.ops.spec.MlaAttend`."""
     turned_RhD = _turned(query_RhD, plan)
     cache_SC = plane_BPC.view(-1, plane_BPC.shape[-1])
-    if sel_NK is None:
-        spans, groups = plan.spans, plan.groups
+    spans = plan.spans if sel_NK is None else ()
+    rank = cache_SC.shape[1] - (query_RhD.shape[2] - kv_b.key_width)
+    if sel_NK is None and mla_tiles.fits(cache_SC, rank, plan.block_tokens):
+        rows_n = torch.from_numpy(plan.alone_n)
+        attend = partial(mla_tiles.attend_rows, cache_SC=cache_SC, plan=plan, rows_n=plan.alone_n, scale=scale)
     else:
-        spans, groups = (), tuple(_groups(plan, np.arange(plan.num_rows), sel_NK.long().numpy()))
-    if len(groups) == 1 and len(groups[0].rows_n) == plan.num_rows and not spans:
-        return _attend_absorbed(turned_RhD, cache_SC, groups, kv_b, scale)
+        groups = plan.groups if sel_NK is None else _groups(plan, np.arange(plan.num_rows), sel_NK.long().numpy())
+        rows_n = torch.cat([group.rows_n for group in groups]) if groups else torch.empty(0, dtype=torch.int64)
+        attend = partial(_attend_groups, cache_SC=cache_SC, groups=groups, scale=scale)
+    if len(turned_RhD) == len(rows_n) > 0 and bool((rows_n[1:] > rows_n[:-1]).all()):
+        return _attend_absorbed(turned_RhD, rank, attend, kv_b)
     out_RhV = turned_RhD.new_empty(*turned_RhD.shape[:2], kv_b.value_width)
     for span in spans:
         out_RhV[span.first : span.end] = _attend_expanded(turned_RhD, cache_SC, span, kv_b, scale)
-    if groups:
-        rows_n = torch.cat([group.rows_n for group in groups])
-        out_RhV[rows_n] = _attend_absorbed(turned_RhD[rows_n], cache_SC, groups, kv_b, scale)
+    if len(rows_n):
+        out_RhV[rows_n] = _attend_absorbed(turned_RhD[rows_n], rank, attend, kv_b)
     return out_RhV
 
 
-def _attend_absorbed(
-    turned_nhD: Tensor, cache_SC: Tensor, groups: tuple[Group, ...], kv_b: FreeKvB, scale: float
-) -> Tensor:
-    """Rows in the order in which they stand in the groups."""
+def _attend_absorbed(turned_nhD: Tensor, rank: int, attend: Callable[..., Tensor], kv_b: FreeKvB) -> Tensor:
+    """`attend(query_nhC, rank=L)` gives the weighted sums of the latents, [n, h, L]."""
     absorbed_nhL = kv_b.absorb(turned_nhD[..., : kv_b.key_width]).transpose(0, 1)
-    rank = absorbed_nhL.shape[2]
-    query_nhC = torch.cat([absorbed_nhL.to(cache_SC.dtype), turned_nhD[..., kv_b.key_width :]], dim=-1)
+    query_nhC = torch.cat([absorbed_nhL.to(turned_nhD.dtype), turned_nhD[..., kv_b.key_width :]], dim=-1)
+    return kv_b.values(attend(query_nhC, rank=rank)).transpose(0, 1).to(turned_nhD.dtype)
+
+
+def _attend_groups(query_nhC: Tensor, cache_SC: Tensor, groups: Seq[Group], rank: int, scale: float) -> Tensor:
+    """Rows in the order in which they stand in the groups."""
     queries = torch.split(query_nhC, [len(group.rows_n) for group in groups])
     parts = [_attend_group(query_nhC, cache_SC, group, scale) for query_nhC, group in zip(queries, groups, strict=True)]
-    latent_nhC = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return kv_b.values(latent_nhC[..., :rank]).transpose(0, 1).to(turned_nhD.dtype)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[..., :rank]
 
 
 def _attend_group(query_nhC: Tensor, cache_SC: Tensor, group: Group, scale: float) -> Tensor:
