@@ -1,69 +1,196 @@
-"""The control channel's sockets: ZeroMQ, one ROUTER on the receiver, one DEALER per peer on the writer.
+"""The control channel: one plain TCP connection per pair, on which signed frames follow each other.
 
-Messages are authenticated by `Codec`; the sockets only bound what may queue up. Nothing here waits: a full queue is an
-error for the hand-off concerned, not a reason to block the loop.
+    length (4 bytes, little endian) | frame of `Codec`
+
+Whoever has something to say says it in the thread that knows it: `send` writes into the socket then and there, so that
+the other end's event loop is the only thread that has to wake up. Nothing here waits: what the kernel does not take is
+queued up to a bound and sent by the loop; beyond that a message is an error for the hand-off concerned.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections import deque
 
-import zmq
-import zmq.asyncio
-
-from llm_engine.api.errors import ConfigError, TransferError
+from kv_transfer.sockets import tune
+from llm_engine.api.errors import TransferError
 from llm_engine.api.messages import MAX_FRAME_BYTES
 
-_QUEUE_FRAMES = 4096
-
-Socket = zmq.asyncio.Socket
-
-
-def bind_router(context: zmq.asyncio.Context, host: str, port: int) -> tuple[Socket, str]:
-    """The receiver's socket and its address. Raises ConfigError."""
-    socket = context.socket(zmq.ROUTER)
-    _bound(socket)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a writer that reconnects takes its identity over
-    try:
-        if port == 0:
-            port = socket.bind_to_random_port(f"tcp://{host}")
-        else:
-            socket.bind(f"tcp://{host}:{port}")
-    except zmq.ZMQError as exc:
-        socket.close()
-        raise ConfigError(f"worker.host={host}, control port {port}: {exc.strerror}") from exc
-    return socket, f"tcp://{host}:{port}"
+_LENGTH = struct.Struct("<I")
+_READ_BYTES = 256 << 10
+_QUEUE_BYTES = 8 << 20  # a peer that does not read is given so much, and one frame
+_QUEUE_FRAMES = 256  # read and not yet handled; more stay in the kernel
+_STRANGER_FRAME_BYTES = 1 << 20
 
 
-def connect_dealer(context: zmq.asyncio.Context, address: str, name: str) -> Socket:
-    """A writer's socket with an identity that nobody can guess. Raises TransferError for an impossible address."""
-    socket = context.socket(zmq.DEALER)
-    _bound(socket)
-    socket.setsockopt(zmq.IDENTITY, f"{name[:128]}/{secrets.token_hex(16)}".encode()[-255:])
-    try:
-        socket.connect(address)
-    except zmq.ZMQError as exc:
-        socket.close()
-        raise TransferError(f"control address {address}: {exc.strerror}") from exc
-    return socket
+class Channel:
+    """One end of a control connection. `send` is for any thread; all else runs on the loop that it was made on."""
 
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes the connected socket over."""
+        tune(sock, None)
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()  # frames leave whole and in order; the descriptor is closed under it
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._end = ""  # why the connection is over
+        self._max_frame = _STRANGER_FRAME_BYTES
+        self._incoming = bytearray()
+        self._frames: deque[bytes] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._reading = False
+        self._read_on()
 
-def post(socket: Socket, parts: Sequence[bytes]) -> None:
-    """Queue a message now. Raises TransferError when the peer is gone or its queue is full."""
-    # With DONTWAIT the returned future is always done: the message was queued, or it failed.
-    result: Any = socket.send_multipart(parts, zmq.DONTWAIT)
-    error = result.exception()
-    if isinstance(error, zmq.ZMQError):
-        raise TransferError(f"control channel: {error.strerror}") from error
-    if error is not None:
-        raise error
+    @classmethod
+    async def connect(cls, address: str) -> Channel:
+        """Reach tcp://host:port. Bound the time by `asyncio.timeout`. Raises TransferError."""
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            family, kind, protocol, _, where = found[0]
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, where)
+                return cls(sock)
+            except BaseException:
+                sock.close()
+                raise
+        except (OSError, ValueError, OverflowError) as exc:
+            raise TransferError(str(exc)) from exc
 
+    def trust(self) -> None:
+        """The other end holds the cluster key: its frames may be as large as messages get."""
+        self._max_frame = MAX_FRAME_BYTES
 
-def _bound(socket: Socket) -> None:
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, _QUEUE_FRAMES)
-    socket.setsockopt(zmq.RCVHWM, _QUEUE_FRAMES)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    def send(self, frame: bytes) -> None:
+        """Write a frame, or queue what the kernel does not take. Any thread.
+
+        Raises TransferError when the connection is over or the peer has not read for too long.
+        """
+        data = _LENGTH.pack(len(frame)) + frame
+        with self._lock:
+            if self._end:
+                raise TransferError(f"control channel: {self._end}")
+            if self._unsent_bytes:
+                if self._unsent_bytes > _QUEUE_BYTES:
+                    raise TransferError(f"control channel: the peer has left {self._unsent_bytes} bytes unread")
+                self._queue(memoryview(data))
+                return
+            sent = self._write(data)
+            if sent < len(data):
+                self._queue(memoryview(data)[sent:])
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to send it
+                    self._loop.call_soon_threadsafe(self._send_on)
+
+    async def recv(self) -> bytes:
+        """The next frame. Raises TransferError when the connection is over and everything before that was returned."""
+        while not self._frames:
+            if self._end:
+                raise TransferError(f"control channel: {self._end}")
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        frame = self._frames.popleft()
+        if not self._frames:
+            self._read_on()
+        return frame
+
+    def close(self) -> None:
+        """Idempotent. What was not sent is lost."""
+        self._lose("closed")
+
+    # Internals, on the loop unless they say otherwise.
+
+    def _read_on(self) -> None:
+        if not self._reading and not self._end:
+            self._loop.add_reader(self._sock, self._on_readable)
+            self._reading = True
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._lose(exc.strerror or str(exc))
+            return
+        if not data:
+            self._lose("closed by the peer")
+            return
+        self._incoming += data
+        self._split()
+        if len(self._frames) > _QUEUE_FRAMES and not self._end:
+            self._loop.remove_reader(self._sock)
+            self._reading = False
+        self._wake()
+
+    def _split(self) -> None:
+        """Cut what has arrived into frames."""
+        first, end = 0, len(self._incoming)
+        while end - first >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._incoming, first)
+            if length > self._max_frame:
+                self._lose(f"a frame of {length} bytes, at most {self._max_frame} expected")
+                return
+            if end - first < _LENGTH.size + length:
+                break
+            first += _LENGTH.size
+            self._frames.append(bytes(memoryview(self._incoming)[first : first + length]))
+            first += length
+        del self._incoming[:first]
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _lose(self, why: str) -> None:
+        with self._lock:
+            if self._end:
+                return
+            self._end = why
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._unsent.clear()
+            self._sock.close()
+        self._wake()
+
+    def _send_on(self) -> None:
+        """There are unsent bytes: wait until the kernel takes more."""
+        if not self._end:
+            self._loop.add_writer(self._sock, self._on_writable)
+
+    def _on_writable(self) -> None:
+        with self._lock:
+            with contextlib.suppress(TransferError):  # the reader notices the end
+                while self._unsent:
+                    sent = self._write(self._unsent[0])
+                    self._unsent_bytes -= sent
+                    if sent < len(self._unsent[0]):
+                        self._unsent[0] = self._unsent[0][sent:]
+                        return
+                    self._unsent.popleft()
+            self._loop.remove_writer(self._sock)
+
+    def _queue(self, data: memoryview) -> None:
+        """Any thread, with the lock held."""
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+
+    def _write(self, data: bytes | memoryview) -> int:
+        """Any thread, with the lock held."""
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            raise TransferError(f"control channel: {exc.strerror or exc}") from exc

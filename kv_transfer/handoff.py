@@ -1,15 +1,19 @@
 """One hand-off on the writer's side: from the offer to the verdict.
 
-Runs on the event loop, except `layer_ready` (any thread) and the copying (the session's sender thread). A hand-off is
-over when `ended` is set: then no write is in flight and the receiver has been told, or has accepted, or is gone.
+Runs on the event loop, except `layer_ready` and `complete` (any thread) and the copying (the session's sender thread).
+Commit leaves in the thread that had to be waited for: the one that completed the prompt, or the one that learned that
+everything has landed. A hand-off is over when `ended` is set: then no write is in flight and the receiver has been
+told, or has accepted, or is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kv_transfer.link import Link
@@ -24,6 +28,7 @@ from llm_engine.api.handoff import (
     Fenced,
     FirstToken,
     Grant,
+    Manifest,
     Offer,
     Progress,
     Refused,
@@ -62,10 +67,15 @@ class Handoff:
         self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
+        # Held while the hand-off fails and while Commit is sent: a hand-off that has failed sends none any more.
+        self._lock = threading.Lock()
+        self._completed: tuple[FirstToken, float] | None = None  # with the end of compute
+        self._manifest: Manifest | None = None  # once everything has landed
+        self._committed = False
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
-        self._granted, self._written, self._verdict = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._granted, self._sent, self._verdict = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._offered_at = time.monotonic()
         self._written_at = 0.0
         wait_s = min(context.config.grant_timeout_s, submit.deadline_s)
@@ -85,22 +95,33 @@ class Handoff:
         if self._outbox.put(layer, first_block_index, block_ids) and (session := self._session) is not None:
             session.sender.submit(self._pump)
 
-    async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
-        """Wait until every layer of every block was written, send the manifest and wait for the verdict.
+    def complete(self, first: FirstToken, *, compute_end: float) -> None:
+        """The prompt is computed: the manifest goes out now, or as soon as everything has landed. Thread-safe.
 
-        `compute_end`: `time.monotonic()` at the end of the last prefill kernel. On return the receiver owns the
-        sequence. Raises TransferTimeout, LeaseRevoked, LayoutMismatch or TransferError; nothing of the hand-off was
-        used then, unless the timeout fell between Commit and verdict: the receiver's own messages to the router decide.
+        Never blocks. For the thread that computes, before it tells the loop, which awaits `commit`; ignored when it
+        comes twice, or after the end. `compute_end`: `time.monotonic()` at the end of the last prefill kernel.
+        """
+        with self._lock:
+            if self._completed is None:
+                self._completed = first, compute_end
+                self._commit_if_due()
+
+    async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
+        """`complete`, then wait until the manifest was sent, and for the verdict.
+
+        On return the receiver owns the sequence. Raises TransferTimeout, LeaseRevoked, LayoutMismatch or TransferError;
+        nothing of the hand-off was used then, unless it failed between Commit and verdict: the receiver's own messages
+        to the router decide.
         """
         self._awaited = True
+        self.complete(first, compute_end=compute_end)
         try:
             await self._reached(self._granted)
             async with asyncio.timeout(self._context.config.commit_timeout_s):
-                await self._reached(self._written)
-                self._send_commit(first, compute_end)
+                await self._reached(self._sent)
                 await self._reached(self._verdict)
         except TimeoutError:
-            step = "write" if not self._written.is_set() else "verdict"
+            step = "write" if not self._sent.is_set() else "verdict"
             self.fail("commit_timeout", TransferTimeout(self._say(f"no {step} in time"), request_id=self.request_id))
         except TransferError as exc:
             self.fail("link", exc)
@@ -168,12 +189,13 @@ class Handoff:
 
     def fail(self, cause: str, error: TransferError) -> None:
         """End without success; the first cause counts. Ignored after the end."""
-        if self._error is not None or self.ended.is_set():
-            return
-        self._error = error
+        with self._lock:
+            if self._error is not None or self.ended.is_set():
+                return
+            self._error = error
         self._context.tally.failed[cause] += 1
         self._grant_timer.cancel()
-        for event in (self._granted, self._written, self._verdict):
+        for event in (self._granted, self._sent, self._verdict):
             event.set()
         self._context.spawn(self._end(told=cause == "rejected"))
         if self._on_failed is not None and not self._awaited and cause != "aborted":
@@ -189,47 +211,66 @@ class Handoff:
         pumped = self._outbox.pump(link, session.cost)
         if pumped is Pumped.WRITTEN:
             # The engine is still computing (what follows the last cache rows): the receiver need not wait for Commit.
-            news = () if self._awaited else self._outbox.news(pumped)
+            news = () if self._completed is not None else self._outbox.news(pumped)
             if news:
-                link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
-            link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_confirmed, done))
+                link.confirm(lease).add_done_callback(partial(self._on_progress, news))
+            link.confirm(lease).add_done_callback(self._on_confirmed)
         elif pumped is not Pumped.STOPPED and (news := self._outbox.news(pumped)):
-            link.confirm(lease).add_done_callback(lambda done: self._context.post(self._on_progress, done, news))
+            link.confirm(lease).add_done_callback(partial(self._on_progress, news))
         return pumped is Pumped.MORE
 
-    def _on_confirmed(self, done: Future[int | None]) -> None:
-        error = done.exception()
-        if error is not None:
-            return  # the link is broken: the session fails all its hand-offs
-        landed = done.result()
-        if landed is not None and landed != self._outbox.num_bytes:
-            text = self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived")
-            self.fail("incomplete", TransferError(text, request_id=self.request_id))
-        self._written_at = time.monotonic()
-        self._written.set()
-
-    def _on_progress(self, done: Future[int | None], layers: tuple[tuple[int, int], ...]) -> None:
-        """What was written has landed: the receiver may hash it."""
+    def _on_progress(self, layers: tuple[tuple[int, int], ...], done: Future[int | None]) -> None:
+        """Link's thread. What was written has landed: the receiver may hash it."""
         lease = self._outbox.lease
         if done.exception() is None and self._error is None and lease is not None and self._session is not None:
             self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=layers))
 
-    def _send_commit(self, first: FirstToken, compute_end: float) -> None:
+    def _on_confirmed(self, done: Future[int | None]) -> None:
+        """Link's thread. Everything has landed."""
+        if done.exception() is not None:
+            return  # the link is broken: the session fails all its hand-offs
+        self._written_at = time.monotonic()
+        try:
+            landed = done.result()
+            if landed is not None and landed != self._outbox.num_bytes:
+                self._fail_soon("incomplete", self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived"))
+                return
+            manifest = self._outbox.manifest()
+            with self._lock:
+                self._manifest = manifest
+                self._commit_if_due()
+        except Exception as exc:  # a future swallows what its callbacks raise
+            self._context.post(self._context.crash, exc)
+
+    def _commit_if_due(self) -> None:
+        """Any thread, with the lock held: send Commit once, when both the prompt and the writing are complete."""
         lease, session = self._outbox.lease, self._session
+        if self._completed is None or self._manifest is None or self._committed or self._error is not None:
+            return
         assert lease is not None
         assert session is not None
-        session.send(
-            Commit(
-                request_id=self.request_id,
-                attempt=self.attempt,
-                lease_id=lease.lease_id,
-                epoch=lease.epoch,
-                manifest=self._outbox.manifest(),
-                first=first,
-                weight_version=self._weight_version,
-                compute_end_age_s=max(0.0, time.monotonic() - compute_end),
-            )
+        first, compute_end = self._completed
+        self._committed = True
+        message = Commit(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            lease_id=lease.lease_id,
+            epoch=lease.epoch,
+            manifest=self._manifest,
+            first=first,
+            weight_version=self._weight_version,
+            compute_end_age_s=max(0.0, time.monotonic() - compute_end),
         )
+        try:
+            session.send(message)
+        except TransferError as exc:
+            self._fail_soon("link", str(exc))
+        else:
+            self._context.post(self._sent.set)
+
+    def _fail_soon(self, cause: str, why: str) -> None:
+        """Any thread."""
+        self._context.post(self.fail, cause, TransferError(why, request_id=self.request_id))
 
     def _conclude(self, compute_end: float) -> HandoffReport:
         now = time.monotonic()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kv_transfer.control import Channel
 from kv_transfer.layout import check_layout, mismatch
 from kv_transfer.link import Inlet
 from kv_transfer.manifest import Policy, policy_for
@@ -26,7 +27,7 @@ _ORPHAN_S = 10.0
 class Pair:
     """One session of one writer. `connection` is its data connection while that lives."""
 
-    identity: bytes  # of the control channel
+    channel: Channel
     name: str
     incarnation: str
     inlet: Inlet
@@ -41,7 +42,7 @@ class Pair:
 
 
 class Pairs:
-    """All sessions, by control identity, by ticket and by data connection."""
+    """All sessions, by control channel, by ticket and by data connection."""
 
     def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet], checksum: str) -> None:
         self.note = ""  # which transports don't work here, for the reason given to writers
@@ -49,18 +50,18 @@ class Pairs:
         self._region = region
         self._inlets = inlets
         self._checksum = checksum
-        self._by_identity: dict[bytes, Pair] = {}
+        self._by_channel: dict[Channel, Pair] = {}
         self._by_ticket: dict[str, Pair] = {}
         self._by_connection: dict[int, Pair] = {}
 
     def __iter__(self) -> Iterator[Pair]:
-        return iter(self._by_identity.values())
+        return iter(self._by_channel.values())
 
-    def find(self, identity: bytes) -> Pair | None:
+    def find(self, channel: Channel) -> Pair | None:
         """The session that a control frame belongs to."""
-        return self._by_identity.get(identity)
+        return self._by_channel.get(channel)
 
-    def connect(self, identity: bytes, message: Connect, info: WorkerInfo) -> Connected | Refused:
+    def connect(self, channel: Channel, message: Connect, info: WorkerInfo) -> Connected | Refused:
         """A writer introduces itself; `info` is ours. Says what is wrong, naming both ends, if the pair can't work."""
         writer = message.info
         if message.version != PROTOCOL_VERSION:
@@ -76,7 +77,7 @@ class Pairs:
         if reason is not None:
             return Refused(code="layout", reason=reason, retryable=False)
         self._drop_orphans()
-        if len(self._by_identity) >= MAX_PAIRS:
+        if len(self._by_channel) >= MAX_PAIRS:
             return Refused(code="full", reason=f"{info.name} already serves {MAX_PAIRS} writers")
         try:
             offers = [inlet.offer() for inlet in self._inlets.values()]
@@ -85,12 +86,12 @@ class Pairs:
             return Refused(code="transport", reason=str(exc), retryable=False)
         why += f"; on {info.name} {self.note}" if self.note else ""
         log.info("hand-off from %s/%s: %s", writer.name, writer.incarnation, why)
-        pair = self._by_identity.get(identity)
+        pair = self._by_channel.get(channel)
         if pair is None:
             inlet = self._inlets[link.transport]
             policy = policy_for(self._checksum, link.transport)
-            pair = Pair(identity, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why, policy)
-            self._by_identity[identity] = self._by_ticket[pair.ticket] = pair
+            pair = Pair(channel, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why, policy)
+            self._by_channel[channel] = self._by_ticket[pair.ticket] = pair
         return Connected(
             info=info,
             layout=self._layout,
@@ -115,12 +116,21 @@ class Pairs:
         pair = self._by_connection.pop(connection, None)
         if pair is not None:
             pair.connection = None
-            self._by_identity.pop(pair.identity, None)
+            self._by_channel.pop(pair.channel, None)
         return pair
+
+    def lost(self, channel: Channel) -> None:
+        """A control channel is over. A data connection that lives ends by itself, and the session with it."""
+        pair = self._by_channel.get(channel)
+        if pair is not None and pair.connection is None:
+            self._forget_waiting(pair)
 
     def _drop_orphans(self) -> None:
         """Forget sessions whose data connection never came."""
         limit = time.monotonic() - _ORPHAN_S
         for pair in [p for p in self._by_ticket.values() if p.seen_at < limit]:
-            del self._by_ticket[pair.ticket]
-            self._by_identity.pop(pair.identity, None)
+            self._forget_waiting(pair)
+
+    def _forget_waiting(self, pair: Pair) -> None:
+        self._by_ticket.pop(pair.ticket, None)
+        self._by_channel.pop(pair.channel, None)

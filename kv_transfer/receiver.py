@@ -10,9 +10,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Generic
 
-import zmq.asyncio
-
-from kv_transfer.control import Socket, bind_router, post
+from kv_transfer.control import Channel
+from kv_transfer.control_server import ControlServer
 from kv_transfer.intake import Intakes
 from kv_transfer.layout import check_layout
 from kv_transfer.link import Inlet
@@ -87,8 +86,7 @@ class HandoffServer(Generic[R]):
             send=self._send,
             tally=self._tally,
         )
-        self._zmq = zmq.asyncio.Context()
-        self._socket: Socket | None = None
+        self._control: ControlServer | None = None
         self._info: WorkerInfo | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = asyncio.Event()
@@ -102,17 +100,18 @@ class HandoffServer(Generic[R]):
         if host in ("", "0.0.0.0", "::", "*"):
             raise ConfigError(f"worker.host={host!r}: give the address at which prefill workers reach this one")
         self._open_inlets(host)
-        self._socket, address = bind_router(self._zmq, host, port)
-        return address
+        self._control = ControlServer(host, port, handle=self._handle, lost=self._pairs.lost, refused=self.refused)
+        return self._control.address
 
     async def run(self, info: WorkerInfo) -> None:
         """Serve peers until `close`; raises what killed one of its tasks."""
+        assert self._control is not None, "bind first"
         self._loop, self._info = asyncio.get_running_loop(), info
         self._intakes.weight_version = info.weight_version
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._intakes.start(tasks)
-                tasks.create_task(self._receive())
+                tasks.create_task(self._control.run())
                 await self._closed.wait()
                 raise _Closing  # cancels the tasks
         except* _Closing:
@@ -222,22 +221,20 @@ class HandoffServer(Generic[R]):
         for name in names:
             self._inlets[name] = open_inlet(name, end)
 
-    async def _receive(self) -> None:
-        assert self._socket is not None
-        while True:
-            identity, *frames = await self._socket.recv_multipart()
-            try:
-                if len(frames) != 1:
-                    raise ProtocolError(f"{len(frames)} frames")
-                self._dispatch(identity, self._codec.decode(frames[0]))
-            except ProtocolError:
-                self._tally.dropped_frames += 1
+    def _handle(self, channel: Channel, frame: bytes) -> bool:
+        """See ControlServer."""
+        try:
+            self._dispatch(channel, self._codec.decode(frame))
+        except ProtocolError:
+            self._tally.dropped_frames += 1
+            return False
+        return True
 
-    def _dispatch(self, identity: bytes, message: WriterMessage) -> None:
+    def _dispatch(self, channel: Channel, message: WriterMessage) -> None:
         if isinstance(message, Connect):
-            self._connect(identity, message)
+            self._connect(channel, message)
             return
-        pair = self._pairs.find(identity)
+        pair = self._pairs.find(channel)
         if pair is None:
             raise ProtocolError("message of a writer that has not connected")
         match message:
@@ -254,16 +251,14 @@ class HandoffServer(Generic[R]):
             case Probe() | ProbeCommit():
                 self._intakes.on_probe(pair, message)
 
-    def _connect(self, identity: bytes, message: Connect) -> None:
+    def _connect(self, channel: Channel, message: Connect) -> None:
         assert self._info is not None
-        assert self._socket is not None
-        answer = self._pairs.connect(identity, message, self._info)
+        answer = self._pairs.connect(channel, message, self._info)
         with contextlib.suppress(TransferError):
-            post(self._socket, [identity, self._codec.encode(answer)])
+            channel.send(self._codec.encode(answer))
 
     def _send(self, pair: Pair, message: Message) -> None:
-        assert self._socket is not None
-        post(self._socket, [pair.identity, self._codec.encode(message)])
+        pair.channel.send(self._codec.encode(message))
 
     def _post(self, callback: Callable[[], object]) -> bool:
         """Run on the loop, from any thread. False: there is none."""
@@ -279,4 +274,5 @@ class HandoffServer(Generic[R]):
         for inlet in self._inlets.values():  # in a thread: their threads may be waiting for an answer of this loop
             await asyncio.to_thread(inlet.close)
         self._intakes.close()
-        self._zmq.destroy(linger=0)
+        if self._control is not None:
+            self._control.close()

@@ -1,4 +1,4 @@
-"""One life of the writer's connection to one receiver: a control socket, a data link and a sender thread.
+"""One life of the writer's connection to one receiver: a control channel, a data link and a sender thread.
 
 When the link breaks the session is over, with all its hand-offs. See `peer` for what happens next.
 """
@@ -12,10 +12,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import zmq.asyncio
-
 from kv_transfer.canary import Canary
-from kv_transfer.control import Socket, connect_dealer, post
+from kv_transfer.control import Channel
 from kv_transfer.cost import CostMeter
 from kv_transfer.handoff import Handoff
 from kv_transfer.layout import CopyPlan, check_layout, mismatch
@@ -70,7 +68,6 @@ class ClientContext:
     transports: Sequence[str]
     engine: Engine | None
     wrap_link: Callable[[Link], Link]
-    zmq: zmq.asyncio.Context
     codec: Codec[ReceiverMessage]
     spawn: Callable[[Coroutine[Any, Any, None]], None]
     post: Callable[..., None]  # call on the loop, from any thread
@@ -108,7 +105,7 @@ class Session:
         self.plan: CopyPlan
         self.policy: Policy  # the receiver's: it verifies
         self.sender: Sender
-        self._socket: Socket | None = None
+        self._channel: Channel | None = None
         self._link: Link | None = None
         self._handoffs: dict[tuple[str, int], Handoff] = {}
         self._lost = asyncio.Event()
@@ -148,13 +145,13 @@ class Session:
         return self._error
 
     def close(self) -> None:
-        """End link, thread and socket, in this order; fail what is left."""
+        """End link, thread and channel, in this order; fail what is left."""
         self.cut(TransferError("session closed"))
         if self._link is not None:
             self._link.close()
             self.sender.close()
-        if self._socket is not None:
-            self._socket.close()
+        if self._channel is not None:
+            self._channel.close()
 
     def cut(self, error: TransferError) -> None:
         """The session is over. Its hand-offs fail, running writes end."""
@@ -187,10 +184,10 @@ class Session:
         return len(self._handoffs)
 
     def send(self, message: Message) -> None:
-        """Queue a control message. Raises TransferError when the session is over or the queue is full."""
-        if self._error is not None or self._socket is None:
+        """Send a control message, from any thread. Raises TransferError when the session is over or the queue full."""
+        if self._error is not None or self._channel is None:
             raise TransferError(f"{self.target.name}: {self._error or 'not connected'}")
-        post(self._socket, [self.context.codec.encode(message)])
+        self._channel.send(self.context.codec.encode(message))
 
     def send_quietly(self, message: Message) -> None:
         """The same for messages whose loss is harmless."""
@@ -199,8 +196,11 @@ class Session:
 
     async def _greet(self) -> Connected:
         context = self.context
-        await _knock(self.target)
-        self._socket = connect_dealer(context.zmq, self.target.control_addr, context.info.name)
+        try:
+            self._channel = await Channel.connect(self.target.control_addr)
+        except TransferError as exc:
+            raise TransferError(f"{self.target.name} at {self.target.control_addr}: {exc}") from exc
+        self._channel.trust()  # what it sends is checked against the key; it was chosen by the cluster
         links = tuple(offer(name, context.network) for name in context.transports)
         hello = Connect(version=PROTOCOL_VERSION, info=context.info, layout=context.layout, links=links)
         self.send(hello)
@@ -241,13 +241,16 @@ class Session:
         return connect(connected, end, on_lost)
 
     async def _receive(self) -> None:
-        while True:
-            self._dispatch(await self._next_message())
+        try:
+            while True:
+                self._dispatch(await self._next_message())
+        except TransferError as exc:
+            self.cut(exc)
 
     async def _next_message(self) -> ReceiverMessage:
-        assert self._socket is not None
+        assert self._channel is not None
         while True:
-            frame: bytes = await self._socket.recv()
+            frame = await self._channel.recv()
             try:
                 return self.context.codec.decode(frame)
             except ProtocolError:
@@ -285,17 +288,6 @@ class Session:
             self.cut(error if isinstance(error, TransferError) else TransferError(str(error)))
         else:
             self.context.crash(error)
-
-
-async def _knock(target: Target) -> None:
-    """ZeroMQ retries a dead address in silence; a plain connection learns at once that nobody listens."""
-    host, _, port = target.control_addr.removeprefix("tcp://").rpartition(":")
-    try:
-        _, writer = await asyncio.open_connection(host, int(port))
-        writer.close()
-        await writer.wait_closed()
-    except (OSError, ValueError) as exc:
-        raise TransferError(f"{target.name} at {target.control_addr}: {exc}") from exc
 
 
 def _deliver(handoff: Handoff, message: Defer | Refused | Accepted | Rejected) -> None:

@@ -12,8 +12,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-import zmq.asyncio
-
 from kv_transfer.handoff import Handoff
 from kv_transfer.layout import check_layout
 from kv_transfer.link import Link
@@ -85,7 +83,6 @@ class HandoffClient:
             if host_source is not None and "mooncake" in transports
             else None,
             wrap_link=wrap_link,
-            zmq=zmq.asyncio.Context(),
             codec=Codec(key, ReceiverMessage),
             spawn=self._spawn,
             post=self._post,
@@ -204,7 +201,6 @@ class HandoffClient:
             self._crash(error)
 
     def _release(self) -> None:
-        self._context.zmq.destroy(linger=0)
         if self._context.engine is not None:
             self._context.engine.close()
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
-import zmq.asyncio
 
-from kv_transfer.control import connect_dealer, post
+from kv_transfer.control import Channel
 from kv_transfer.layout import CopyPlan, PlaneLayer, merge_runs
 from kv_transfer.link import Copy, LeaseKey
 from kv_transfer.manifest import ManifestBuilder
@@ -47,18 +46,22 @@ from tests.unit.kv_transfer.rig import FIRST, KEY, Rig, make_info, make_submit, 
 class RawWriter:
     """A writer that says exactly what it is told to say."""
 
-    def __init__(self, rig: Rig, context: zmq.asyncio.Context, key: bytes = KEY) -> None:
+    def __init__(self, rig: Rig, channel: Channel, key: bytes = KEY) -> None:
         self.rig = rig
         self.codec: Codec[ReceiverMessage] = Codec(key, ReceiverMessage)
-        self.socket = connect_dealer(context, rig.target.control_addr, "raw")
+        self.channel = channel
         self.link: Any = None
 
+    @classmethod
+    async def reach(cls, rig: Rig, key: bytes = KEY) -> RawWriter:
+        return cls(rig, await Channel.connect(rig.target.control_addr), key)
+
     def say(self, message: Message) -> None:
-        post(self.socket, [self.codec.encode(message)])
+        self.channel.send(self.codec.encode(message))
 
     async def hear(self, timeout_s: float = 5.0) -> ReceiverMessage:
         async with asyncio.timeout(timeout_s):
-            return self.codec.decode(await self.socket.recv())
+            return self.codec.decode(await self.channel.recv())
 
     async def connect(self, name: str = "raw", transport: str = "tcp") -> None:
         links = (offer(transport, None),)
@@ -113,13 +116,12 @@ class RawWriter:
     def close(self) -> None:
         if self.link is not None:
             self.link.close()
-        self.socket.close()
+        self.channel.close()
 
 
 @asynccontextmanager
 async def raw_writers(rig: Rig, count: int = 1, transport: str = "tcp") -> AsyncIterator[list[RawWriter]]:
-    context = zmq.asyncio.Context()
-    writers = [RawWriter(rig, context) for _ in range(count)]
+    writers = [await RawWriter.reach(rig) for _ in range(count)]
     try:
         for index, writer in enumerate(writers):
             await writer.connect(f"raw-{index}", transport)
@@ -127,7 +129,6 @@ async def raw_writers(rig: Rig, count: int = 1, transport: str = "tcp") -> Async
     finally:
         for writer in writers:
             writer.close()
-        context.destroy(linger=0)
 
 
 async def test_an_honest_commit_is_accepted_once() -> None:
@@ -374,32 +375,28 @@ async def test_a_ticket_is_good_for_one_connection() -> None:
 
 async def test_other_protocol_versions_are_refused() -> None:
     async with Rig("auto") as rig:
-        context = zmq.asyncio.Context()
-        writer = RawWriter(rig, context)
+        writer = await RawWriter.reach(rig)
         info = make_info("raw", "raw-1", rig.source_layout)
         writer.say(Connect(version=PROTOCOL_VERSION + 1, info=info, layout=rig.source_layout, links=()))
         answer = await writer.hear()
         assert isinstance(answer, Refused)
         assert (answer.code, answer.retryable) == ("version", False)
         writer.close()
-        context.destroy(linger=0)
 
 
 async def test_frames_that_are_not_authentic_or_not_messages_are_counted_and_dropped() -> None:
     async with Rig("auto") as rig, raw_writers(rig) as [writer]:
-        context = zmq.asyncio.Context()
-        stranger = RawWriter(rig, context, key=b"s" * 32)
+        stranger = await RawWriter.reach(rig, key=b"s" * 32)
         stranger.say(Connect(version=1, info=make_info("s", "s", rig.layout), layout=rig.layout, links=()))
-        authentic = RawWriter(rig, context)
+        authentic = await RawWriter.reach(rig)
         authentic.say(Probe(nonce=1))  # has not connected
-        for frames in ([b""], [os.urandom(200)], [b"a", b"b"], [writer.codec.encode(ProbeResult(nonce=1, ok=True))]):
-            post(writer.socket, frames)
-        post(writer.socket, [writer.codec.encode(Withdraw(request_id="r", attempt=0)) + b"x"])
-        await until(lambda: rig.server.stats().dropped_frames == 7)
+        for frame in (b"", os.urandom(200), writer.codec.encode(ProbeResult(nonce=1, ok=True))):
+            writer.channel.send(frame)
+        writer.channel.send(writer.codec.encode(Withdraw(request_id="r", attempt=0)) + b"x")
+        await until(lambda: rig.server.stats().dropped_frames == 6)
         await rig.hand_off("r1", 20)
         stranger.close()
         authentic.close()
-        context.destroy(linger=0)
 
 
 async def test_a_client_with_another_secret_gets_nowhere() -> None:
