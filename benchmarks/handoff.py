@@ -129,7 +129,9 @@ class Writer:
                 handoff.layer_ready(layer, first, chunk)
                 compute.layer(seconds * (1 - self._ready_at))
                 self._trace.add("compute", f"layer {layer}", started, time.monotonic())
-        return compute.end()
+        ended = compute.end()
+        handoff.complete(_FIRST, compute_end=ended)
+        return ended
 
 
 async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from llm_engine.api.errors import TransferError
 from llm_engine.api.messages import MAX_FRAME_BYTES
 
 _LENGTH = struct.Struct("<I")
-_READ_BYTES = 256 << 10
+_READ_BYTES = 64 << 10
 _QUEUE_BYTES = 8 << 20  # a peer that does not read is given so much, and one frame
 _QUEUE_FRAMES = 256  # read and not yet handled; more stay in the kernel
 _STRANGER_FRAME_BYTES = 1 << 20

@@ -75,7 +75,7 @@ class Handoff:
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
-        self._granted, self._sent, self._verdict = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._granted, self._verdict = asyncio.Event(), asyncio.Event()
         self._offered_at = time.monotonic()
         self._written_at = 0.0
         wait_s = min(context.config.grant_timeout_s, submit.deadline_s)
@@ -107,7 +107,7 @@ class Handoff:
                 self._commit_if_due()
 
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
-        """`complete`, then wait until the manifest was sent, and for the verdict.
+        """`complete`, then wait until everything was written and for the receiver's verdict.
 
         On return the receiver owns the sequence. Raises TransferTimeout, LeaseRevoked, LayoutMismatch or TransferError;
         nothing of the hand-off was used then, unless it failed between Commit and verdict: the receiver's own messages
@@ -118,10 +118,9 @@ class Handoff:
         try:
             await self._reached(self._granted)
             async with asyncio.timeout(self._context.config.commit_timeout_s):
-                await self._reached(self._sent)
                 await self._reached(self._verdict)
         except TimeoutError:
-            step = "write" if not self._sent.is_set() else "verdict"
+            step = "verdict" if self._committed else "write"
             self.fail("commit_timeout", TransferTimeout(self._say(f"no {step} in time"), request_id=self.request_id))
         except TransferError as exc:
             self.fail("link", exc)
@@ -195,7 +194,7 @@ class Handoff:
             self._error = error
         self._context.tally.failed[cause] += 1
         self._grant_timer.cancel()
-        for event in (self._granted, self._sent, self._verdict):
+        for event in (self._granted, self._verdict):
             event.set()
         self._context.spawn(self._end(told=cause == "rejected"))
         if self._on_failed is not None and not self._awaited and cause != "aborted":
@@ -265,8 +264,6 @@ class Handoff:
             session.send(message)
         except TransferError as exc:
             self._fail_soon("link", str(exc))
-        else:
-            self._context.post(self._sent.set)
 
     def _fail_soon(self, cause: str, why: str) -> None:
         """Any thread."""

@@ -79,13 +79,14 @@ def new_verifier(layout: KvLayout, memory: memoryview | DeviceRegion) -> AnyVeri
 class _Row:
     """One plane row of a lease: how many of its blocks have been hashed."""
 
-    __slots__ = ("digest", "done", "lock", "rewritten")
+    __slots__ = ("digest", "done", "lock", "rewritten", "value")
 
     def __init__(self, digest: RowDigest) -> None:
         self.lock = threading.Lock()
         self.digest = digest
         self.done = 0
         self.rewritten = False  # a hashed block was written again: what was hashed is not what is there
+        self.value: int | None = None  # of all blocks, unless rewritten
 
 
 class Landing:
@@ -144,7 +145,7 @@ class Landing:
             first = self._position[block]
             with row.lock:
                 if first < row.done:
-                    row.rewritten = True
+                    row.rewritten, row.value = True, None
                 elif first == row.done:
                     # A run of blocks in memory is one in the lease only if their positions follow each other.
                     self._hash_locked(key, row, self._run_end(first, block, num_blocks))
@@ -152,6 +153,11 @@ class Landing:
     def end(self) -> None:
         """Hash no more: the blocks have another owner."""
         self._over = True
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether everything has been hashed and is what was sent. False says nothing yet: see `finish`."""
+        claimed = [value for plane in manifest.planes for value in plane.checksums]
+        return claimed == [row.value for row in self._rows.values()]
 
     def left_bytes(self) -> int:
         """What `finish` would still have to hash; 0 under the count policy."""
@@ -193,6 +199,8 @@ class Landing:
             start = plane.address(key.layer, run.source, self.layout.num_blocks)
             row.digest.update(self._memory[start : start + run.num_blocks * plane.block_bytes])
         row.done = num_blocks
+        if num_blocks == len(self.blocks) and not row.rewritten:
+            row.value = row.digest.value()
 
     def _run_end(self, first: int, block: int, num_blocks: int) -> int:
         end = first + 1
@@ -228,6 +236,8 @@ class Verifier:
         wrong = check_counts(manifest, self._layout, len(landing.blocks), num_tokens, landing.policy)
         if wrong is not None or landing.policy == "count":
             return wrong
+        if landing.holds(manifest):
+            return None
         layers = range(landing.num_layers)
         if landing.left_bytes() <= _INLINE_BYTES:
             return landing.finish(manifest, layers)

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 
 from kv_transfer.writer import Handoff
 from llm_engine.api.messages import Submit
-from llm_engine.sched import Sequence
+from llm_engine.sched import Prefilled, Sequence
 from llm_engine.serving.staging import Sending
 
 
@@ -49,6 +49,13 @@ class Outbound:
                 self._early.append((layer, first_block_index, block_ids))
                 return
         self._handoff.layer_ready(layer, first_block_index, block_ids)
+
+    def complete(self, prefilled: Prefilled) -> None:
+        """Everything is computed, on the step thread: the hand-off, if it is offered by now, need not wait for more."""
+        with self._lock:
+            handoff = self._handoff
+        if handoff is not None:
+            handoff.complete(prefilled.first, compute_end=prefilled.compute_end)
 
     def attach(self, handoff: Handoff) -> None:
         """Pass on what has been reported so far, in order, and everything that follows."""
@@ -85,6 +92,12 @@ class Outbox:
         outbound = self._outbound.get((seq.request_id, seq.attempt))
         if outbound is not None:
             outbound.layer_ready(layer, first_block_index, block_ids)
+
+    def prefilled(self, prefilled: Prefilled) -> None:
+        """A sequence is computed, on the step thread."""
+        outbound = self._outbound.get((prefilled.seq.request_id, prefilled.seq.attempt))
+        if outbound is not None:
+            outbound.complete(prefilled)
 
 
 class OfferQueue:

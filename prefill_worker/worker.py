@@ -26,7 +26,7 @@ from llm_engine.api.errors import LayoutMismatch, Overloaded, TransferError, Tra
 from llm_engine.api.messages import Role, Submit, WorkerInfo
 from llm_engine.api.request import TOKEN_BYTES
 from llm_engine.runtime.engine import Engine
-from llm_engine.sched import Prefilled, Refusal, Sequence
+from llm_engine.sched import Prefilled, Refusal, Sequence, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
 from llm_engine.serving.staging import Stager
@@ -110,6 +110,10 @@ class PrefillWorker(Worker[Outbound]):
 
     def _on_finished(self, live: Live[Outbound]) -> None:
         self._dismiss(live.data, "finished at the first token")
+
+    def _on_result(self, result: StepResult) -> None:
+        for prefilled in result.prefilled:
+            self._outbox.prefilled(prefilled)
 
     def _on_prefilled(self, prefilled: Prefilled) -> None:
         live = self._ledger.get(prefilled.seq.request_id, prefilled.seq.attempt)

@@ -68,12 +68,15 @@ class StepLoop(Generic[E, R]):
         max_commands: int = 4096,
         max_deliveries: int = 64,
         on_thread_start: Callable[[], None] = lambda: None,
+        on_result: Callable[[R], None] = lambda result: None,
     ) -> None:
+        """`on_result` sees a step's result first, on the step thread; it must not block."""
         self._engine = engine
         self._on_step = on_step
         self._idle_s = idle_s
         self._max_commands = max_commands
         self._on_thread_start = on_thread_start
+        self._on_result = on_result
         self._inbox: deque[Callable[[], Completion | None]] = deque()
         self._wakeup = threading.Condition()
         self._deliveries = threading.Semaphore(max_deliveries)
@@ -175,6 +178,8 @@ class StepLoop(Generic[E, R]):
             self._deliver(completions, None)  # ahead of the step: peers wait for some of these answers
         started = time.monotonic()
         result = self._engine.step()
+        if result is not None:
+            self._on_result(result)
         report = None if result is None else StepReport(result, time.monotonic() - started)
         self.load = self._engine.load()
         if report is not None:

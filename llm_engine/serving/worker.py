@@ -61,6 +61,7 @@ class Worker(ABC, Generic[D]):
             self._on_step,
             idle_s=config.worker.heartbeat_s,
             on_thread_start=thread_setup(config),
+            on_result=self._on_result,
         )
         self._vitals = Vitals(self._steps, stall_s=config.worker.stall_timeout_s)
         self._errands = Errands(self._steps.fail)
@@ -241,6 +242,9 @@ class Worker(ABC, Generic[D]):
             self._fail(live, "router", "the connection to the router was lost")
 
     # -- engine results -----------------------------------------------------------------------------------------------
+
+    def _on_result(self, result: StepResult) -> None:
+        """What can't wait for the asyncio thread; on the step thread. Nothing, unless a role says so."""
 
     def _on_step(self, report: StepReport[StepResult]) -> None:
         result = report.result
