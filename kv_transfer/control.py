@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from kv_transfer.sockets import tune
 from llm_engine.api.errors import TransferError
@@ -43,6 +44,8 @@ class Channel:
         self._max_frame = _STRANGER_FRAME_BYTES
         self._incoming = bytearray()
         self._frames: deque[bytes] = deque()
+        self._handle: Callable[[bytes], object] | None = None
+        self._failure: Exception | None = None  # of `_handle`
         self._waiter: asyncio.Future[None] | None = None
         self._reading = False
         self._read_on()
@@ -90,16 +93,27 @@ class Channel:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to send it
                     self._loop.call_soon_threadsafe(self._send_on)
 
+    async def serve(self, handle: Callable[[bytes], object]) -> None:
+        """Pass every frame to `handle` in the very callback that read it, until the connection is over.
+
+        Raises TransferError then, or what `handle` raises.
+        """
+        while self._frames:  # read before
+            handle(self._frames.popleft())
+        self._read_on()
+        self._handle = handle
+        try:
+            await self._wait()
+        finally:
+            self._handle = None
+        raise self._failure or TransferError(f"control channel: {self._end}")
+
     async def recv(self) -> bytes:
         """The next frame. Raises TransferError when the connection is over and everything before that was returned."""
         while not self._frames:
             if self._end:
                 raise TransferError(f"control channel: {self._end}")
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         frame = self._frames.popleft()
         if not self._frames:
             self._read_on()
@@ -129,10 +143,21 @@ class Channel:
             return
         self._incoming += data
         self._split()
+        if self._handle is not None:
+            self._handle_frames(self._handle)
+            return
         if len(self._frames) > _QUEUE_FRAMES and not self._end:
             self._loop.remove_reader(self._sock)
             self._reading = False
         self._wake()
+
+    def _handle_frames(self, handle: Callable[[bytes], object]) -> None:
+        try:
+            while self._frames:
+                handle(self._frames.popleft())
+        except Exception as exc:  # whoever awaits `serve` gets it
+            self._failure = exc
+            self._lose("a frame could not be handled")
 
     def _split(self) -> None:
         """Cut what has arrived into frames."""
@@ -148,6 +173,15 @@ class Channel:
             self._frames.append(bytes(memoryview(self._incoming)[first : first + length]))
             first += length
         del self._incoming[:first]
+
+    async def _wait(self) -> None:
+        """Until a frame is queued or the connection is over."""
+        self._waiter = self._loop.create_future()
+        try:
+            if not self._end:
+                await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

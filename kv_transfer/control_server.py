@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from kv_transfer.control import Channel
 from kv_transfer.pairs import MAX_PAIRS
@@ -76,8 +77,7 @@ class ControlServer:
                 while not self._handle(channel, await channel.recv()):
                     pass
             channel.trust()
-            while True:
-                self._handle(channel, await channel.recv())
+            await channel.serve(partial(self._handle, channel))
         except (TimeoutError, TransferError) as exc:
             log.debug("control channel ended: %s", exc or "no writer introduced itself")
         finally:

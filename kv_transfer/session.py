@@ -241,20 +241,28 @@ class Session:
         return connect(connected, end, on_lost)
 
     async def _receive(self) -> None:
+        assert self._channel is not None
         try:
-            while True:
-                self._dispatch(await self._next_message())
+            await self._channel.serve(self._on_frame)
         except TransferError as exc:
             self.cut(exc)
+
+    def _on_frame(self, frame: bytes) -> None:
+        if (message := self._decode(frame)) is not None:
+            self._dispatch(message)
 
     async def _next_message(self) -> ReceiverMessage:
         assert self._channel is not None
         while True:
-            frame = await self._channel.recv()
-            try:
-                return self.context.codec.decode(frame)
-            except ProtocolError:
-                self.context.tally.dropped_frames += 1
+            if (message := self._decode(await self._channel.recv())) is not None:
+                return message
+
+    def _decode(self, frame: bytes) -> ReceiverMessage | None:
+        try:
+            return self.context.codec.decode(frame)
+        except ProtocolError:
+            self.context.tally.dropped_frames += 1
+            return None
 
     def _dispatch(self, message: ReceiverMessage) -> None:
         match message:
