@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.host import host_id
-from kv_transfer.layout import PlaneLayer, Run, merge_runs
+from kv_transfer.layout import Blocks, PlaneLayer, Run, merge_runs
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import KvLayout
 
@@ -128,12 +128,13 @@ class DeviceRegion:
 
     def table(self, blocks: Sequence[int]) -> Tensor:
         """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
-        key = tuple(blocks)
+        key = Blocks.of(blocks)
         return self._keep(self._tables, key, lambda: torch.tensor(key, dtype=torch.int32, device=self.device))
 
     def runs(self, sources: Sequence[int], targets: Sequence[int]) -> list[Run]:
         """Neighbours on both ends; kept like tables."""
-        return self._keep(self._runs, (tuple(sources), tuple(targets)), lambda: merge_runs(sources, targets))
+        key = (Blocks.of(sources), Blocks.of(targets))
+        return self._keep(self._runs, key, lambda: merge_runs(sources, targets))
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` puts on the device, the first time that it is asked for."""

@@ -67,18 +67,18 @@ class DeviceOutbox(Outbox):
         try:
             while turn_bytes < limit and not ahead and (group := self._take_group(limit - turn_bytes, granted)):
                 item = group[0]
-                sources, start = granted.sources(item)
-                if sources:
+                chunk = self._chunk_of(item, granted)
+                if chunk.sources:
                     ahead = not self._region.reached(cast(Mark, group[-1].ready))
                     layers = range(item.layer, item.layer + len(group))
-                    pair = (sources, granted.blocks[start : start + len(sources)])
+                    pair = (chunk.sources, chunk.targets)
                     ready = cast(Mark, group[-1].ready)
                     turn_bytes += device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
                     begun = time.monotonic()
-                    self._sums.add(layers, sources, start)
+                    self._sums.add(layers, chunk.sources, chunk.start)
                     self.hash_s += time.monotonic() - begun
                 for each in group:
-                    self._count(each, sources, start)
+                    self._count(each.layer, chunk)
             if self._left == 0:
                 self._sums.seal()
         finally:
@@ -102,7 +102,7 @@ class DeviceOutbox(Outbox):
                 last = group[-1]
                 if item is None or (item.layer, item.first) != (last.layer + 1, last.first):
                     break
-                if item.blocks != last.blocks or not self._region.reached(cast(Mark, item.ready)):
+                if item.blocks is not last.blocks or not self._region.reached(cast(Mark, item.ready)):
                     break
                 group.append(self._items.popleft())
         return group

@@ -15,7 +15,7 @@ from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
 from llm_engine.api.handoff import KvLayout
 
-PIECE_BYTES = 512 << 10  # a copy is at most this long, or one block
+PIECE_BYTES = 1 << 20  # a copy is at most this long, or one block
 _MTP = "mtp_"
 
 
@@ -32,6 +32,22 @@ class Run(NamedTuple):
     source: int
     target: int
     num_blocks: int
+
+
+class Blocks(tuple[int, ...]):
+    """Block ids that are looked up for every layer: hashed once."""
+
+    @classmethod
+    def of(cls, blocks: Sequence[int]) -> Blocks:
+        """The same object if it is one already."""
+        return blocks if isinstance(blocks, Blocks) else cls(blocks)
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash: int = super().__hash__()
+            return self._hash
 
 
 def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:

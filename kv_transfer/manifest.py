@@ -55,8 +55,10 @@ class RowDigest:
         blocks = np.frombuffer(data, np.uint8).reshape(-1, size)
         num_pages = size // PAGE_BYTES
         pages = blocks[:, : num_pages * PAGE_BYTES].reshape(-1, num_pages, PAGE_BYTES)
-        lines = pages[:, :, self._phase : self._phase + LINE_BYTES].reshape(len(blocks), -1)
-        self._hash.update(np.hstack((lines, blocks[:, -LINE_BYTES:])).tobytes())
+        lines = np.empty((len(blocks), num_pages + 1, LINE_BYTES), np.uint8)
+        lines[:, :-1] = pages[:, :, self._phase : self._phase + LINE_BYTES]
+        lines[:, -1] = blocks[:, -LINE_BYTES:]
+        self._hash.update(lines.data)
 
     def value(self) -> int:
         """Of everything so far."""

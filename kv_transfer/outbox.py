@@ -7,18 +7,17 @@ peer's sender thread (`pump`), stopped by the loop through `gate`.
 from __future__ import annotations
 
 import enum
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from kv_transfer.cost import CostMeter
 from kv_transfer.gate import WriteGate
-from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, merge_runs
+from kv_transfer.layout import Blocks, CopyPlan, PlaneLayer, Run, layer_planes, merge_runs
 from kv_transfer.link import Copy, LeaseKey, Link
 from kv_transfer.manifest import ManifestBuilder, Policy
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
@@ -47,6 +46,22 @@ class Item(NamedTuple):
     ready: object
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Blocks of the sequence as they are reported for layer after layer, under a grant."""
+
+    first: int
+    blocks: tuple[int, ...]
+    start: int  # position in the lease of the first block that must be sent
+    sources: Blocks  # those that must be sent …
+    targets: Blocks  # … and where to
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Neighbours on both ends."""
+        return merge_runs(self.sources, self.targets)
+
+
 @dataclass(frozen=True, slots=True)
 class Granted:
     """What a grant says, beside its plan."""
@@ -56,10 +71,11 @@ class Granted:
     skip: int  # leading blocks of the sequence that the receiver has
     blocks: tuple[int, ...]
 
-    def sources(self, item: Item) -> tuple[tuple[int, ...], int]:
-        """The blocks of an item that must be sent, and the position in the lease of the first of them."""
-        drop = max(0, self.skip - item.first)
-        return item.blocks[drop:], item.first + drop - self.skip
+    def chunk(self, first: int, blocks: tuple[int, ...]) -> Chunk:
+        """What of the blocks `first …` of the sequence must be sent, and to where."""
+        drop = max(0, self.skip - first)
+        sources, start = blocks[drop:], first + drop - self.skip
+        return Chunk(first, blocks, start, Blocks(sources), Blocks(self.blocks[start : start + len(sources)]))
 
 
 class Outbox:
@@ -81,6 +97,7 @@ class Outbox:
         self._items: deque[Item] = deque()
         self._next = [0] * len(layer_planes(layout))
         self._checked: tuple[int, ...] = ()
+        self._chunk: Chunk | None = None  # the sender's last
         self._granted: Granted | None = None
         self._queued = False  # the sender has been woken and has not begun its turn
         self._left = -1  # (layer, block) pairs still to be written; -1 before the grant
@@ -96,7 +113,8 @@ class Outbox:
             if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
                 last = first + len(blocks) - 1
                 raise ValueError(f"layer {layer}: {first}..{last} are not the next of {self.num_blocks} blocks")
-            if blocks is not self._checked:  # every layer of a chunk reports the same tuple
+            # Every layer of a chunk reports the same blocks.
+            if blocks is not self._checked and tuple(blocks) != self._checked:
                 if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
                     expected = f"expected 0..{self._layout.num_blocks - 1}"
                     raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
@@ -180,17 +198,16 @@ class Outbox:
         batch_bytes = turn_bytes = 0
         call_bytes, limit = cost.batching
         while turn_bytes + batch_bytes < limit and (item := self._take()) is not None:
-            sources, start = granted.sources(item)
-            runs = merge_runs(sources, granted.blocks[start : start + len(sources)])
+            chunk = self._chunk_of(item, granted)
             for row in granted.plan.layers[item.layer]:
-                for copy in granted.plan.copies(row, runs):
+                for copy in granted.plan.copies(row, chunk.runs):
                     batch.append((row, copy))
                     batch_bytes += copy.num_bytes
                     if batch_bytes >= call_bytes or len(batch) == _BATCH_COPIES:
                         self._write(link, cost, granted.lease, batch, batch_bytes)
                         turn_bytes += batch_bytes
                         batch, batch_bytes = [], 0
-            self._count(item, sources, start)
+            self._count(item.layer, chunk)
         if batch:
             self._write(link, cost, granted.lease, batch, batch_bytes)
 
@@ -209,8 +226,9 @@ class Outbox:
             link.write(lease, self._source, copies, self.gate.stopped, partial(self._hash_piece, batch))
         else:  # samples are few: fewer and larger calls are worth more than the cache
             link.write(lease, self._source, copies, self.gate.stopped)
-            for row, copy in _merged(batch):
-                self._hash(row, copy)
+            if self._manifest.hashes:
+                for row, begin, end in _merged(batch):
+                    self._hash(row, begin, end)
         cost.measured(num_bytes, time.monotonic() - started)
         self.num_bytes += num_bytes
 
@@ -220,19 +238,26 @@ class Outbox:
         self._manifest.add(row, self._source[copy.source + first : copy.source + last])
         self.hash_s += time.perf_counter() - started
 
-    def _hash(self, row: PlaneLayer, copy: Copy) -> None:
+    def _hash(self, row: PlaneLayer, begin: int, end: int) -> None:
         started = time.monotonic()
-        self._manifest.add(row, self._source[copy.source : copy.source + copy.num_bytes])
+        self._manifest.add(row, self._source[begin:end])
         self.hash_s += time.monotonic() - started
 
     def _mark(self) -> object:
         """Host memory holds what it holds when it is reported."""
         return None
 
-    def _count(self, item: Item, sources: Sequence[int], start: int) -> None:
-        self._left -= len(sources)
-        if sources:
-            self._written[item.layer] = start + len(sources)
+    def _chunk_of(self, item: Item, granted: Granted) -> Chunk:
+        """Sender thread. Every layer of a chunk has the same blocks, so that this is worked out once."""
+        last = self._chunk
+        if last is None or last.blocks is not item.blocks or last.first != item.first:
+            last = self._chunk = granted.chunk(item.first, item.blocks)
+        return last
+
+    def _count(self, layer: int, chunk: Chunk) -> None:
+        self._left -= len(chunk.sources)
+        if chunk.sources:
+            self._written[layer] = chunk.start + len(chunk.sources)
 
     def _take(self) -> Item | None:
         with self._lock:
@@ -246,16 +271,12 @@ class Outbox:
         return True
 
 
-def _merged(batch: Sequence[tuple[PlaneLayer, Copy]]) -> Iterator[tuple[PlaneLayer, Copy]]:
-    """The same source bytes in the same order, in fewer pieces."""
-    for row, group in itertools.groupby(batch, key=lambda item: item[0]):
-        whole: Copy | None = None
-        for _, copy in group:
-            if whole is not None and whole.source + whole.num_bytes == copy.source:
-                whole = whole._replace(num_bytes=whole.num_bytes + copy.num_bytes)
-                continue
-            if whole is not None:
-                yield row, whole
-            whole = copy
-        if whole is not None:
-            yield row, whole
+def _merged(batch: Sequence[tuple[PlaneLayer, Copy]]) -> Iterator[tuple[PlaneLayer, int, int]]:
+    """The same source bytes in the same order, as (row, begin, end) in fewer pieces."""
+    row, begin, end = batch[0][0], batch[0][1].source, batch[0][1].source
+    for each, copy in batch:
+        if each is not row or copy.source != end:
+            yield row, begin, end
+            row, begin, end = each, copy.source, copy.source
+        end += copy.num_bytes
+    yield row, begin, end
