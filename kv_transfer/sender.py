@@ -27,9 +27,12 @@ class Sender:
         """Any thread."""
         self._jobs.put(job)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """End after the jobs queued so far; close the link first, so that they end quickly."""
         self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait for the end, for some seconds. Not on the loop: a link's engine may still be in a call."""
         self._thread.join(_JOIN_S)
 
     def _run(self) -> None:

@@ -144,14 +144,16 @@ class Session:
         assert self._error is not None
         return self._error
 
-    def close(self) -> None:
-        """End link, thread and channel, in this order; fail what is left."""
+    async def close(self) -> None:
+        """End link, channel and thread; fail what is left."""
         self.cut(TransferError("session closed"))
         if self._link is not None:
             self._link.close()
-            self.sender.close()
+            self.sender.stop()
         if self._channel is not None:
             self._channel.close()
+        if self._link is not None:
+            await asyncio.to_thread(self.sender.join)
 
     def cut(self, error: TransferError) -> None:
         """The session is over. Its hand-offs fail, running writes end."""

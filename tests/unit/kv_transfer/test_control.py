@@ -65,10 +65,12 @@ async def test_threads_may_send_at_once() -> None:
     """Each thread's frames arrive in its order, none of them mixed, also when the kernel does not take them whole."""
     async with channels() as (near, far):
         sizes = [1, 50, 70_000]
-        threads = [
-            threading.Thread(target=lambda n=n: [near.send(bytes([n, i]) * sizes[i % 3]) for i in range(40)])
-            for n in range(4)
-        ]
+
+        def talk(number: int) -> None:
+            for index in range(40):
+                near.send(bytes([number, index]) * sizes[index % 3])
+
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         seen: dict[int, int] = dict.fromkeys(range(4), 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,36 @@ async def test_hand_offs_and_probes_run_over_the_engine() -> None:
         rig.pool.finish("r2")
         await until(lambda: rig.client.stats().probes.get("ok", 0) > 0)
         assert rig.client.bad_peers() == []
+
+
+def usage() -> tuple[int, int, int]:
+    """Threads, descriptors, and resident MiB of this process."""
+    gc.collect()
+    threads, descriptors = (len(list(Path(f"/proc/self/{kind}").iterdir())) for kind in ("task", "fd"))
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return threads, descriptors, pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+@needs_engine
+@pytest.mark.slow
+async def test_writers_that_come_and_go_leave_nothing_behind() -> None:
+    """Connect, hand off, close: threads, descriptors and memory stay what they were after the first few."""
+    async with Rig("mooncake", scale=200) as rig:
+        seen = []
+        for number in range(16):
+            client = await rig.add_client(f"prefill-{number + 1}")
+            running = rig._tasks.pop()
+            await rig.hand_off(f"r{number}", 64, client=client)
+            rig.pool.finish(f"r{number}")
+            await client.close()
+            await running
+            rig.clients.remove(client)
+            del client, running
+            seen.append(usage())
+        threads, descriptors, memory = zip(*seen[3:], strict=True)
+        assert max(threads) <= threads[0] + 1
+        assert max(descriptors) <= descriptors[0] + 1
+        assert max(memory) <= memory[0] + 8
 
 
 class Recorded:

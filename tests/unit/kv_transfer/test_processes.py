@@ -268,3 +268,39 @@ async def test_a_stopped_receiver_costs_a_timeout_and_comes_back(transport: str)
         await until(lambda: rig.client.bad_peers() == [])
         await rig.hand_off("r2", 40)
         await child.seen(event="admitted", request="r2")
+
+
+@pytest.mark.slow
+@needs_engine
+async def test_a_stopped_engine_receiver_holds_up_no_other_pair() -> None:
+    """The engine gives a write up after a while; until then its pair waits alone, and the event loop does not."""
+    async with Rig(
+        "mooncake", num_blocks=BLOCKS, source_blocks=BLOCKS, scale=SCALE, commit_timeout_s=5, canary_period_s=1.0
+    ) as rig:
+        here = rig.target
+        async with remote_receiver(rig, "mooncake") as child:
+            there = rig.target
+            await rig.hand_off("r0", 40)
+            stuck = rig.offer("r1", 40)
+            await until(stuck._granted.is_set)
+            child.send(signal.SIGSTOP)
+            rig.compute(stuck)
+            started = time.monotonic()
+            ended = asyncio.create_task(stuck.commit(FIRST, compute_end=started))
+            rig.target = here
+            slowest, number = 0.0, 0
+            while not ended.done():
+                begun = time.monotonic()
+                await rig.hand_off(f"other-{number}", 16)
+                rig.pool.finish(f"other-{number}")
+                slowest, number = max(slowest, time.monotonic() - begun), number + 1
+                await asyncio.sleep(0.05)
+            with pytest.raises(TransferError):
+                await ended
+            assert time.monotonic() - started < 12
+            assert number > 20
+            assert slowest < 1.5
+            child.send(signal.SIGCONT)
+            rig.target = there
+            await rig.hand_off("r2", 16)
+            await child.seen(event="admitted", request="r2")
