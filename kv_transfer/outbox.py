@@ -24,7 +24,7 @@ from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
 _BATCH_COPIES = 1024
-_PROGRESS_BYTES = 4 << 20  # when idle the receiver is told what it may hash already, if it is so much
+_PROGRESS_BYTES = 1 << 20  # when idle the receiver is told what it may hash already, if it is so much
 _BUSY_PROGRESS_BYTES = 32 << 20  # and while there is more to write, because telling takes time from the copying
 
 

@@ -23,7 +23,7 @@ from llm_engine.api.handoff import KvLayout, Manifest
 if TYPE_CHECKING:  # needs torch
     from kv_transfer.device import DeviceRegion
 
-_INLINE_BYTES = 1 << 20  # hashing less than this costs less than a hop to a thread
+_INLINE_BYTES = {"full": 1 << 20, "sampled": 4 << 20}  # hashing less than this costs less than a hop to a thread
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -239,7 +239,7 @@ class Verifier:
         if landing.holds(manifest):
             return None
         layers = range(landing.num_layers)
-        if landing.left_bytes() <= _INLINE_BYTES:
+        if landing.left_bytes() <= _INLINE_BYTES[landing.policy]:
             return landing.finish(manifest, layers)
         loop = asyncio.get_running_loop()
         shares = (layers[first::_THREADS] for first in range(_THREADS))

@@ -46,7 +46,8 @@ class Bench:
 
 @pytest.fixture(params=["inline", "threads"])
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(verifier_module, "_INLINE_BYTES", 1 << 20 if request.param == "inline" else 0)
+    limit = 1 << 20 if request.param == "inline" else 0
+    monkeypatch.setattr(verifier_module, "_INLINE_BYTES", {"full": limit, "sampled": limit})
     bench = Bench()
     yield bench
     bench.verifier.close()
