@@ -94,7 +94,7 @@ class Peer:
             return exc
         finally:
             self._session = None
-            await session.close()
+            session.close()
 
     def _fail_waiting(self, error: TransferError) -> None:
         for handoff in self._take_waiting():

@@ -144,16 +144,15 @@ class Session:
         assert self._error is not None
         return self._error
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End link, channel and thread; fail what is left."""
         self.cut(TransferError("session closed"))
         if self._link is not None:
             self._link.close()
             self.sender.stop()
+            self.context.spawn(asyncio.to_thread(self.sender.join))
         if self._channel is not None:
             self._channel.close()
-        if self._link is not None:
-            await asyncio.to_thread(self.sender.join)
 
     def cut(self, error: TransferError) -> None:
         """The session is over. Its hand-offs fail, running writes end."""
