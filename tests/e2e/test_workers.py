@@ -84,7 +84,8 @@ async def test_a_cancelled_request_leaves_nothing_behind_at_any_stage(pair: Proc
             await router.cancel(stream, PREFILL, DECODE)
             await router.clean(PREFILL, DECODE)
             assert not stream.finish
-            assert not stream.failures
+            # The decode worker's revocation may reach the prefill worker before the router's own cancel does.
+            assert all(failure.code == "handoff" for failure in stream.failures)
 
 
 async def test_a_prefill_worker_withdraws_what_is_cancelled_while_it_computes(pair: ProcessCluster) -> None:
