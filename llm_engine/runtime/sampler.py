@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llm_engine.api.request import TokenLogprobs
 from llm_engine.ops import to_device
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.logit_edits import LogitEdits
 from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.sched.sequence import Sequence
@@ -33,13 +34,14 @@ INVALID = -1  # drawn where the model's output was not finite
 class DrawRows:
     """Which token each logits row draws.
 
-    Sequence i has `counts[i]` adjacent rows. Its first row draws the token after `tokens ‖ drafts[:given[i]]`, each
-    further row the one after one more draft; drafts count as output for penalties and `min_tokens`.
+    Sequence i has `counts[i]` adjacent rows. Its first row draws the token after its tokens and `given[i]` of its
+    drafts, each further row the one after one more draft; they count as output for penalties and `min_tokens`.
     """
 
     seqs: list[Sequence]
     given: list[int]
     counts: list[int]
+    drafts: Drafts = field(default_factory=Drafts)
 
     def starts(self) -> Ints:
         """First row of each sequence."""
@@ -48,10 +50,14 @@ class DrawRows:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them."""
+    """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them.
+
+    `drafts`: of each sequence, up to the first whose row was not finite.
+    """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs]
+    drafts: list[list[int]]
 
 
 class Sampler:
@@ -100,22 +106,31 @@ class Sampler:
             self._primed = {key: row for row, key in enumerate(keys.tolist())}
             self._primed_noise_RV = self._noise(keys)
 
-    def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True, best_R2: Tensor | None = None) -> Drawn:
-        """One token per row of fp32 logits, which are not modified.
+    def draw(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawn:
+        """One token per row, as `pick`; waits for the device, once unless log probabilities are asked for.
 
-        `report`: log probabilities are wanted. `best_R2`: `best_of` the logits, if it is known already.
+        What `rows.drafts` holds is read along.
+        """
+        picked_R2 = self.pick(logits_RV, rows, best_R2=best_R2)
+        read = torch.cat([picked_R2, *rows.drafts.drawn()]).tolist() if len(rows.drafts) else picked_R2.tolist()
+        known = [int(token) if math.isfinite(score) else INVALID for token, score in read]
+        tokens, drafted = known[: len(picked_R2)], known[len(picked_R2) :]
+        drafts = [_up_to_invalid([drafted[place] for place in rows.drafts.places(seq)]) for seq in rows.seqs]
+        wanted = self._reports[np.repeat([seq.slot for seq in rows.seqs], rows.counts)]
+        return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {}, drafts)
+
+    def pick(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Tensor:
+        """[R, 2] fp64: one token per row of fp32 logits, which are not modified, and its score. Waits for nothing.
+
+        A score that is not finite says that the row was not. `best_R2`: `best_of` the logits, if it is known already.
         """
         slots = np.array([seq.slot for seq in rows.seqs], dtype=np.int64)
         slot_of_row = np.repeat(slots, rows.counts)
         edited_RV = self._edit(logits_RV, rows) if self._edits else logits_RV
         sampled = self._temperature[slot_of_row] > 0
         if not sampled.any():
-            drawn_R2 = best_R2 if best_R2 is not None and edited_RV is logits_RV else best_of(edited_RV)
-        else:
-            drawn_R2 = _paired(*self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled))
-        tokens = [int(token) if math.isfinite(score) else INVALID for token, score in drawn_R2.tolist()]
-        wanted = self._reports[slot_of_row] if report else np.zeros(0, dtype=bool)
-        return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {})
+            return best_R2 if best_R2 is not None and edited_RV is logits_RV else best_of(edited_RV)
+        return _paired(*self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled))
 
     def _row_keys(self, rows: DrawRows) -> npt.NDArray[np.uint64]:
         """The noise key of each row: its sequence's seed and the absolute position that it draws."""
@@ -169,7 +184,7 @@ class Sampler:
             if edits is not None:
                 if edited_RV is logits_RV:
                     edited_RV = logits_RV.clone()
-                edits.apply(edited_RV[row : row + count], given)
+                edits.apply(edited_RV[row : row + count], given, rows.drafts)
             row += count
         return edited_RV
 
@@ -190,6 +205,10 @@ class Sampler:
                 best = sorted(zip(row_values, row_ids, strict=True), key=lambda item: (-item[0], item[1]))
                 out[row] = TokenLogprobs(logprob[0], [token for _, token in best], [value for value, _ in best])
         return out
+
+
+def _up_to_invalid(drafts: list[int]) -> list[int]:
+    return drafts[: drafts.index(INVALID)] if INVALID in drafts else drafts
 
 
 def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
