@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import ForwardBatch, to_device
+from llm_engine.ops.spec import Race
 from llm_engine.runtime.batch import SequenceRows, build_batch, fill_in
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.kv_store import KvStore
@@ -88,13 +89,20 @@ class Runner:
     """Drives one model over one store. A sequence needs a slot (`open`) while it takes part in passes.
 
     Batches are built on the host and cross to the store's device. `recorded`: passes of decode that need not be
-    launched kernel by kernel.
+    launched kernel by kernel. `race`: the sampler's.
     """
 
-    def __init__(self, model: Model, store: KvStore, num_slots: int, recorded: RecordedPasses | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: KvStore,
+        num_slots: int,
+        recorded: RecordedPasses | None = None,
+        race: Race | None = None,
+    ) -> None:
         self.model = model
         self.device = store.device
-        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.device)
+        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.device, race)
         self._store = store
         self._recorded = recorded
         self._free_slots = list(range(num_slots))[::-1]
