@@ -35,11 +35,11 @@ def chunk_width(rows: int, width: int) -> int | None:
     programs = min(_PROGRAMS // max(rows, 1), _MOST_CHUNKS)
     if width <= _ALONE or programs < _LEAST_PROGRAMS:
         return None
-    return max(tile_size(ceil_div(width, programs)), _LEAST_CHUNK)
+    return ceil_div(width, programs * _LEAST_CHUNK) * _LEAST_CHUNK
 
 
 def choose_by_chunks(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor, chunk: int) -> None:
-    """`topk.choose` with programs of `chunk` scores, a power of two and at least `_LEAST_CHUNK`."""
+    """`topk.choose` with programs of `chunk` scores, a multiple of `_LEAST_CHUNK`."""
     (rows, k), width = sel_MK.shape, orders_MT.shape[1]
     chunks = ceil_div(width, chunk)
     counts_LMCD = orders_MT.new_empty(_NUM_DIGITS, rows, chunks, 1 << _DIGIT_BITS)
