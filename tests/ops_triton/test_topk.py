@@ -97,7 +97,11 @@ def test_short_rows_select_everything(way: Way) -> None:
     assert chosen(scores, [1, 8, 7], 8, way) == [[0], list(range(8)), list(range(7))]
 
 
-@pytest.mark.parametrize("width", [9000, 20000, 40000, 70000])
+BY_ROWS = [(width, WAYS[0]) for width in (9000, 20000, 40000, 70000)]
+BY_CHUNKS = [(9000, WAYS[1]), (40000, WAYS[1]), (20000, WAYS[2]), (70000, WAYS[2])]
+
+
+@pytest.mark.parametrize(("width", "way"), BY_ROWS + BY_CHUNKS, indirect=["way"])
 def test_rows_of_every_length(width: int, way: Way) -> None:
     """Distinct scores, scores that differ in their last bits only, and zeros; short rows under a long bound."""
     torch.manual_seed(width)
