@@ -138,7 +138,7 @@ class Sampler:
         if not sampled.any():
             return best_of(edited_RV) if known_R2 is None else known_R2
         keys, raced = self._row_keys(rows), sampled & self._raced(slots)
-        ways = [(self._race_unfiltered, raced), (self._race_filtered, sampled & ~raced)]
+        ways = [(self._race_by_kernel, raced), (self._race_by_library, sampled & ~raced)]
         for way, chosen in ways:
             if chosen.all():
                 return way(edited_RV, slots, keys)
@@ -170,13 +170,13 @@ class Sampler:
             return self._primed_noise_RV
         return self._primed_noise_RV[self._upload(np.array(rows))]
 
-    def _race_unfiltered(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
+    def _race_by_kernel(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
         assert self._race is not None, "rows come here where there is a kernel"
         keys_R = self._upload(keys.view(np.int64))
         return self._race(logits_RV, self._upload(self._temperature[slots]), keys_R)
 
-    def _race_filtered(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
-        """Rows that have filters, or all where there is no kernel."""
+    def _race_by_library(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
+        """Of rows that have filters, or all rows where there is no kernel."""
         temperature_R = self._upload(self._temperature[slots])
         probs_RV = (logits_RV / temperature_R.unsqueeze(1)).softmax(dim=-1)
         filtered = self._filtered[slots]
