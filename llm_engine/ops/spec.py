@@ -174,6 +174,17 @@ class MlaAttend(Protocol):
     ) -> Tensor: ...
 
 
+class Race(Protocol):
+    """Draw a token of each row: the lowest id with the largest softmax(logits / temperature) / E. Waits for nothing.
+
+    Logits fp32 [R, V], which are not modified; temperatures fp32 [R], above 0; keys of `noise.position_keys`, as int64
+    [R]; E is `noise.ExponentialNoise`. Returns fp64 [R, 2]: ids, and scores up to a factor of the row, which are not
+    finite where the row's distribution is not.
+    """
+
+    def __call__(self, logits_RV: Tensor, temperature_R: Tensor, keys_R: Tensor) -> Tensor: ...
+
+
 class SelfCheck(Protocol):
     """Verify once, at start-up, that this machine's libraries keep the promise of `exact`. Raises ConfigError."""
 

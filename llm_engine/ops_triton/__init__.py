@@ -20,6 +20,7 @@ from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.ops_triton.moe import mlp, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
 from llm_engine.ops_triton.plan import plan
+from llm_engine.ops_triton.race import race
 from llm_engine.ops_triton.self_check import Product, check_products
 from llm_engine.ops_triton.tiles import Numerics
 
@@ -63,6 +64,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         pack_kv_b=partial(mla.pack_kv_b, numerics=numerics),
         mla_attend=mla.mla_attend,
         self_check=check,
+        race=race,
         capture=CudaCapture() if device.type == "cuda" else run_again,
         pin=pin if device.type == "cuda" else pin_nothing,
     )

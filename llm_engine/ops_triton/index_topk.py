@@ -17,6 +17,7 @@ from torch import Tensor
 from llm_engine.ops_triton.cache import is_fp8
 from llm_engine.ops_triton.lang import (
     Ptr,
+    await_inputs,
     ceil_div,
     dot,
     e4m3_ptr,
@@ -28,9 +29,10 @@ from llm_engine.ops_triton.lang import (
     to_e4m3,
     ue8m0,
 )
+from llm_engine.ops_triton.orders import ALIGNED, as_order
 from llm_engine.ops_triton.plan import GROUP_ROWS, TritonPlan
 from llm_engine.ops_triton.tiles import Numerics
-from llm_engine.ops_triton.topk import ALIGNED, as_order, choose
+from llm_engine.ops_triton.topk import choose
 
 _WANTED_PROGRAMS: Final = 528  # four for every processor
 _MOST_TILES: Final = 32  # steps of one program
@@ -126,7 +128,9 @@ def _turn(
     J_TILE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    await_inputs(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEAD_TILE)
     head_mask = head[:, None] < HEADS
     source = query + row * row_stride + head[:, None] * head_stride
@@ -181,8 +185,10 @@ def _scores(
     KEYS: tl.constexpr,
     ALIGNED: tl.constexpr,
     FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Orders of scores of `num_share` tiles of KEYS positions for the rows of one group; see `choose`."""
+    await_inputs(OVERLAP)
     first = tl.load(group_starts + tl.program_id(1))
     end = first + tl.load(group_sizes + tl.program_id(1))
     last_visible = tl.load(visible + end - 1)  # of the group's last row, which sees most

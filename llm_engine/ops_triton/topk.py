@@ -1,4 +1,6 @@
-"""Exact top-k of rows of different lengths: positions ascending, the lowest position wins a tie. One program a row.
+"""Exact top-k of rows of different lengths: positions ascending, the lowest position wins a tie.
+
+One program takes a row; few long rows are cut into chunks (`topk_chunks`), with the same result.
 
 Scores come as unsigned integers that compare like them (`as_order`). The smallest chosen one is found by halving an
 interval until as many scores as wanted lie above its lower end, or nothing else lies in it. Meanwhile a row stays in
@@ -15,21 +17,14 @@ from typing import Final
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, tile_size
+from llm_engine.ops_triton.orders import ALIGNED, load_orders, place_all, place_chosen
+from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
 
-ALIGNED: Final = 64  # columns; what lies behind a row's last score, up to a multiple of that, is 0
 _TIERS: Final = (8192, 16384, 32768, 65536)  # scores that registers hold, and for how many they are laid out
 _FEW_WARPS: Final = 8  # up to the first tier
 _WARPS: Final = 16
 _PLACED_BY_WARP: Final = 256  # scores at a time
-
-
-@inline
-def as_order(score: Val) -> Val:
-    """fp32 → uint32 that compares likewise; equal for both zeros, 0 for NaN."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    order = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-    return tl.where(score == score, order, tl.zeros_like(order))
 
 
 def choose(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
@@ -37,11 +32,21 @@ def choose(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
 
     `orders`: int32, the bits of `as_order`. Rows are adjacent and a multiple of ALIGNED wide.
     """
-    (rows, k), width = sel_MK.shape, orders_MT.shape[1]
+    rows, width = orders_MT.shape
     assert orders_MT.is_contiguous(), "rows of scores are adjacent"
     assert width % ALIGNED == 0, "rows of scores are aligned"
     if not rows:
         return
+    chunk = chunk_width(rows, width)
+    if chunk is None:
+        choose_by_rows(orders_MT, visible_M, sel_MK)
+    else:
+        choose_by_chunks(orders_MT, visible_M, sel_MK, chunk)
+
+
+def choose_by_rows(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
+    """`choose` with one program a row."""
+    (rows, k), width = sel_MK.shape, orders_MT.shape[1]
     longest = next((tier for tier in _TIERS if width <= tier), 2 * _TIERS[-1])
     tiers = (min(_TIERS[0], tile_size(width)), *_TIERS[1:])
     warps = _FEW_WARPS if longest == _TIERS[0] else _WARPS
@@ -50,13 +55,6 @@ def choose(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
         orders_MT, visible_M, sel_MK, width // ALIGNED, k, tile_size(k), ALIGNED, *tiers, longest, placed,
         num_warps=warps,
     )  # fmt: skip
-
-
-@inline
-def _load(orders: Ptr, first: Val, count: Val, TILE: tl.constexpr, ALIGNED: tl.constexpr) -> Val:
-    position = first + tl.arange(0, TILE)
-    there = position < tl.cdiv(count, ALIGNED) * ALIGNED
-    return tl.load(orders + position, mask=there, other=0).to(tl.uint32, bitcast=True)
 
 
 @inline
@@ -89,9 +87,9 @@ def _digits(
     Subtracting another digit leaves the set bit of those that are at least that.
     """
     prefix, mask = low >> shift >> bits, (tl.full((), 1, tl.uint32) << bits) - 1
-    one = _load(orders, first, count, PAIRS, ALIGNED) >> shift
+    one = load_orders(orders, first, count, PAIRS, ALIGNED) >> shift
     one = tl.where((one >> bits) == prefix, one & mask, tl.zeros_like(one))
-    other = _load(orders, first + PAIRS, count, PAIRS, ALIGNED) >> shift
+    other = load_orders(orders, first + PAIRS, count, PAIRS, ALIGNED) >> shift
     other = tl.where((other >> bits) == prefix, other & mask, tl.zeros_like(other))
     return (one << 16) | other | 0x80008000
 
@@ -140,7 +138,7 @@ def _cut_streamed(
         middle = low + ((high - low) >> 1)
         counts = tl.zeros((TILE,), tl.int32)
         for start in range(0, count, TILE):
-            counts += (_load(orders, start, count, TILE, ALIGNED) >= middle).to(tl.int32)
+            counts += (load_orders(orders, start, count, TILE, ALIGNED) >= middle).to(tl.int32)
         low, high, at_low, at_high = _halve(low, high, at_low, at_high, middle, tl.sum(counts, 0), K)
     return _result(low, at_low, at_high, K)
 
@@ -160,14 +158,15 @@ def _choose(
     TIER_4: tl.constexpr,
     LONGEST: tl.constexpr,
     PLACED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """`num_columns`: of a row, in units of ALIGNED. LONGEST: the tier that holds them, beyond the last if none does."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(visible + row)
     sel += row * K
     if count <= K:
-        place = tl.arange(0, K_TILE)
-        tl.store(sel + place, tl.where(place < count, place, -1), mask=place < K)
+        place_all(sel, count, K, K_TILE)
         return
     orders += row * num_columns * ALIGNED
     lowest, spare = tl.full((), 0, tl.uint32), tl.full((), 0, tl.int32)
@@ -181,29 +180,5 @@ def _choose(
         lowest, spare = _cut_resident(orders, count, K, TIER_4, ALIGNED)
     if (LONGEST > TIER_4) & (count > TIER_4):
         lowest, spare = _cut_streamed(orders, count, K, TIER_2, ALIGNED)
-    _place(orders, count, sel, lowest, spare, PLACED, ALIGNED)
-
-
-@inline
-def _place(
-    orders: Ptr, count: Val, sel: Ptr, lowest: Val, spare: Val, TILE: tl.constexpr, ALIGNED: tl.constexpr
-) -> None:
-    """Write the chosen positions."""
-    # Sums of short lines, then of lines, keep nearly all of a running sum within a few threads.
-    line = tl.arange(0, TILE // ALIGNED)[:, None] * ALIGNED + tl.arange(0, ALIGNED)[None, :]
-    placed, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # so far
-    for start in range(0, count, TILE):
-        position = start + line
-        there = position < tl.cdiv(count, ALIGNED) * ALIGNED
-        order = tl.load(orders + position, mask=there, other=0).to(tl.uint32, bitcast=True)
-        larger = order > lowest
-        equal = (order == lowest) & (position < count)
-        both = larger.to(tl.int32) + (equal.to(tl.int32) << 16)  # two sums at once
-        lines = tl.sum(both, 1)
-        upto = tl.cumsum(both, 1) + (tl.cumsum(lines, 0) - lines)[:, None]
-        rank = ties + (upto >> 16)
-        place = placed + (upto & 0xFFFF) + tl.minimum(rank, spare) - 1
-        tl.store(sel + place, position, mask=larger | (equal & (rank <= spare)))
-        whole = tl.sum(lines, 0)
-        placed += whole & 0xFFFF
-        ties += whole >> 16
+    zero = tl.full((), 0, tl.int32)
+    place_chosen(orders, 0, count, count, sel, lowest, spare, zero, zero, PLACED, ALIGNED)

@@ -9,6 +9,7 @@ from itertools import accumulate, chain
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from llm_engine.ops import ForwardBatch
 
@@ -18,6 +19,7 @@ class SequenceRows:
     """One sequence's part of a pass: `token_ids` at positions `start`, `start` + 1, … of the sequence.
 
     `blocks` is its block table and covers every position up to the last one computed here; more is allowed.
+    A token id of -1 - j stands for the j-th of tokens that only the device knows; see `fill_in`.
     """
 
     token_ids: Sequence[int]
@@ -54,6 +56,11 @@ def build_batch(sequences: Sequence[SequenceRows], *, block_tokens: int, row_til
         row_starts=tuple(starts),
         context_lens=tuple(context_lens),
     )
+
+
+def fill_in(token_ids_R: Tensor, late_M: Tensor) -> Tensor:
+    """Put token ids that only the device knows, int64, in the places of rows that stand for them."""
+    return torch.where(token_ids_R < 0, late_M[(-1 - token_ids_R).clamp_(min=0)], token_ids_R)
 
 
 def _block_tables(

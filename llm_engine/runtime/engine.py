@@ -18,6 +18,7 @@ import torch
 from llm_engine.api.config import ClusterConfig
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import KvSnapshot, Load, Role, Submit
+from llm_engine.ops.spec import Race
 from llm_engine.runtime.intake import Limits, accept
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.layer_feed import LayerFeed
@@ -37,7 +38,7 @@ class Engine:
     """Owns the sequences, the block pool and the prefix cache of one worker; computes them with one model and store.
 
     `format_id` is the root of the prefix cache's digests. `max_len` is the longest sequence this engine can hold.
-    `recorded`: passes of decode over the same model and store that were recorded beforehand.
+    `recorded`: passes of decode over the same model and store that were recorded beforehand. `race`: that of the table.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Engine:
         format_id: str,
         on_layer: LayerSink | None = None,
         recorded: RecordedPasses | None = None,
+        race: Race | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         speculates = config.engine.num_drafts > 0 and model.has_mtp and store.mtp is not None
@@ -77,7 +79,7 @@ class Engine:
             max_len=self.max_len,
             reclaim=self._reclaim,
         )
-        runner = Runner(model, store, self._max_num_seqs, recorded)
+        runner = Runner(model, store, self._max_num_seqs, recorded, race)
         self._speculator = Speculator(runner, self._cache) if speculates else None
         self._runner = runner
         self._outbox = Outbox()

@@ -11,6 +11,7 @@ Shapes: R rows, N real rows, S sequences, B blocks of the longest table, H width
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from typing import Generic, TypeVar, cast
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import ForwardBatch, Ops, to_device
+from llm_engine.runtime.batch import fill_in
 
 T = TypeVar("T")  # a tensor of R rows, or a tuple of such
 Pass = Callable[[ForwardBatch, Tensor | None], T]  # the second argument: states [R, H] of the rows, if it takes any
+
+_IN_FLIGHT = 4  # passes of one recording whose inputs may wait to leave; a step has fewer
 
 
 class DecodeGraph(Generic[T]):
@@ -55,15 +59,19 @@ class DecodeGraph(Generic[T]):
         if state_width:
             self._state_RH = torch.zeros(rows, state_width, dtype=ops.dtype, device=ops.device)
         # Inputs cross in one copy: token ids, positions and slots of all rows, then the block tables.
-        self._inputs = torch.zeros(3 * rows + num_seqs * blocks, dtype=torch.int64)
-        if ops.device.type != "cpu":
-            self._inputs = self._inputs.pin_memory()
-        self._arrived = torch.zeros_like(self._inputs, device=ops.device)
-        self._sent = None if ops.device.type == "cpu" else torch.Event(ops.device)
+        on_host = ops.device.type == "cpu"
+        self._arrived = torch.zeros(3 * rows + num_seqs * blocks, dtype=torch.int64, device=ops.device)
+        inputs = torch.zeros(1 if on_host else _IN_FLIGHT, len(self._arrived), dtype=torch.int64, device="cpu")
+        self._inputs = deque(
+            (row, None if on_host else torch.Event(ops.device)) for row in (inputs if on_host else inputs.pin_memory())
+        )
         self._replay: Callable[[], T] = ops.capture(lambda: forward(self._batch, self._state_RH))
 
-    def __call__(self, batch: ForwardBatch, state_NH: Tensor | None = None) -> T:
-        """Run a batch that lies on the host. The result's N rows are valid until the next call of any recording."""
+    def __call__(self, batch: ForwardBatch, state_NH: Tensor | None = None, late_M: Tensor | None = None) -> T:
+        """Run a batch that lies on the host. The result's N rows are valid until the next call of any recording.
+
+        `late_M`: token ids that only the device knows, for `batch.fill_in`.
+        """
         own, rows_per_seq = self._batch, self._rows_per_seq
         starts = np.array(batch.row_starts)
         counts = np.diff(starts)
@@ -72,7 +80,7 @@ class DecodeGraph(Generic[T]):
         rows = (starts[seqs, None] + within).ravel()
         real = np.zeros((own.num_seqs, rows_per_seq), dtype=bool)
         real[: batch.num_seqs] = np.arange(rows_per_seq) < counts[:, None]
-        self._send(batch, rows, seqs, real.ravel())
+        self._send(batch, rows, seqs, real.ravel(), late_M)
         full = bool((counts == rows_per_seq).all())
         kept = (
             slice(batch.num_rows) if full else to_device(torch.from_numpy(np.flatnonzero(real)), self._arrived.device)
@@ -88,12 +96,15 @@ class DecodeGraph(Generic[T]):
         rows: npt.NDArray[np.int64],
         seqs: npt.NDArray[np.int64],
         real: npt.NDArray[np.bool_],
+        late_M: Tensor | None,
     ) -> None:
-        """Fill the recording's inputs. The buffer they leave from is written again only after they have left."""
+        """Fill the recording's inputs. A buffer that they leave from is written again only after they have left."""
         own, count = self._batch, self._batch.num_rows
-        if self._sent is not None:
-            self._sent.synchronize()
-        host = self._inputs.numpy()
+        self._inputs.rotate()
+        inputs, sent = self._inputs[0]
+        if sent is not None:
+            sent.synchronize()
+        host = inputs.numpy()
         host[:count] = batch.token_ids_R.numpy()[rows]
         host[count : 2 * count] = batch.positions_R.numpy()[rows]
         host[2 * count : 3 * count] = -1
@@ -101,11 +112,11 @@ class DecodeGraph(Generic[T]):
         table = host[3 * count :].reshape(own.num_seqs, -1)
         tables_SB = batch.block_tables_SB.numpy()
         table[:, : tables_SB.shape[1]] = tables_SB[seqs]
-        self._arrived.copy_(self._inputs, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
+        self._arrived.copy_(inputs, non_blocking=True)
+        if sent is not None:
+            sent.record()
         ids_R, positions_R, slots_N = self._arrived[: 3 * count].view(3, count)
-        own.token_ids_R.copy_(ids_R)
+        own.token_ids_R.copy_(ids_R if late_M is None else fill_in(ids_R, late_M))
         own.positions_R.copy_(positions_R)
         own.slots_N.copy_(slots_N)
         own.block_tables_SB.copy_(self._arrived[3 * count :].view(own.num_seqs, -1))
@@ -149,14 +160,17 @@ class PassGraphs(Generic[T]):
         for num_seqs, max_context in product(reversed(self._num_seqs), reversed(self._max_contexts)):
             self._graph(num_seqs, max_context)
 
-    def run(self, batch: ForwardBatch, state_NH: Tensor | None = None) -> T | None:
-        """The pass over a batch on the host: [N, …], valid until the next call. None: no recording holds this batch."""
+    def run(self, batch: ForwardBatch, state_NH: Tensor | None = None, late_M: Tensor | None = None) -> T | None:
+        """The pass over a batch on the host: [N, …], valid until the next call. None: no recording holds this batch.
+
+        `late_M`: token ids that only the device knows, for `batch.fill_in`.
+        """
         most = max((end - first for first, end in pairwise(batch.row_starts)), default=0)
         size = bisect_left(self._num_seqs, batch.num_seqs)
         bound = bisect_left(self._max_contexts, max(batch.context_lens, default=0))
         if not 0 < most <= self._rows_per_seq or size == len(self._num_seqs) or bound == len(self._max_contexts):
             return None
-        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch, state_NH)
+        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch, state_NH, late_M)
 
     def _graph(self, num_seqs: int, max_context: int) -> DecodeGraph[T]:
         if (num_seqs, max_context) not in self._graphs:

@@ -73,15 +73,15 @@ class Recorded:
         count = len(self._verify) + sum(map(len, self._drafts))
         _log.info("%d passes of decode recorded in %.1f s", count, time.monotonic() - started)
 
-    def decode(self, batch: ForwardBatch) -> Passed | None:
+    def decode(self, batch: ForwardBatch, late_M: Tensor | None = None) -> Passed | None:
         """`RecordedPasses`."""
-        parts = self._verify.run(batch)
+        parts = self._verify.run(batch, None, late_M)
         return None if parts is None else Passed(*parts)
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Passed | None:
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
         """`RecordedPasses`."""
         for graphs in self._drafts:
-            parts = graphs.run(batch, hidden_NH)
+            parts = graphs.run(batch, hidden_NH, late_M)
             if parts is not None:
                 return Passed(*parts)
         return None

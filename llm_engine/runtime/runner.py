@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import ForwardBatch, to_device
-from llm_engine.runtime.batch import SequenceRows, build_batch
+from llm_engine.ops.spec import Race
+from llm_engine.runtime.batch import SequenceRows, build_batch, fill_in
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
 from llm_engine.sched.plan import Chunk
@@ -59,13 +61,16 @@ class Passed:
 
 
 class RecordedPasses(Protocol):
-    """Passes of decode that were recorded, logits and all. None: no recording holds the batch. H hidden."""
+    """Passes of decode that were recorded, logits and all. None: no recording holds the batch. H hidden.
 
-    def decode(self, batch: ForwardBatch) -> Passed | None:
+    `late_M`: token ids that only the device knows, for `batch.fill_in`.
+    """
+
+    def decode(self, batch: ForwardBatch, late_M: Tensor | None = None) -> Passed | None:
         """The main model."""
         ...
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor) -> Passed | None:
+    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
         """The MTP layer."""
         ...
 
@@ -84,13 +89,20 @@ class Runner:
     """Drives one model over one store. A sequence needs a slot (`open`) while it takes part in passes.
 
     Batches are built on the host and cross to the store's device. `recorded`: passes of decode that need not be
-    launched kernel by kernel.
+    launched kernel by kernel. `race`: the sampler's.
     """
 
-    def __init__(self, model: Model, store: KvStore, num_slots: int, recorded: RecordedPasses | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: KvStore,
+        num_slots: int,
+        recorded: RecordedPasses | None = None,
+        race: Race | None = None,
+    ) -> None:
         self.model = model
         self.device = store.device
-        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.device)
+        self.sampler = Sampler(num_slots, model.spec.vocab_size, store.device, race)
         self._store = store
         self._recorded = recorded
         self._free_slots = list(range(num_slots))[::-1]
@@ -108,39 +120,51 @@ class Runner:
             seq.slot = -1
 
     def run(
-        self, decodes: Seq[Sequence], chunks: Seq[Chunk], on_layer: Callable[[int], None] | None = None
+        self,
+        decodes: Seq[Sequence],
+        chunks: Seq[Chunk],
+        drafts: Drafts,
+        on_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
         """Compute the last token and the drafts of `decodes` and the tokens of `chunks`; draw wherever possible.
 
-        A decoding sequence draws 1 + len(drafts) tokens, a last chunk one.
+        A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits once, for tokens
+        and drafts together.
         """
-        rows = [SequenceRows([seq.tokens[-1], *seq.drafts], seq.num_computed, seq.blocks) for seq in decodes]
+        rows = [
+            SequenceRows([seq.tokens[-1], *(-1 - place for place in drafts.places(seq))], seq.num_computed, seq.blocks)
+            for seq in decodes
+        ]
         rows += [
             SequenceRows(chunk.seq.tokens[chunk.start : chunk.end], chunk.start, chunk.seq.blocks) for chunk in chunks
         ]
-        batch = self._batch(rows)
-        if not chunks and self._recorded is not None and (result := self._recorded.decode(batch)) is not None:
+        batch, late_M = self._batch(rows), drafts.ids()
+        if not chunks and self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
             # A copy: states are read after further passes, which reuse the recordings' memory.
-            return self._draw(result.states_NH.clone(), batch.row_starts, decodes, chunks, result)
-        hidden_RH = self.model.forward(batch.to(self.device), self._store, on_layer)
-        return self._draw(hidden_RH, batch.row_starts, decodes, chunks)
+            return self._draw(result.states_NH.clone(), batch.row_starts, decodes, chunks, drafts, result)
+        hidden_RH = self.model.forward(self._on_device(batch, late_M), self._store, on_layer)
+        return self._draw(hidden_RH, batch.row_starts, decodes, chunks, drafts)
 
-    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor) -> Passed:
-        """The MTP layer over rows of (next token, hidden state)."""
+    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed:
+        """The MTP layer over rows of (next token, hidden state). `late_M`: tokens that only the device knows."""
         batch = self._batch(rows)
-        if self._recorded is not None and (result := self._recorded.draft(batch, hidden_NH)) is not None:
+        if self._recorded is not None and (result := self._recorded.draft(batch, hidden_NH, late_M)) is not None:
             return result
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
-        return Passed(self.model.mtp(batch.to(self.device), hidden_RH, self._store)[: len(hidden_NH)])
+        return Passed(self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)[: len(hidden_NH)])
 
-    def draw_drafts(self, passed: Passed, rows: DrawRows) -> list[int]:
-        """A token for every row of an MTP pass."""
+    def pick_drafts(self, passed: Passed, rows: DrawRows) -> Tensor:
+        """A token for every row of an MTP pass, as `Sampler.pick`."""
         logits_NV = passed.logits_NV if passed.logits_NV is not None else self.model.draft_logits(passed.states_NH)
-        return self.sampler.draw(logits_NV, rows, report=False, best_R2=passed.best_N2).tokens
+        return self.sampler.pick(logits_NV, rows, best_R2=passed.best_N2)
 
     def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
         return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
+
+    def _on_device(self, batch: ForwardBatch, late_M: Tensor | None) -> ForwardBatch:
+        batch = batch.to(self.device)
+        return batch if late_M is None else replace(batch, token_ids_R=fill_in(batch.token_ids_R, late_M))
 
     def _draw(
         self,
@@ -148,19 +172,20 @@ class Runner:
         starts: tuple[int, ...],
         decodes: Seq[Sequence],
         chunks: Seq[Chunk],
+        drafts: Drafts,
         passed: Passed | None = None,
     ) -> StepOutput:
         num_decodes = len(decodes)
         num_decode_rows = starts[num_decodes]
         ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
         if not num_decode_rows and not ends:
-            return StepOutput(hidden_RH, starts, Drawn([], {}), [])
+            return StepOutput(hidden_RH, starts, Drawn([], {}, []), [])
         hidden_MH = hidden_RH[:num_decode_rows]
         if ends:
             hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
         drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
-        counts = [1 + len(seq.drafts) for seq in decodes] + [1] * len(ends)
-        rows = DrawRows(drawing, [0] * len(drawing), counts)
+        counts = [1 + len(drafts.places(seq)) for seq in decodes] + [1] * len(ends)
+        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
         if passed is not None and passed.logits_NV is not None:
             drawn = self.sampler.draw(passed.logits_NV, rows, best_R2=passed.best_N2)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from llm_engine.api.request import TokenLogprobs
 from llm_engine.ops import to_device
+from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
+from llm_engine.ops.spec import Race
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.logit_edits import LogitEdits
-from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.sched.sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
@@ -33,13 +35,14 @@ INVALID = -1  # drawn where the model's output was not finite
 class DrawRows:
     """Which token each logits row draws.
 
-    Sequence i has `counts[i]` adjacent rows. Its first row draws the token after `tokens ‖ drafts[:given[i]]`, each
-    further row the one after one more draft; drafts count as output for penalties and `min_tokens`.
+    Sequence i has `counts[i]` adjacent rows. Its first row draws the token after its tokens and `given[i]` of its
+    drafts, each further row the one after one more draft; they count as output for penalties and `min_tokens`.
     """
 
     seqs: list[Sequence]
     given: list[int]
     counts: list[int]
+    drafts: Drafts = field(default_factory=Drafts)
 
     def starts(self) -> Ints:
         """First row of each sequence."""
@@ -48,18 +51,23 @@ class DrawRows:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them."""
+    """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them.
+
+    `drafts`: of each sequence, up to the first whose row was not finite.
+    """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs]
+    drafts: list[list[int]]
 
 
 class Sampler:
-    """Draws tokens for sequences that hold a slot in [0, num_slots)."""
+    """Draws tokens for sequences that hold a slot in [0, num_slots). `race`: for rows without top_k and top_p."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, race: Race | None = None) -> None:
         self._device = device
         self._vocab_size = vocab_size
+        self._race = race
         self._noise = ExponentialNoise(vocab_size, device)
         self._seed_keys = np.zeros(num_slots, dtype=np.uint64)
         self._temperature = np.zeros(num_slots, dtype=np.float32)
@@ -67,6 +75,9 @@ class Sampler:
         self._top_p = np.ones(num_slots, dtype=np.float64)
         self._filtered = np.zeros(num_slots, dtype=bool)
         self._reports = np.zeros(num_slots, dtype=bool)
+        if race is not None:  # compile it: no request should wait for that
+            ones_R = torch.ones(1, device=device)
+            race(torch.zeros(1, vocab_size, device=device), ones_R, ones_R.long())
         self._primed: dict[int, int] = {}  # row key → row of `_primed_noise`
         self._primed_noise_RV = torch.empty(0, vocab_size, device=device)
         self._edits: dict[int, LogitEdits] = {}  # slots whose logits are changed before they are drawn from
@@ -92,7 +103,9 @@ class Sampler:
 
         They are about to be drawn, most of them twice: as drafts and then for good.
         """
-        chosen = [(seq, count) for seq, count in zip(seqs, counts, strict=True) if self._temperature[seq.slot] > 0]
+        slots = np.array([seq.slot for seq in seqs], dtype=np.int64)
+        needed = (self._temperature[slots] > 0) & ~self._raced(slots)
+        chosen = [(seq, count) for seq, count, need in zip(seqs, counts, needed, strict=True) if need]
         self._primed = {}
         if chosen:
             rows = DrawRows([seq for seq, _ in chosen], [0] * len(chosen), [count for _, count in chosen])
@@ -100,22 +113,46 @@ class Sampler:
             self._primed = {key: row for row, key in enumerate(keys.tolist())}
             self._primed_noise_RV = self._noise(keys)
 
-    def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True, best_R2: Tensor | None = None) -> Drawn:
-        """One token per row of fp32 logits, which are not modified.
+    def draw(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawn:
+        """One token per row, as `pick`; waits for the device, once unless log probabilities are asked for.
 
-        `report`: log probabilities are wanted. `best_R2`: `best_of` the logits, if it is known already.
+        What `rows.drafts` holds is read along.
         """
-        slots = np.array([seq.slot for seq in rows.seqs], dtype=np.int64)
-        slot_of_row = np.repeat(slots, rows.counts)
+        picked_R2 = self.pick(logits_RV, rows, best_R2=best_R2)
+        read = torch.cat([picked_R2, *rows.drafts.drawn()]).tolist() if len(rows.drafts) else picked_R2.tolist()
+        known = [int(token) if math.isfinite(score) else INVALID for token, score in read]
+        tokens, drafted = known[: len(picked_R2)], known[len(picked_R2) :]
+        drafts = [_up_to_invalid([drafted[place] for place in rows.drafts.places(seq)]) for seq in rows.seqs]
+        wanted = self._reports[np.repeat([seq.slot for seq in rows.seqs], rows.counts)]
+        return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {}, drafts)
+
+    def pick(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Tensor:
+        """[R, 2] fp64: one token per row of fp32 logits, which are not modified, and its score. Waits for nothing.
+
+        A score that is not finite says that the row was not. `best_R2`: `best_of` the logits, if it is known already.
+        """
+        slots = np.repeat(np.array([seq.slot for seq in rows.seqs], dtype=np.int64), rows.counts)
         edited_RV = self._edit(logits_RV, rows) if self._edits else logits_RV
-        sampled = self._temperature[slot_of_row] > 0
+        known_R2 = best_R2 if edited_RV is logits_RV else None
+        sampled = self._temperature[slots] > 0
         if not sampled.any():
-            drawn_R2 = best_R2 if best_R2 is not None and edited_RV is logits_RV else best_of(edited_RV)
-        else:
-            drawn_R2 = _paired(*self._draw_sampled(edited_RV, slot_of_row, self._row_keys(rows), sampled))
-        tokens = [int(token) if math.isfinite(score) else INVALID for token, score in drawn_R2.tolist()]
-        wanted = self._reports[slot_of_row] if report else np.zeros(0, dtype=bool)
-        return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {})
+            return best_of(edited_RV) if known_R2 is None else known_R2
+        keys, raced = self._row_keys(rows), sampled & self._raced(slots)
+        ways = [(self._race_by_kernel, raced), (self._race_by_library, sampled & ~raced)]
+        for way, chosen in ways:
+            if chosen.all():
+                return way(edited_RV, slots, keys)
+        drawn_R2 = best_of(edited_RV) if known_R2 is None else known_R2.clone()
+        for way, chosen in ways:
+            if chosen.any():
+                at = np.flatnonzero(chosen)
+                where = self._upload(at)
+                drawn_R2[where] = way(edited_RV[where], slots[at], keys[at])
+        return drawn_R2
+
+    def _raced(self, slots: Ints) -> npt.NDArray[np.bool_]:
+        """Which of them, if they are sampled, are so by the kernel."""
+        return ~self._filtered[slots] if self._race is not None else np.zeros(len(slots), dtype=bool)
 
     def _row_keys(self, rows: DrawRows) -> npt.NDArray[np.uint64]:
         """The noise key of each row: its sequence's seed and the absolute position that it draws."""
@@ -133,19 +170,13 @@ class Sampler:
             return self._primed_noise_RV
         return self._primed_noise_RV[self._upload(np.array(rows))]
 
-    def _draw_sampled(
-        self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64], sampled: npt.NDArray[np.bool_]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows at temperature 0 take the argmax, the others the race; returns tokens and winning scores."""
-        if sampled.all():
-            return self._race(logits_RV, slots, keys)
-        tokens_R, scores_R = _best(logits_RV)
-        chosen = np.flatnonzero(sampled)
-        where = self._upload(chosen)
-        tokens_R[where], scores_R[where] = self._race(logits_RV[where], slots[chosen], keys[chosen])
-        return tokens_R, scores_R
+    def _race_by_kernel(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
+        assert self._race is not None, "rows come here where there is a kernel"
+        keys_R = self._upload(keys.view(np.int64))
+        return self._race(logits_RV, self._upload(self._temperature[slots]), keys_R)
 
-    def _race(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
+    def _race_by_library(self, logits_RV: Tensor, slots: Ints, keys: npt.NDArray[np.uint64]) -> Tensor:
+        """Of rows that have filters, or all rows where there is no kernel."""
         temperature_R = self._upload(self._temperature[slots])
         probs_RV = (logits_RV / temperature_R.unsqueeze(1)).softmax(dim=-1)
         filtered = self._filtered[slots]
@@ -155,7 +186,7 @@ class Sampler:
             top_k = self._upload(self._top_k[slots[chosen]])
             top_p = self._upload(self._top_p[slots[chosen]])
             probs_RV[where] = keep_most_likely(probs_RV[where], top_k, top_p)
-        return _best(probs_RV.div_(self._noise_of(keys)))
+        return best_of(probs_RV.div_(self._noise_of(keys)))
 
     def _upload(self, values: npt.NDArray[Any]) -> Tensor:
         return to_device(torch.from_numpy(values), self._device)
@@ -169,7 +200,7 @@ class Sampler:
             if edits is not None:
                 if edited_RV is logits_RV:
                     edited_RV = logits_RV.clone()
-                edits.apply(edited_RV[row : row + count], given)
+                edits.apply(edited_RV[row : row + count], given, rows.drafts)
             row += count
         return edited_RV
 
@@ -192,6 +223,10 @@ class Sampler:
         return out
 
 
+def _up_to_invalid(drafts: list[int]) -> list[int]:
+    return drafts[: drafts.index(INVALID)] if INVALID in drafts else drafts
+
+
 def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     """Zero all but the `top_k` most likely tokens, then all but the fewest of those that hold `top_p` of their mass.
 
@@ -211,22 +246,13 @@ def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tens
 
 
 def best_of(scores_RV: Tensor) -> Tensor:
-    """[R, 2] fp64: the lowest id among the largest scores of each row, and that score. Waits for nothing."""
-    return _paired(*_best(scores_RV))
+    """[R, 2] fp64: the lowest id among the largest scores of each row, and that score. Waits for nothing.
 
-
-def _paired(tokens_R: Tensor, scores_R: Tensor) -> Tensor:
-    """Side by side, so that the host waits once for both."""
-    return torch.stack([tokens_R.double(), scores_R.double()], 1)
-
-
-def _best(scores_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest id among the largest scores of each row, and that score; a NaN is larger than everything.
-
-    On the CPU numpy searches many times faster than torch.
+    A NaN is larger than everything. On the CPU numpy searches many times faster than torch.
     """
     best_R = torch.from_numpy(scores_RV.numpy().argmax(axis=-1)) if scores_RV.is_cpu else scores_RV.argmax(dim=-1)
-    return best_R, scores_RV.gather(1, best_R.unsqueeze(1)).squeeze(1)
+    scores_R = scores_RV.gather(1, best_R.unsqueeze(1)).squeeze(1)
+    return torch.stack([best_R.double(), scores_R.double()], 1)  # side by side, so that the host waits once for both
 
 
 def _sorted_descending(values_RV: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llm_engine.ops import to_device
 from llm_engine.runtime.batch import SequenceRows
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.runner import Passed, Runner
-from llm_engine.runtime.sampler import INVALID, DrawRows
+from llm_engine.runtime.sampler import DrawRows
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
 
@@ -50,29 +51,30 @@ class Speculator:
             self._catch_up()
             self._pending = pending
 
-    def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> None:
-        """Catch up with every waiting row, then fill `drafts` of `seqs` with up to `num_drafts[i]` tokens each."""
-        for seq in seqs:
-            seq.drafts = []
+    def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> Drafts:
+        """Catch up with every waiting row, then draw up to `num_drafts[i]` drafts of `seqs[i]`. Waits for nothing.
+
+        A draft feeds the pass for the next one as it comes from the sampler, on the device.
+        """
+        drafts = Drafts()
         if not self._pending:
-            return
+            return drafts
         passed, last_row = self._catch_up()
-        active = [(seq, wanted) for seq, wanted in zip(seqs, num_drafts, strict=True) if wanted and seq in last_row]
-        if active:
-            self._runner.sampler.prime([seq for seq, _ in active], [1 + wanted for _, wanted in active])
-        passed = self._rows_of(passed, [last_row[seq] for seq, _ in active])
+        wanted = {seq: num for seq, num in zip(seqs, num_drafts, strict=True) if num and seq in last_row}
+        if not wanted:
+            return drafts
+        active, num_drawn = list(wanted), 0
+        self._runner.sampler.prime(active, [1 + num for num in wanted.values()])
+        passed = self._rows_of(passed, [last_row[seq] for seq in active])
         while active:
-            tokens = self._draw([seq for seq, _ in active], passed)
-            unfinished = []
-            for place, ((seq, wanted), token) in enumerate(zip(active, tokens, strict=True)):
-                if token != INVALID:
-                    seq.drafts.append(token)
-                    if len(seq.drafts) < wanted:
-                        unfinished.append(place)
-            active = [active[place] for place in unfinished]
+            ids_N = drafts.add(active, self._pick(active, passed, num_drawn, drafts))
+            num_drawn += 1
+            places = [place for place, seq in enumerate(active) if wanted[seq] > num_drawn]
+            active = [active[place] for place in places]
             if active:
-                chained = [self._chained_row(seq) for seq, _ in active]
-                passed = self._runner.mtp(chained, self._rows_of(passed, unfinished).states_NH)
+                rows = [_chained_row(seq, num_drawn, place) for seq, place in zip(active, places, strict=True)]
+                passed = self._runner.mtp(rows, self._rows_of(passed, places).states_NH, ids_N)
+        return drafts
 
     def _catch_up(self) -> tuple[Passed, dict[Sequence, int]]:
         """Run all waiting rows; returns what the layer gives and each sequence's last row in it."""
@@ -89,16 +91,17 @@ class Speculator:
             self._cache.publish(seq)
         return passed, last_row
 
-    def _draw(self, seqs: list[Sequence], passed: Passed) -> list[int]:
+    def _pick(self, seqs: list[Sequence], passed: Passed, num_drawn: int, drafts: Drafts) -> Tensor:
         """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""
-        rows = DrawRows(seqs, [len(seq.drafts) for seq in seqs], [1] * len(seqs))
-        return self._runner.draw_drafts(passed, rows)
+        rows = DrawRows(seqs, [num_drawn] * len(seqs), [1] * len(seqs), drafts)
+        return self._runner.pick_drafts(passed, rows)
 
     def _rows_of(self, passed: Passed, rows: list[int]) -> Passed:
         if rows == list(range(len(passed.states_NH))):
             return passed
         return passed.rows(to_device(torch.tensor(rows, dtype=torch.int64), self._runner.device))
 
-    def _chained_row(self, seq: Sequence) -> SequenceRows:
-        """The newest draft, at the position before its own."""
-        return SequenceRows(seq.drafts[-1:], len(seq.tokens) - 2 + len(seq.drafts), seq.blocks)
+
+def _chained_row(seq: Sequence, num_drawn: int, place: int) -> SequenceRows:
+    """The newest of a sequence's drafts, token `place` of those that only the device knows, before its own position."""
+    return SequenceRows([-1 - place], len(seq.tokens) - 2 + num_drawn, seq.blocks)

@@ -11,6 +11,7 @@ from torch import Tensor
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.request import FinishReason
 from llm_engine.ops import to_device
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.layer_feed import LayerFeed, Span
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.roster import Roster
@@ -83,16 +84,15 @@ class Steps:
         for chunk in chunks:
             if chunk.seq.slot < 0:
                 self._start(chunk.seq, started)
-        if self._speculator is not None:
-            self._speculator.propose(plan.seqs, plan.num_drafts)
+        drafts = Drafts() if self._speculator is None else self._speculator.propose(plan.seqs, plan.num_drafts)
         spans = [] if self._feed is None else self._feed.spans(chunks)
         on_layer = self._feed.on_layer(spans) if self._feed is not None and spans else None
-        out = self._runner.run(plan.seqs, chunks, on_layer)
+        out = self._runner.run(plan.seqs, chunks, drafts, on_layer)
         now = self._clock()
         if self._hands_off and self._speculator is not None:
             self._mtp_spans += spans
         for i, seq in enumerate(plan.seqs):
-            self._commit_decode(seq, out, out.starts[i], now)
+            self._commit_decode(seq, out, out.starts[i], out.drawn.drafts[i], now)
         if chunks:
             self._commit_chunks(chunks, out, len(plan.seqs), now)
             self._measure(chunks, self._clock() - started)
@@ -115,10 +115,9 @@ class Steps:
         if self._feed is not None:
             self._feed.start(seq)
 
-    def _commit_decode(self, seq: Sequence, out: StepOutput, row: int, now: float) -> None:
+    def _commit_decode(self, seq: Sequence, out: StepOutput, row: int, drafts: list[int], now: float) -> None:
         """Keep drawn tokens up to the first that is not the next row's draft, or that ends the sequence."""
-        drafts, num_new = seq.drafts, 0
-        first_position = seq.num_computed
+        first_position, num_new = seq.num_computed, 0
         finish = None
         for i, token in enumerate(out.drawn.tokens[row : row + 1 + len(drafts)]):
             if token == INVALID:

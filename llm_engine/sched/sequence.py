@@ -41,7 +41,6 @@ class Sequence:
     num_cached: int = 0  # tokens found in the prefix cache (on a decode engine: by the prefill engine)
     num_published: int = 0  # leading blocks already entered in the prefix index
     num_emitted: int = 0  # leading output tokens already reported in deltas, or emitted by earlier attempts
-    drafts: list[int] = field(default_factory=list)  # proposals for the tokens after `tokens`, this step only
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens not yet reported, if asked for
     slot: int = -1  # row of the runner's per-sequence arrays; -1: none
     started: float | None = None  # first chunk planned, engine clock

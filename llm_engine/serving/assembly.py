@@ -116,7 +116,9 @@ def _assemble(
         _log.info("%s", report)
     kernels, numerics = plan.ops.name, config.engine.numerics
     identity = format_id(plan.spec, fingerprint, store.layout, plan.pages, numerics, kernels)
-    engine = Engine(config, model, store, role=role, format_id=identity, on_layer=on_layer, recorded=recorded)
+    engine = Engine(
+        config, model, store, role=role, format_id=identity, on_layer=on_layer, recorded=recorded, race=plan.ops.race
+    )
     gc.collect()
     gc.freeze()  # weights and modules live as long as the process: the collector need not look at them again
     _log.info(

@@ -83,7 +83,8 @@ class Lab:
             if self.ops.device.type != "cpu":
                 recorded.prepare()
         engine = Engine(
-            config, self.model, store, role=role, format_id="lab", on_layer=on_layer, recorded=recorded
+            config, self.model, store, role=role, format_id="lab", on_layer=on_layer, recorded=recorded,
+            race=self.ops.race,
         )  # fmt: skip
         return Driver(engine), store
 

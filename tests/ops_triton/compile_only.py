@@ -113,7 +113,9 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
     shared = ops.pack_mlp(tensor(4096, HIDDEN), tensor(HIDDEN, 2048))
     ops.moe(x, ids, shares, ops.pack_experts(tensor(256, 4096, HIDDEN), tensor(256, HIDDEN, 2048), shared=shared))
     ops.mlp(x, ops.pack_mlp(tensor(36864, HIDDEN), tensor(HIDDEN, 18432)))
-    ops.linear(x[:8], ops.pack_linear(tensor(129280, HIDDEN), fp32=True))
+    logits = ops.linear(x[:8], ops.pack_linear(tensor(129280, HIDDEN), fp32=True))
+    assert ops.race is not None
+    ops.race(logits, tensor(8, dtype=fp32), tensor(8, dtype=torch.int64))
 
 
 def report(kernel: Any) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def report(kernel: Any) -> dict[str, Any]:
         "registers": registers,
         "spilled": spilled,
         "tensor_cores": "mma" in kernel.asm["ptx"],
+        "fused": "fma.rn.f32" in kernel.asm["ptx"],
     }
 
 

@@ -87,6 +87,25 @@ def test_sequences_with_fewer_rows_leave_places_empty(nano_dir: Path, exact: Ops
     assert torch.equal(harness.store.arena[written], arena[written])
 
 
+def test_tokens_that_only_the_device_knows_fill_every_row_that_stands_for_them(nano_dir: Path, exact: Ops) -> None:
+    """Padding too: it repeats rows, so that it wakes no further expert. Replays take new ones."""
+    harness = Harness.load(nano_dir, exact, num_seqs=3, max_len=48)
+    seen: list[list[int]] = []
+
+    def forward(batch: ForwardBatch, _: Tensor | None) -> Tensor:
+        seen.append(batch.token_ids_R.tolist())
+        return batch.token_ids_R * 1
+
+    ladder = PassGraphs(forward, exact, rows_per_seq=3, num_seqs=[4], max_contexts=[16], block_tokens=16)
+    batch = harness.batch([(0, 0, [3, -2, -1]), (1, 0, [6, -3])])
+    for late in ([70, 80, 90], [71, 81, 91]):
+        drawn = ladder.run(batch, None, torch.tensor(late))
+        assert drawn is not None
+        a, b, c = late
+        assert drawn.tolist() == [3, b, a, 6, c]
+        assert seen[-1] == [3, b, a, *[6, c, c] * 3]
+
+
 def test_impossible_ladders_are_refused(exact: Ops) -> None:
     options = {"rows_per_seq": 1, "num_seqs": [1, 2], "max_contexts": [64], "block_tokens": 16}
     for name in ("num_seqs", "max_contexts"):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -9,7 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_engine.ops_triton.lang import Ptr, kernel
-from llm_engine.ops_triton.topk import ALIGNED, as_order, choose
+from llm_engine.ops_triton.orders import ALIGNED, as_order
+from llm_engine.ops_triton.topk import choose, choose_by_rows
+from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
+
+Way = Callable[[Tensor, Tensor, Tensor], None]
+WAYS = [choose_by_rows, partial(choose_by_chunks, chunk=2048), partial(choose_by_chunks, chunk=6144)]
+
+
+@pytest.fixture(params=WAYS, ids=["rows", "chunks-2048", "chunks-6144"])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    """By one program a row or several; memory that nobody has written holds the largest numbers."""
+    torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 @kernel
@@ -31,10 +47,10 @@ def orders_of(scores: Tensor, visible: list[int]) -> Tensor:
     return aligned
 
 
-def chosen(scores: Tensor, visible: list[int], k: int) -> list[list[int]]:
+def chosen(scores: Tensor, visible: list[int], k: int, way: Way = choose) -> list[list[int]]:
     """Selections, by row, without the -1 behind them."""
     sel = torch.full((len(visible), k), -7, dtype=torch.int32)
-    choose(orders_of(scores, visible), torch.tensor(visible, dtype=torch.int32), sel)
+    way(orders_of(scores, visible), torch.tensor(visible, dtype=torch.int32), sel)
     rows = []
     for row, count in zip(sel.tolist(), visible, strict=True):
         kept = min(k, count)
@@ -61,31 +77,77 @@ def test_equals_sorting(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("distinct", [2, 1000])
-def test_rows_longer_than_a_tile(distinct: int) -> None:
+def test_rows_longer_than_a_tile(distinct: int, way: Way) -> None:
     """Counts and places carry over from tile to tile; with few distinct scores the last place is a tie across them."""
     torch.manual_seed(distinct)
     scores = torch.randint(0, distinct, (2, 9000)).float() - distinct / 2
     scores[:, 8500:] = torch.nan  # nobody may look beyond the end of a row
     visible = [8500, 4097]
-    assert chosen(scores, visible, 2048) == [expected(scores[i], visible[i], 2048) for i in (0, 1)]
+    assert chosen(scores, visible, 2048, way) == [expected(scores[i], visible[i], 2048) for i in (0, 1)]
 
 
-def test_zeros_of_both_signs_are_equal_and_nan_is_last() -> None:
+def test_zeros_of_both_signs_are_equal_and_nan_is_last(way: Way) -> None:
     scores = torch.tensor([[-0.0, 0.0, -1.0, 0.0, -0.0], [torch.nan, -torch.inf, 1.0, -torch.nan, -5.0]])
-    assert chosen(scores, [5, 5], 2) == [[0, 1], [2, 4]]
-    assert chosen(scores, [5, 5], 3) == [[0, 1, 3], [1, 2, 4]]
+    assert chosen(scores, [5, 5], 2, way) == [[0, 1], [2, 4]]
+    assert chosen(scores, [5, 5], 3, way) == [[0, 1, 3], [1, 2, 4]]
 
 
-def test_short_rows_select_everything() -> None:
+def test_short_rows_select_everything(way: Way) -> None:
     scores = torch.full((3, 20), torch.nan)
-    assert chosen(scores, [1, 8, 7], 8) == [[0], list(range(8)), list(range(7))]
+    assert chosen(scores, [1, 8, 7], 8, way) == [[0], list(range(8)), list(range(7))]
 
 
-@pytest.mark.parametrize("width", [9000, 20000, 40000, 70000])
-def test_rows_of_every_length(width: int) -> None:
-    """Distinct scores, scores that differ in their last bits only, and zeros; a short row under a long bound."""
+BY_ROWS = [(width, WAYS[0]) for width in (9000, 20000, 40000, 70000)]
+BY_CHUNKS = [(9000, WAYS[1]), (40000, WAYS[1]), (20000, WAYS[2]), (70000, WAYS[2])]
+
+
+@pytest.mark.parametrize(("width", "way"), BY_ROWS + BY_CHUNKS, indirect=["way"])
+def test_rows_of_every_length(width: int, way: Way) -> None:
+    """Distinct scores, scores that differ in their last bits only, and zeros; short rows under a long bound."""
     torch.manual_seed(width)
     scores = torch.stack([torch.randn(width), 1 + torch.randint(0, 9, (width,)) * 2.0**-22, torch.zeros(width)])
-    scores = torch.cat([scores, scores[:1]])
-    visible = [width, width - 3, width, 3000]
-    assert chosen(scores, visible, 2048) == [expected(scores[i], visible[i], 2048) for i in range(4)]
+    scores = torch.cat([scores, scores[:1], scores[:1]])
+    visible = [width, width - 3, width, 3000, 2000]
+    assert chosen(scores, visible, 2048, way) == [expected(scores[i], visible[i], 2048) for i in range(5)]
+
+
+@pytest.mark.parametrize("chunk", [2048, 4096])
+def test_chunks_share_ties_and_may_hold_nothing(chunk: int) -> None:
+    """The last places go to ties that lie in several chunks, of which one has all that is above them, one nothing."""
+    scores = torch.full((2, 12000), -1.0)
+    scores[:, 4096:4200] = 2.0
+    scores[0, 9000:12000:3] = 0.5
+    scores[1, 1:12000:1000] = torch.nan
+    got = chosen(scores, [12000, 12000], 2048, partial(choose_by_chunks, chunk=chunk))
+    assert got == [expected(scores[i], 12000, 2048) for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "chunk"),
+    [
+        (1, 8192, None),  # in registers of one program
+        (1, 16384, 2048),
+        (1, 65536, 2048),
+        (1, 65600, 4096),
+        (1, 163840, 6144),
+        (4, 65536, 2048),
+        (16, 65536, 4096),
+        (64, 65536, 16384),
+        (66, 16384, 4096),
+        (67, 65536, None),  # rows enough
+        (4096, 65536, None),
+        (0, 65536, 2048),
+    ],
+)
+def test_few_long_rows_are_cut(rows: int, width: int, chunk: int | None) -> None:
+    assert chunk_width(rows, width) == chunk
+
+
+def test_chunks_never_outnumber_what_a_program_reads() -> None:
+    for rows in range(1, 70):
+        for width in range(64, 1 << 18, 4096 - 64):
+            chunk = chunk_width(rows, width)
+            if chunk is not None:
+                assert chunk % 2048 == 0
+                assert -(-width // chunk) <= 32
+                assert rows * -(-width // chunk) <= 264

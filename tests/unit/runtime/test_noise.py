@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from llm_engine.runtime import noise as noise_module
-from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
+from llm_engine.ops import noise as noise_module
+from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
 
 CPU = torch.device("cpu")
 CRITICAL_KS = 1.95  # sqrt(n)·D stays below with probability 0.999

@@ -40,13 +40,14 @@ class RecordingSampler(Sampler):
         super().__init__(num_slots, model.spec.vocab_size, torch.device("cpu"))
         self.seen: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
 
-    def draw(self, logits_RV: Tensor, rows: DrawRows, *, report: bool = True, best_R2: Tensor | None = None) -> Drawn:
-        row = 0
-        for seq, count in zip(rows.seqs, rows.counts, strict=True):
-            for i in range(count if report else 0):
-                self.seen[seq.request_id, len(seq.tokens) + i, tuple(seq.drafts[:i])] = logits_RV[row + i].clone()
+    def draw(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawn:
+        drawn, row = super().draw(logits_RV, rows, best_R2=best_R2), 0
+        for seq, count, drafts in zip(rows.seqs, rows.counts, drawn.drafts, strict=True):
+            assert count == 1 + len(drafts)
+            for i in range(count):
+                self.seen[seq.request_id, len(seq.tokens) + i, tuple(drafts[:i])] = logits_RV[row + i].clone()
             row += count
-        return super().draw(logits_RV, rows, report=report, best_R2=best_R2)
+        return drawn
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llm_engine.api.request import TokenLogprobs
-from llm_engine.runtime.noise import ExponentialNoise, mix_seed, position_keys
+from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
+from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.sampler import INVALID, Drawn, DrawRows, Sampler, keep_most_likely
 from llm_engine.sched.sequence import Sequence
 from tests.unit.sched.requests import sequence_of
@@ -30,21 +31,32 @@ def _sequences(count: int, **options: object) -> list[Sequence]:
     return seqs
 
 
-def _draw(logits: Tensor, seqs: list[Sequence], counts: list[int] | None = None) -> Drawn:
+def _drafted(seqs: list[Sequence], ids: list[list[int]]) -> Drafts:
+    """Drafts as the device has them: a round for the first of every sequence, one for the second …"""
+    drafts = Drafts()
+    for num in range(max(map(len, ids), default=0)):
+        places = [i for i, own in enumerate(ids) if len(own) > num]
+        drafts.add([seqs[i] for i in places], torch.tensor([[ids[i][num], 1.0] for i in places], dtype=torch.float64))
+    return drafts
+
+
+def _draw(logits: Tensor, seqs: list[Sequence], drafts: list[list[int]] | None = None) -> Drawn:
     sampler = Sampler(max(seq.slot for seq in seqs) + 1, logits.shape[1], CPU)
     for seq in seqs:
         sampler.open(seq)
-    counts = counts or [1] * len(seqs)
+    drafts = drafts or [[] for _ in seqs]
     before = logits.clone()
-    drawn = sampler.draw(logits, DrawRows(seqs, [0] * len(seqs), counts))
+    counts = [1 + len(own) for own in drafts]
+    drawn = sampler.draw(logits, DrawRows(seqs, [0] * len(seqs), counts, _drafted(seqs, drafts)))
     assert torch.equal(logits.view(torch.int32), before.view(torch.int32)), "the logits are the caller's"
+    assert drawn.drafts == drafts
     return drawn
 
 
-def _oracle(logits: Tensor, seq: Sequence, num_drafts: int) -> int:
-    """The draw of one row after `num_drafts` drafts, straight from the definition."""
+def _oracle(logits: Tensor, seq: Sequence, drafts: list[int]) -> int:
+    """The draw of one row after some drafts, straight from the definition."""
     params = seq.submit.sampling
-    output = [*seq.tokens[seq.submit.num_prompt :], *seq.drafts[:num_drafts]]
+    output = [*seq.tokens[seq.submit.num_prompt :], *drafts]
     row = logits.numpy().copy()
     for token, bias in params.logit_bias.items():
         row[token] += np.float32(bias)
@@ -65,7 +77,7 @@ def _oracle(logits: Tensor, seq: Sequence, num_drafts: int) -> int:
         if mass < params.top_p * total:
             kept.append(token)
         mass += probs[token]
-    position = len(seq.tokens) + num_drafts
+    position = len(seq.tokens) + len(drafts)
     key = position_keys(np.array([mix_seed(params.seed)], np.uint64), np.array([position]))
     noise = ExponentialNoise(len(row), CPU)(key)[0].tolist()
     return max(kept, key=lambda token: probs[token] / noise[token])
@@ -91,45 +103,43 @@ def _random_options(rng: random.Random) -> dict[str, object]:
     return options
 
 
-def _random_batch(seed: int) -> tuple[list[Sequence], list[int], Tensor]:
+def _random_batch(seed: int) -> tuple[list[Sequence], list[list[int]], Tensor]:
     """Sequences with random options and 0 to 3 drafts each; some rows have ties."""
     rng = random.Random(seed)
-    seqs = []
+    seqs, drafts = [], []
     for slot in range(rng.randint(1, 12)):
         seq = _sequences(1, **_random_options(rng))[0]
         seq.slot = slot
         seq.tokens += [rng.randrange(VOCAB) for _ in range(rng.randrange(4))]
-        seq.drafts = [rng.randrange(VOCAB) for _ in range(rng.randrange(4))]
+        drafts.append([rng.randrange(VOCAB) for _ in range(rng.randrange(4))])
         seqs.append(seq)
-    counts = [1 + len(seq.drafts) for seq in seqs]
-    logits = torch.randn(sum(counts), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = torch.randn(sum(1 + len(own) for own in drafts), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
     logits[::3] = logits[::3].round()
     logits[:, EOS] += 4
     logits[:, VOCAB - 2 :] = -math.inf
-    return seqs, counts, logits
+    return seqs, drafts, logits
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_row_draws_what_the_definition_says(seed: int) -> None:
-    seqs, counts, logits = _random_batch(seed)
-    expected = [_oracle(logits[sum(counts[:i]) + n], seq, n) for i, seq in enumerate(seqs) for n in range(counts[i])]
-    assert _draw(logits, seqs, counts).tokens == expected
+    seqs, drafts, logits = _random_batch(seed)
+    before = [(seq, own[:n]) for seq, own in zip(seqs, drafts, strict=True) for n in range(1 + len(own))]
+    expected = [_oracle(row, seq, given) for row, (seq, given) in zip(logits, before, strict=True)]
+    assert _draw(logits, seqs, drafts).tokens == expected
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_row_draws_the_same_alone(seed: int) -> None:
-    seqs, counts, logits = _random_batch(seed)
-    together = _draw(logits, seqs, counts)
+    seqs, drafts, logits = _random_batch(seed)
+    together = _draw(logits, seqs, drafts)
     row = 0
-    for seq, count in zip(seqs, counts, strict=True):
-        for n in range(count):
-            seq.drafts, drafts = seq.drafts[:n], seq.drafts
+    for seq, own in zip(seqs, drafts, strict=True):
+        for n in range(1 + len(own)):
             sampler = Sampler(seq.slot + 1, VOCAB, CPU)
             sampler.open(seq)
-            alone = sampler.draw(logits[row : row + 1], DrawRows([seq], [n], [1]))
+            alone = sampler.draw(logits[row : row + 1], DrawRows([seq], [n], [1], _drafted([seq], [own[:n]])))
             assert alone.tokens == together.tokens[row : row + 1]
             assert alone.logprobs.get(0) == together.logprobs.get(row)
-            seq.drafts = drafts
             row += 1
 
 
@@ -158,8 +168,8 @@ def test_draws_follow_the_distribution() -> None:
         for i, seq in enumerate(seqs):
             seq.tokens += [4] * i
         same = [sequence_of([5] * (start + 1), "r", seed=11, temperature=1.3)]
-        same[0].slot, same[0].drafts = 0, [1] * 499
-        by_position += _draw(logits.repeat(500, 1), same, [500]).tokens
+        same[0].slot = 0
+        by_position += _draw(logits.repeat(500, 1), same, [[1] * 499]).tokens
         seqs = _sequences(500, temperature=1.3)
         for i, seq in enumerate(seqs):
             seq.submit = sequence_of([5], seed=start + i, temperature=1.3).submit
@@ -215,10 +225,23 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
 
 def test_penalties_count_output_and_earlier_drafts_but_not_the_prompt() -> None:
     seq = sequence_of([3, 3, 3, 4], num_prompt=3, frequency_penalty=1.0)
-    seq.slot, seq.drafts = 0, [4, 5]
+    seq.slot = 0
     logits = torch.zeros(3, 8)
     logits[:, 3:6] = torch.tensor([0.9, 1.95, 1.0])
-    assert _draw(logits, [seq], [3]).tokens == [5, 5, 3]
+    assert _draw(logits, [seq], [[4, 5]]).tokens == [5, 5, 3]
+
+
+def test_drafts_end_before_the_first_that_was_not_finite() -> None:
+    seqs = _sequences(3)
+    sampler = Sampler(3, VOCAB, CPU)
+    for seq in seqs:
+        sampler.open(seq)
+    drafts = Drafts()
+    for scores in ([1.0, math.nan, 2.0], [1.0, 1.0, math.inf], [math.nan, 1.0, 1.0]):
+        drafts.add(seqs, torch.tensor([[slot, score] for slot, score in enumerate(scores)], dtype=torch.float64))
+    drawn = sampler.draw(torch.zeros(12, VOCAB), DrawRows(seqs, [0] * 3, [4] * 3, drafts))
+    assert drawn.drafts == [[0, 0], [], [2]]
+    assert drawn.tokens == [0] * 12
 
 
 def test_counts_follow_a_sequence_as_it_grows() -> None:

@@ -24,31 +24,31 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_engine.ops import to_device
+from llm_engine.ops.batch import to_device
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+GAMMA = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
 _POSITION_STEP = np.uint64(0xD1342543DE82EF95)  # odd: positions of a seed never collide
 
-_GEOMETRIC_BITS = 23  # exactly representable in fp32 with one half added
-_UNIFORM_BITS = 64 - _GEOMETRIC_BITS
-_ATANH_TERMS = 7  # relative error below 2e-8 for arguments up to 1/3
+GEOMETRIC_BITS = 23  # exactly representable in fp32 with one half added
+_UNIFORM_BITS = 64 - GEOMETRIC_BITS
+ATANH_TERMS = 7  # relative error below 2e-8 for arguments up to 1/3
 
 
 def mix_seed(seed: int) -> int:
     """The key of a seed, any Python integer taken modulo 2^64, as an unsigned 64-bit integer."""
-    return _mix((seed + _GAMMA) & _MASK_64)
+    return _mix((seed + GAMMA) & _MASK_64)
 
 
 def position_keys(seed_keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """One key per row from `mix_seed` keys and absolute positions."""
     x = seed_keys + positions.astype(np.uint64) * _POSITION_STEP
     x ^= x >> np.uint64(30)
-    x *= np.uint64(_MIX_1)
+    x *= np.uint64(MIX_1)
     x ^= x >> np.uint64(27)
-    x *= np.uint64(_MIX_2)
+    x *= np.uint64(MIX_2)
     x ^= x >> np.uint64(31)
     return x
 
@@ -70,7 +70,7 @@ class ExponentialNoise:
     """Noise rows over a vocabulary of `size` ids on one device. The CPU uses numpy, which is faster on small rows."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        steps = np.arange(1, size + 1, dtype=np.int64) * _signed(_GAMMA)
+        steps = np.arange(1, size + 1, dtype=np.int64) * _signed(GAMMA)
         self._steps: Any = steps if device.type == "cpu" else torch.from_numpy(steps).to(device)
 
     def __call__(self, keys: npt.NDArray[np.uint64]) -> Tensor:
@@ -85,12 +85,12 @@ class ExponentialNoise:
 def _exponential(bits: Any, lib: _Arrays) -> Any:
     """Exp(1) variates from SplitMix64 states (int64), which are overwritten."""
     _xor_shift(bits, 30)
-    bits *= _signed(_MIX_1)
+    bits *= _signed(MIX_1)
     _xor_shift(bits, 27)
-    bits *= _signed(_MIX_2)
+    bits *= _signed(MIX_2)
     _xor_shift(bits, 31)
-    low = lib.cast(bits & ((1 << _GEOMETRIC_BITS) - 1), lib.int32)
-    bits >>= _GEOMETRIC_BITS
+    low = lib.cast(bits & ((1 << GEOMETRIC_BITS) - 1), lib.int32)
+    bits >>= GEOMETRIC_BITS
     bits &= (1 << _UNIFORM_BITS) - 1
     noise = _geometric(low, lib)
     noise *= math.log(2)
@@ -99,12 +99,12 @@ def _exponential(bits: Any, lib: _Arrays) -> Any:
 
 
 def _geometric(bits: Any, lib: _Arrays) -> Any:
-    """Leading zeros of `_GEOMETRIC_BITS`-bit integers, as fp32: read off the fp32 exponent."""
+    """Leading zeros of `GEOMETRIC_BITS`-bit integers, as fp32: read off the fp32 exponent."""
     values = lib.cast(bits, lib.float32)
     values += 0.5
     exponents = values.view(lib.int32)
     exponents >>= 23
-    return lib.cast(126 + _GEOMETRIC_BITS - exponents, lib.float32)
+    return lib.cast(126 + GEOMETRIC_BITS - exponents, lib.float32)
 
 
 def _truncated_exponential(bits: Any, lib: _Arrays) -> Any:
@@ -114,8 +114,8 @@ def _truncated_exponential(bits: Any, lib: _Arrays) -> Any:
     v *= 2.0**-_UNIFORM_BITS
     s = v / (4.0 - v)
     square = s * s
-    series = square * (1.0 / (2 * _ATANH_TERMS - 1))
-    for term in range(_ATANH_TERMS - 2, 0, -1):
+    series = square * (1.0 / (2 * ATANH_TERMS - 1))
+    for term in range(ATANH_TERMS - 2, 0, -1):
         series += 1.0 / (2 * term + 1)
         series *= square
     series += 1.0
@@ -130,8 +130,8 @@ def _xor_shift(x: Any, shift: int) -> None:
 
 
 def _mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK_64
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK_64
+    x = ((x ^ (x >> 30)) * MIX_1) & _MASK_64
+    x = ((x ^ (x >> 27)) * MIX_2) & _MASK_64
     return x ^ (x >> 31)
 
 
