@@ -23,7 +23,7 @@ import msgspec
 from llm_engine.api.messages import Message, Submit, WorkerInfo
 from llm_engine.api.request import TokenLogprobs
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
