@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.config_keys import read_json
 from llm_engine.models.spec import ModelSpec
+from llm_engine.ops.fp8 import Weight
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -124,12 +124,12 @@ def _moe(spec: ModelSpec) -> Iterator[tuple[str, TensorInfo]]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Loaded tensors by official name, dequantised, in the dtypes of the compute path.
+    """Loaded weights by official name, in the dtypes of the compute path or kept in fp8 blocks.
 
     `fingerprint` identifies the stored values: equal for equal content, whatever the sharding of the files.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Weight]
     fingerprint: str
     has_mtp: bool
 

@@ -31,18 +31,18 @@ class CausalLM:
         self.spec = spec
         self.max_len = max_len
         self._ops = ops
-        self._embedding_VH = weights.tensors[EMBED]
+        whole = LayerWeights(weights.tensors, "")
+        self._embedding_VH = whole[EMBED]
         cos_TJ, sin_TJ = rope_tables(spec.rope, max_len)
         self._rope_tables = cos_TJ.to(self._embedding_VH.device), sin_TJ.to(self._embedding_VH.device)
         self._layers = [
-            DecoderLayer(spec, ops, LayerWeights(weights.tensors, layer_prefix(layer)), layer)
-            for layer in range(spec.num_layers)
+            DecoderLayer(spec, ops, whole.under(layer_prefix(layer)), layer) for layer in range(spec.num_layers)
         ]
-        self._final_norm = weights.tensors[FINAL_NORM]
-        self._head = Head(ops, weights.tensors[HEAD], spec.num_tokens)
+        self._final_norm = whole[FINAL_NORM]
+        self._head = Head(ops, whole[HEAD], spec.num_tokens)
         self._mtp = None
         if weights.has_mtp:
-            mtp_weights = LayerWeights(weights.tensors, layer_prefix(spec.num_layers))
+            mtp_weights = whole.under(layer_prefix(spec.num_layers))
             self._mtp = MtpLayer(spec, ops, mtp_weights, self._embedding_VH, self._head)
 
     @property

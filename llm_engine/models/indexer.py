@@ -20,7 +20,7 @@ class Indexer:
     def __init__(self, spec: IndexerSpec, ops: Ops, weights: LayerWeights) -> None:
         self._spec = spec
         self._ops = ops
-        self._query = ops.pack_linear(weights["wq_b.weight"])
+        self._query = ops.pack_linear(weights.loaded("wq_b.weight"))
         self._key_norm = weights["k_norm.weight"], weights["k_norm.bias"]
         # The two constants scale all scores of a row alike; they are kept so that scores compare across engines.
         scale = spec.num_heads**-0.5 * spec.head_dim**-0.5

@@ -10,28 +10,34 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import AttentionPlan, Ops
+from llm_engine.ops.fp8 import Weight, in_full, over_each_other
 from llm_engine.ops.spec import PackedLinear, PackedMlp
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """The tensors under one name prefix, already in the dtypes of the compute path."""
+    """The weights under one name prefix, already in the dtypes of the compute path."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Weight]
     prefix: str
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name]
+        return in_full(self.tensors[self.prefix + name])
 
     def get(self, name: str) -> Tensor | None:
-        return self.tensors.get(self.prefix + name)
+        weight = self.tensors.get(self.prefix + name)
+        return None if weight is None else in_full(weight)
+
+    def loaded(self, name: str) -> Weight:
+        """For the pack functions of a table: fp8 blocks where the loader has kept them."""
+        return self.tensors[self.prefix + name]
 
     def under(self, name: str) -> LayerWeights:
         return LayerWeights(self.tensors, self.prefix + name)
 
-    def stacked(self, *names: str) -> Tensor:
+    def stacked(self, *names: str) -> Weight:
         """Several [out, in] weights over each other: one multiplication instead of several."""
-        return torch.cat([self[name] for name in names])
+        return over_each_other([self.loaded(name) for name in names])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,12 @@ class Caches(Protocol):
 
 def pack_swiglu(ops: Ops, weights: LayerWeights) -> PackedMlp:
     """Lay out the gated MLP under a prefix."""
-    return ops.pack_mlp(weights.stacked("gate_proj.weight", "up_proj.weight"), weights["down_proj.weight"])
+    return ops.pack_mlp(*swiglu(weights))
+
+
+def swiglu(weights: LayerWeights) -> tuple[Weight, Weight]:
+    """Gate over up [2F, H] and down [H, F] under a prefix."""
+    return weights.stacked("gate_proj.weight", "up_proj.weight"), weights.loaded("down_proj.weight")
 
 
 class DenseMlp:

@@ -14,6 +14,7 @@ from llm_engine.models.indexer import Indexer
 from llm_engine.models.layers import LayerPlanes, LayerWeights, Step
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import Ops
+from llm_engine.ops.fp8 import over_each_other
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,15 @@ class MlaAttention:
         names = ["q_a_proj.weight", "kv_a_proj_with_mqa.weight"]
         if spec.indexer is not None:
             names.append("indexer.wk.weight")
-        inputs = [weights[name] for name in names]
+        inputs = [weights.loaded(name) for name in names]
         self._widths = [weight.shape[0] for weight in inputs]
-        self._inputs = ops.pack_linear(torch.cat(inputs))
+        self._inputs = ops.pack_linear(over_each_other(inputs))
         self._query_norm = weights["q_a_layernorm.weight"]
         self._latent_norm = weights["kv_a_layernorm.weight"]
-        self._query = ops.pack_linear(weights["q_b_proj.weight"])
+        self._query = ops.pack_linear(weights.loaded("q_b_proj.weight"))
         per_head = weights["kv_b_proj.weight"].view(spec.num_heads, spec.nope_dim + spec.v_dim, spec.kv_lora_rank)
         self._kv_b = ops.pack_kv_b(per_head[:, : spec.nope_dim], per_head[:, spec.nope_dim :])
-        self._output = ops.pack_linear(weights["o_proj.weight"])
+        self._output = ops.pack_linear(weights.loaded("o_proj.weight"))
         self._indexer = None if spec.indexer is None else Indexer(spec.indexer, ops, weights.under("indexer."))
 
     def write(self, x_RH: Tensor, planes: LayerPlanes, step: Step) -> Projected:

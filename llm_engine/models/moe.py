@@ -5,11 +5,9 @@ Shapes: R rows, H hidden, E experts, F expert width, K chosen experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from llm_engine.models.layers import LayerWeights, pack_swiglu
+from llm_engine.models.layers import LayerWeights, pack_swiglu, swiglu
 from llm_engine.models.spec import MoeSpec
 from llm_engine.ops import GateConfig, Ops
 
@@ -28,23 +26,11 @@ class Moe:
             normalise=spec.norm_topk,
             scale=spec.scaling,
         )
-        experts = [weights.under(f"experts.{i}.") for i in range(spec.num_experts)]
+        experts = (swiglu(weights.under(f"experts.{i}.")) for i in range(spec.num_experts))
         shared = pack_swiglu(ops, weights.under("shared_experts.")) if spec.num_shared else None
-        self._experts = ops.pack_experts(*_stacked(experts), shared=shared)
+        self._experts = ops.pack_experts(experts, spec.num_experts, shared=shared)
 
     def __call__(self, x_RH: Tensor) -> Tensor:
         logits_RE = self._ops.linear(x_RH, self._gate)
         ids_RK, weights_RK = self._ops.gate(logits_RE, self._bias_E, self._config)
         return self._ops.moe(x_RH, ids_RK, weights_RK, self._experts)
-
-
-def _stacked(experts: Sequence[LayerWeights]) -> tuple[Tensor, Tensor]:
-    """Gate over up [E, 2F, H] and down [E, H, F], expert by expert: no part of a model is larger."""
-    stacks: list[Tensor] = []
-    for place, expert in enumerate(experts):
-        pair = expert.stacked("gate_proj.weight", "up_proj.weight"), expert["down_proj.weight"]
-        stacks = stacks or [weight.new_empty(len(experts), *weight.shape) for weight in pair]
-        for stack, weight in zip(stacks, pair, strict=True):
-            stack[place] = weight
-    gate_up_E2FH, down_EHF = stacks
-    return gate_up_E2FH, down_EHF

@@ -27,7 +27,7 @@ class MtpLayer:
         self._norm_token = weights["enorm.weight"]
         self._norm_state = weights["hnorm.weight"]
         self._norm_out = weights["shared_head.norm.weight"]
-        self._join = ops.pack_linear(weights["eh_proj.weight"])
+        self._join = ops.pack_linear(weights.loaded("eh_proj.weight"))
         self._layer = DecoderLayer(spec, ops, weights, spec.num_layers)
 
     def __call__(self, token_ids_R: Tensor, state_RH: Tensor, planes: LayerPlanes, step: Step) -> Tensor:

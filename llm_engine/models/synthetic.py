@@ -34,9 +34,9 @@ from llm_engine.models.checkpoint import (
     expected_tensors,
     mtp_copies,
 )
-from llm_engine.models.fp8 import quantise_blocks
 from llm_engine.models.sizes import SIZES, size_config
 from llm_engine.models.spec import ModelSpec
+from llm_engine.ops.fp8 import quantise_blocks
 
 _DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16")}
 _FP8_BLOCK = (128, 128)

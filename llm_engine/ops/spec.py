@@ -2,7 +2,8 @@
 
 Shapes: R rows (padding included, see ForwardBatch), N real rows, H hidden, h heads, E experts, F expert width,
 K chosen, B blocks, P tokens of a block, L latent rank, J rope pairs (half the rope width), T positions.
-"Compute dtype" is `Ops.dtype`. Packed weights and plans are opaque: only the backend that made them reads them.
+"Compute dtype" is `Ops.dtype`. A `Weight` is a tensor, or fp8 blocks as stored, which a pack function may dequantise.
+Packed weights and plans are opaque: only the backend that made them reads them.
 A plan holds what attention needs to know of a batch, worked out once per forward pass and used by every layer.
 
 With numerics `exact` every output row is a function of its own input row, its own visible cache rows and the weights
@@ -11,13 +12,14 @@ alone: bit for bit the same in any batch, in any chunk, at any place. `fast` pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from llm_engine.ops.batch import ForwardBatch
+from llm_engine.ops.fp8 import Weight
 
 PackedLinear: TypeAlias = Any
 PackedMlp: TypeAlias = Any
@@ -41,7 +43,7 @@ class GateConfig:
 class PackLinear(Protocol):
     """Lay out one [out, in] weight. `fp32`: multiply and answer in fp32, whatever the compute dtype."""
 
-    def __call__(self, weight_OI: Tensor, *, fp32: bool = False) -> PackedLinear: ...
+    def __call__(self, weight_OI: Weight, *, fp32: bool = False) -> PackedLinear: ...
 
 
 class Linear(Protocol):
@@ -53,7 +55,7 @@ class Linear(Protocol):
 class PackMlp(Protocol):
     """Lay out a SwiGLU MLP: gate rows first, then up rows."""
 
-    def __call__(self, gate_up_2FH: Tensor, down_HF: Tensor) -> PackedMlp: ...
+    def __call__(self, gate_up_2FH: Weight, down_HF: Weight) -> PackedMlp: ...
 
 
 class Mlp(Protocol):
@@ -63,9 +65,14 @@ class Mlp(Protocol):
 
 
 class PackExperts(Protocol):
-    """Lay out E routed experts and, where there is one, the shared expert every row goes through."""
+    """Lay out E routed experts and, where there is one, the shared expert every row goes through.
 
-    def __call__(self, gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> PackedExperts: ...
+    `experts` yields gate rows over up rows [2F, H] and down [H, F] of each, so that nobody has to hold them all twice.
+    """
+
+    def __call__(
+        self, experts: Iterable[tuple[Weight, Weight]], num_experts: int, *, shared: PackedMlp | None = None
+    ) -> PackedExperts: ...
 
 
 class Gate(Protocol):

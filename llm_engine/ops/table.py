@@ -20,6 +20,7 @@ class Ops:
     dtype: torch.dtype  # compute dtype: activations, weights, caches
     row_tile: int  # a batch holds a multiple of this many rows
     device: torch.device = _CPU  # where weights, caches and batches must lie
+    fp8_block: tuple[int, int] | None = None  # weights in fp8 blocks of this size are packed as stored
 
     pack_linear: spec.PackLinear
     linear: spec.Linear

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops import Ops
+from llm_engine.ops.fp8 import Weight, in_full
 from llm_engine.ops.spec import nothing_to_warm_up
 from llm_engine.ops_cpu import mla, mla_free, moe, moe_free
 from llm_engine.ops_cpu import plan as exact_plan
@@ -30,11 +31,11 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
     gemm: Gemm = TiledGemm() if exact else free
     bf16_experts = not exact and free.has_bf16
 
-    def pack_linear(weight_OI: Tensor, *, fp32: bool = False) -> PackedProduct:
-        return gemm.linear(weight_OI, torch.float32 if fp32 else dtype)
+    def pack_linear(weight_OI: Weight, *, fp32: bool = False) -> PackedProduct:
+        return gemm.linear(in_full(weight_OI), torch.float32 if fp32 else dtype)
 
-    def pack_mlp(gate_up_2FH: Tensor, down_HF: Tensor) -> PackedMlp:
-        return PackedMlp.pack(gemm, gate_up_2FH, down_HF, dtype)
+    def pack_mlp(gate_up_2FH: Weight, down_HF: Weight) -> PackedMlp:
+        return PackedMlp.pack(gemm, in_full(gate_up_2FH), in_full(down_HF), dtype)
 
     return Ops(
         name=f"cpu/{numerics}/{str(dtype).removeprefix('torch.')}",

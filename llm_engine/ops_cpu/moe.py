@@ -9,12 +9,14 @@ Shapes: R rows, H hidden, E experts, F expert width, K chosen, t tiles, M = TILE
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm_engine.ops.fp8 import Weight, in_full
 from llm_engine.ops_cpu.gemm import TILE_ROWS
 from llm_engine.ops_cpu.jit import F2, F2S, I1, I2, ZERO, Floats, Longs, kernel
 from llm_engine.ops_cpu.mlp import PackedMlp, mlp, silu_mul
@@ -30,18 +32,31 @@ class PackedExperts:
     shared: PackedMlp | None
 
 
-def pack_experts(gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> PackedExperts:
+def pack_experts(
+    experts: Iterable[tuple[Weight, Weight]], num_experts: int, *, shared: PackedMlp | None = None
+) -> PackedExperts:
     """See `llm_engine.ops.spec.PackExperts`."""
-    gate_up_E2FH, down_EHF, merged = with_shared(gate_up_E2FH, down_EHF, shared)
+    gate_up_E2FH, down_EHF, merged = stacked(experts, num_experts, shared)
     return PackedExperts(_in_out(gate_up_E2FH), _in_out(down_EHF), merged, None if merged else shared)
 
 
-def with_shared(gate_up_E2FH: Tensor, down_EHF: Tensor, shared: PackedMlp | None) -> tuple[Tensor, Tensor, bool]:
-    """The stacks with the shared expert behind the routed ones, and whether its width allowed that."""
-    if shared is None or shared.gate_up_2FH.shape != gate_up_E2FH.shape[1:]:
-        return gate_up_E2FH, down_EHF, False
-    stacked = torch.cat([gate_up_E2FH, shared.gate_up_2FH[None]]), torch.cat([down_EHF, shared.down_HF[None]])
-    return *stacked, True
+def stacked(
+    experts: Iterable[tuple[Weight, Weight]], num_experts: int, shared: PackedMlp | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Gate over up [E, 2F, H], down [E, H, F], and whether the shared expert's width put it behind the others."""
+    stacks: list[Tensor] = []
+    merged = False
+    for place, weights in enumerate(experts):
+        pair = [in_full(weight) for weight in weights]
+        if not stacks:
+            merged = shared is not None and shared.gate_up_2FH.shape == pair[0].shape
+            stacks = [weight.new_empty(num_experts + merged, *weight.shape) for weight in pair]
+        for stack, weight in zip(stacks, pair, strict=True):
+            stack[place] = weight
+    gate_up_E2FH, down_EHF = stacks
+    if merged and shared is not None:
+        gate_up_E2FH[-1], down_EHF[-1] = shared.gate_up_2FH, shared.down_HF
+    return gate_up_E2FH, down_EHF, merged
 
 
 def _in_out(weight_EOI: Tensor) -> Tensor:

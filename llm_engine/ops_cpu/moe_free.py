@@ -11,6 +11,7 @@ Shapes: R rows, H hidden, E experts, F expert width, K chosen, N = R · K choice
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_engine.ops.fp8 import Weight
 from llm_engine.ops_cpu.gemm import Gemm, PackedProduct, padded
 from llm_engine.ops_cpu.jit import (
     B2,
@@ -35,7 +37,7 @@ from llm_engine.ops_cpu.jit import (
     store_row,
 )
 from llm_engine.ops_cpu.mlp import ACTIVATION_COST, PackedMlp, mlp, silu_mul, silu_mul_row
-from llm_engine.ops_cpu.moe import with_shared
+from llm_engine.ops_cpu.moe import stacked
 
 # Costs in weights read from memory, as measured on a Xeon with AMX.
 _CALLS_COST: Final = 800_000  # of starting the two products of one expert
@@ -63,9 +65,11 @@ class FreeExperts:
         return wide <= apart
 
 
-def pack_experts(gemm: Gemm, gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None) -> FreeExperts:
+def pack_experts(
+    gemm: Gemm, experts: Iterable[tuple[Weight, Weight]], num_experts: int, *, shared: PackedMlp | None = None
+) -> FreeExperts:
     """See `llm_engine.ops.spec.PackExperts`."""
-    gate_up_E2FH, down_EHF, merged = with_shared(gate_up_E2FH, down_EHF, shared)
+    gate_up_E2FH, down_EHF, merged = stacked(experts, num_experts, shared)
     linear = partial(gemm.linear, out_dtype=torch.bfloat16)
     weights = gate_up_E2FH[0].numel() + down_EHF[0].numel()
     wide = None

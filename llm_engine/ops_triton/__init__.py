@@ -20,6 +20,7 @@ from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.ops_triton.moe import mlp, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
 from llm_engine.ops_triton.plan import plan
+from llm_engine.ops_triton.quant import BLOCK
 from llm_engine.ops_triton.race import race
 from llm_engine.ops_triton.self_check import Product, check_products
 from llm_engine.ops_triton.tiles import Numerics
@@ -48,6 +49,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         dtype=dtype,
         row_tile=1,
         device=device,
+        fp8_block=(BLOCK, BLOCK) if fp8 else None,
         pack_linear=partial(pack_linear, dtype=dtype, fp8=fp8, numerics=numerics),
         linear=linear,
         pack_mlp=partial(pack_mlp, dtype=dtype, fp8=fp8, numerics=numerics),

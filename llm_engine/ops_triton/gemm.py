@@ -11,9 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from llm_engine.ops.fp8 import Weight, in_full
 from llm_engine.ops_triton.lang import ceil_div
 from llm_engine.ops_triton.products import _product, _product_fp8, _sum_partials
-from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, quantise_rows, quantise_weight, scaled_mm
+from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, in_blocks, quantise_rows, scaled_mm
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
 
 _TORCH_ROWS: Final = 128  # from which on torch's products are faster than these, measured on an H200
@@ -40,16 +41,17 @@ class PackedLinear:
 
 
 def pack_linear(
-    weight_OI: Tensor, *, fp32: bool = False, dtype: torch.dtype, fp8: bool, numerics: Numerics
+    weight_OI: Weight, *, fp32: bool = False, dtype: torch.dtype, fp8: bool, numerics: Numerics
 ) -> PackedLinear:
     """See `llm_engine.ops.spec.PackLinear`. `fp8`: keep what may be quantised in fp8 blocks."""
-    if fp32 and weight_OI.dtype == torch.float32 and dtype == torch.bfloat16:
-        # Tensor cores multiply no fp32. Products of bf16 are exact in fp32, so two bf16 terms lose next to nothing.
-        high = weight_OI.bfloat16()
-        return PackedLinear(torch.cat([high, (weight_OI - high).bfloat16()]), torch.float32, numerics, in_two=True)
     if fp8 and not fp32 and can_be_fp8(weight_OI):
-        return PackedLinear(quantise_weight(weight_OI), dtype, numerics)
-    return PackedLinear(weight_OI.contiguous(), torch.float32 if fp32 else dtype, numerics)
+        return PackedLinear(in_blocks(weight_OI), dtype, numerics)
+    full_OI = in_full(weight_OI)
+    if fp32 and full_OI.dtype == torch.float32 and dtype == torch.bfloat16:
+        # Tensor cores multiply no fp32. Products of bf16 are exact in fp32, so two bf16 terms lose next to nothing.
+        high = full_OI.bfloat16()
+        return PackedLinear(torch.cat([high, (full_OI - high).bfloat16()]), torch.float32, numerics, in_two=True)
+    return PackedLinear(full_OI.contiguous(), torch.float32 if fp32 else dtype, numerics)
 
 
 def linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:

@@ -7,11 +7,13 @@ Shapes: R rows, H hidden, E experts, F expert width, K chosen, S slots of a deal
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llm_engine.ops.fp8 import Weight, in_full
 from llm_engine.ops_triton.deal import Deal, deal
 from llm_engine.ops_triton.experts import _combine, _down_kernel, _swiglu, _up_kernel
 from llm_engine.ops_triton.gemm import PackedLinear, linear, linear_fp8, suits_torch
@@ -22,9 +24,8 @@ from llm_engine.ops_triton.quant import (
     Fp8Weight,
     can_be_fp8,
     empty_rows,
+    in_blocks,
     quantise_rows,
-    quantise_stack,
-    quantise_weight,
     scaled_mm,
 )
 from llm_engine.ops_triton.tiles import Numerics, Tile, expert_tiles
@@ -53,41 +54,62 @@ class PackedExperts:
     numerics: Numerics
 
 
-def pack_mlp(gate_up_2FH: Tensor, down_HF: Tensor, *, dtype: torch.dtype, fp8: bool, numerics: Numerics) -> PackedMlp:
+def pack_mlp(gate_up_2FH: Weight, down_HF: Weight, *, dtype: torch.dtype, fp8: bool, numerics: Numerics) -> PackedMlp:
     """See `llm_engine.ops.spec.PackMlp`."""
     gate_up, down = _packed(gate_up_2FH, fp8), _packed(down_HF, fp8)
     return PackedMlp(gate_up, PackedLinear(down, dtype, numerics), numerics)
 
 
 def pack_experts(
-    gate_up_E2FH: Tensor, down_EHF: Tensor, *, shared: PackedMlp | None = None, fp8: bool, numerics: Numerics
+    experts: Iterable[tuple[Weight, Weight]],
+    num_experts: int,
+    *,
+    shared: PackedMlp | None = None,
+    fp8: bool,
+    numerics: Numerics,
 ) -> PackedExperts:
-    """See `llm_engine.ops.spec.PackExperts`."""
-    merged = shared is not None and shared.gate_up_2FH.shape == gate_up_E2FH.shape[1:]
-    gate_up, down = _packed(gate_up_E2FH, fp8, room=int(merged)), _packed(down_EHF, fp8, room=int(merged))
+    """See `llm_engine.ops.spec.PackExperts`. One at a time: a stack of experts in full is many gigabytes."""
+    stacks: list[Tensor | Fp8Weight] = []
+    merged = False
+    for place, weights in enumerate(experts):
+        pair = [_packed(weight, fp8) for weight in weights]
+        if not stacks:
+            merged = shared is not None and shared.gate_up_2FH.shape == pair[0].shape
+            stacks = [_empty_stack(one, num_experts + merged) for one in pair]
+        for stack, one in zip(stacks, pair, strict=True):
+            _put(stack, place, one)
+    gate_up, down = stacks
     if merged and shared is not None:
-        gate_up, own_gate_up = _with_one_more(gate_up, shared.gate_up_2FH)
-        down, own_down = _with_one_more(down, shared.down.weight_OI)
+        own_gate_up = _put(gate_up, num_experts, shared.gate_up_2FH)
+        own_down = _put(down, num_experts, shared.down.weight_OI)
         shared = replace(shared, gate_up_2FH=own_gate_up, down=replace(shared.down, weight_OI=own_down))
     return PackedExperts(gate_up, down, merged, shared, numerics)
 
 
-def _packed(weight: Tensor, fp8: bool, room: int = 0) -> Tensor | Fp8Weight:
+def _packed(weight: Weight, fp8: bool) -> Tensor | Fp8Weight:
     # The seam between gate and up rows must fall between blocks.
-    if fp8 and can_be_fp8(weight) and weight.shape[-2] % (2 * BLOCK) == 0:
-        return quantise_stack(weight, room) if weight.dim() == 3 else quantise_weight(weight)
-    return weight.contiguous()
+    if fp8 and can_be_fp8(weight) and weight.shape[0] % (2 * BLOCK) == 0:
+        return in_blocks(weight)
+    return in_full(weight).contiguous()
 
 
-def _with_one_more(stack: Tensor | Fp8Weight, one: Tensor | Fp8Weight) -> tuple[Tensor | Fp8Weight, Tensor | Fp8Weight]:
-    """A stack with a weight behind it, and that weight as a part of the stack. Stacks in fp8 have room for it."""
+def _empty_stack(one: Tensor | Fp8Weight, count: int) -> Tensor | Fp8Weight:
+    """Memory for weights like this one."""
+    if isinstance(one, Fp8Weight):
+        values, scales = one.values_OI, one.scales
+        return Fp8Weight(values.new_empty(count, *values.shape), scales.new_empty(count, *scales.shape))
+    return one.new_empty(count, *one.shape)
+
+
+def _put(stack: Tensor | Fp8Weight, place: int, one: Tensor | Fp8Weight) -> Tensor | Fp8Weight:
+    """Copy a weight into a stack. Returns that part of the stack."""
     if isinstance(stack, Fp8Weight):
         assert isinstance(one, Fp8Weight), "equal shapes are packed alike"
-        stack.values_OI[-1], stack.scales[-1] = one.values_OI, one.scales
-        return stack, Fp8Weight(stack.values_OI[-1], stack.scales[-1], one.wide_scales)
+        stack.values_OI[place], stack.scales[place] = one.values_OI, one.scales
+        return Fp8Weight(stack.values_OI[place], stack.scales[place], one.wide_scales)
     assert isinstance(one, Tensor), "equal shapes are packed alike"
-    weights = torch.cat([stack, one[None]])
-    return weights, weights[-1]
+    stack[place] = one
+    return stack[place]
 
 
 def mlp(x_RH: Tensor, packed: PackedMlp) -> Tensor:

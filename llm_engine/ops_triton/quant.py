@@ -1,6 +1,7 @@
-"""fp8 operands: e4m3 values with power-of-two scales, one for 1×128 activations, one for 128×128 weights.
+"""fp8 operands: e4m3 values with fp32 scales, one for 1×128 activations, one for 128×128 weights.
 
-A product of such operands is exact but for the order of its fp32 sum: scales only shift exponents.
+Scales made here are powers of two, those of stored weights are as stored. A product under powers of two is exact but
+for the order of its fp32 sum: they only shift exponents.
 
 Shapes: R rows, I in, O out, G groups of 128 along the depth.
 """
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from llm_engine.ops.fp8 import Fp8Blocks, Weight, in_full
 from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, to_e4m3, ue8m0
 from llm_engine.ops_triton.tiles import quantise_tile
 
@@ -50,7 +52,7 @@ class Fp8Weight:
         return self.values_OI.shape
 
 
-def can_be_fp8(weight_OI: Tensor) -> bool:
+def can_be_fp8(weight_OI: Weight) -> bool:
     """Whether the depth is whole blocks; the last block of rows may be partial."""
     return weight_OI.shape[-1] % BLOCK == 0
 
@@ -113,8 +115,19 @@ def scaled_mm(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
     return y_RO[:rows, :out]
 
 
+def in_blocks(weight_OI: Weight) -> Fp8Weight:
+    """A weight [O, I] in 128×128 blocks: as stored, bit for bit, where it is stored in such blocks."""
+    if not isinstance(weight_OI, Fp8Blocks) or weight_OI.block != (BLOCK, BLOCK):
+        return quantise_weight(in_full(weight_OI))
+    values_OI, missing = weight_OI.values, -weight_OI.shape[0] % BLOCK
+    if missing:
+        filled = torch.nn.functional.pad(values_OI.view(torch.uint8), (0, 0, 0, missing)).view(torch.float8_e4m3fn)
+        values_OI = filled[: len(values_OI)]
+    return _with_wide_scales(values_OI.contiguous(), weight_OI.scales.contiguous())
+
+
 def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
-    """A weight [O, I] in 128×128 blocks. Weights that were dequantised from such blocks come back exactly."""
+    """A weight [O, I] in 128×128 blocks under power-of-two scales, from which dequantised ones come back exactly."""
     out, depth = weight_OI.shape
     padded = torch.nn.functional.pad(weight_OI, (0, 0, 0, -out % BLOCK)) if out % BLOCK else weight_OI
     tiles = padded.reshape(-1, BLOCK, depth // BLOCK, BLOCK)
@@ -123,21 +136,11 @@ def quantise_weight(weight_OI: Tensor) -> Fp8Weight:
     scales = torch.ldexp(torch.ones_like(fraction), exponent - (fraction == 0.5).int())
     values = (tiles / scales[:, None, :, None].to(weight_OI.dtype)).clamp(-_E4M3_MAX, _E4M3_MAX)
     values_OI = values.reshape(padded.shape).to(torch.float8_e4m3fn).contiguous()[:out]
-    return Fp8Weight(values_OI, scales.contiguous(), torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)))
+    return _with_wide_scales(values_OI, scales.contiguous())
 
 
-def quantise_stack(weights_EOI: Tensor, room: int = 0) -> Fp8Weight:
-    """Several weights of one shape, one at a time: a stack of experts in full is many gigabytes.
-
-    `room`: how many more the stack holds, behind them, for the caller to fill.
-    """
-    experts, out, depth = weights_EOI.shape
-    values = weights_EOI.new_empty(experts + room, out, depth, dtype=torch.float8_e4m3fn)
-    scales = weights_EOI.new_empty(experts + room, -(-out // BLOCK), depth // BLOCK, dtype=torch.float32)
-    for expert in range(experts):
-        packed = quantise_weight(weights_EOI[expert])
-        values[expert], scales[expert] = packed.values_OI, packed.scales
-    return Fp8Weight(values, scales)
+def _with_wide_scales(values_OI: Tensor, scales: Tensor) -> Fp8Weight:
+    return Fp8Weight(values_OI, scales, torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)))
 
 
 @inline

@@ -1,5 +1,7 @@
 """Reads a checkpoint: one pass over the shards, dequantised and converted on the way, fingerprinted as stored.
 
+Where a kernel table packs fp8 blocks as stored (`fp8_block`), weights in blocks of that size are passed on as such.
+
 `load_weights` keeps all of it in host memory. `WeightStream` brings tensors to a device while a model is being built:
 a model that packs what it asks for and lets go of it never has more than a few of them around.
 """
@@ -36,9 +38,9 @@ from llm_engine.models.checkpoint import (
     scale_name,
     scan,
 )
-from llm_engine.models.fp8 import dequantise_blocks
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import to_device
+from llm_engine.ops.fp8 import Fp8Blocks, Weight, decode_scale, in_full
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +58,31 @@ _AHEAD_BYTES = 1 << 30  # read before they are asked for
 
 
 def load_weights(
-    path: Path, spec: ModelSpec, dtype: torch.dtype, *, with_mtp: bool = True, progress: bool = True
+    path: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    fp8_block: tuple[int, int] | None = None,
+    with_mtp: bool = True,
+    progress: bool = True,
 ) -> Weights:
     """Load every tensor of the model in `dtype` (fp32 where the model computes in fp32).
 
-    `with_mtp=False` leaves the draft layer out. `progress` shows a bar while loading, on terminals only.
+    `fp8_block`: of `Ops`; fp8 weights in blocks of that size stay in them. `with_mtp=False` leaves the draft layer out.
+    `progress` shows a bar while loading, on terminals only.
     Raises ConfigError, in one line, naming tensors that are missing, unknown, of a wrong shape or an unknown format.
     """
     stored, infos, copies, with_mtp = _survey(path, spec, with_mtp)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Weight] = {}
     digests: dict[str, str] = {}
     in_file_order = sorted(infos, key=lambda name: (stored[name].file, name))
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     with _Shards(stored) as shards:
         for name in track(in_file_order, f"loading {path.name}", console=console, transient=True, disable=hidden):
-            tensors[name], digests[name] = _load(shards, spec, name, torch.float32 if infos[name].exact else dtype)
+            parts, digests[name] = _stored(shards, spec, name)
+            weight = _converted(name, shards, spec, parts, torch.float32 if infos[name].exact else dtype)
+            tensors[name] = _kept(weight, fp8_block)
     for copy, main in copies.items():
         if digests[copy] == digests[main]:
             del tensors[copy], digests[copy]
@@ -80,7 +91,7 @@ def load_weights(
     return Weights(tensors, _fingerprint(digests), has_mtp=with_mtp)
 
 
-class WeightStream(Mapping[str, Tensor]):
+class WeightStream(Mapping[str, Weight]):
     """The tensors of a checkpoint on a device, each read when it is asked for and not kept here.
 
     Threads read ahead in the order in which a model is built, hash what they read, and dequantise on the device. Use it
@@ -94,18 +105,19 @@ class WeightStream(Mapping[str, Tensor]):
         dtype: torch.dtype,
         device: torch.device,
         *,
+        fp8_block: tuple[int, int] | None = None,
         with_mtp: bool = True,
         progress: bool = True,
     ) -> None:
         """As `load_weights`. Raises ConfigError as it does."""
         stored, infos, copies, self.has_mtp = _survey(path, spec, with_mtp)
         self._path, self._spec, self._dtype, self._device = path, spec, dtype, device
-        self._copies, self._infos = copies, infos
+        self._copies, self._infos, self._fp8_block = copies, infos, fp8_block
         self._shards = _Shards(stored)
         self._digests: dict[str, str] = {}
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
         self._waiting = deque(_build_order(infos, spec.num_layers))
-        self._coming: dict[str, Future[Tensor]] = {}
+        self._coming: dict[str, Future[Weight]] = {}
         self._ahead_bytes = 0
         console = Console(stderr=True)
         columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -138,7 +150,7 @@ class WeightStream(Mapping[str, Tensor]):
         self._progress.stop()
         self._shards.__exit__(kind, exc, tb)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Weight:
         if name not in self._infos:
             raise KeyError(name)
         coming = self._coming.pop(name, None)
@@ -177,14 +189,15 @@ class WeightStream(Mapping[str, Tensor]):
             self._ahead_bytes += self._size(name)
             self._coming[name] = self._readers.submit(self._read, name)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Weight:
         """In any thread. Streams of devices are those of the thread that builds: work on a device stays in order."""
         if self._device.index is not None:
             torch.accelerator.set_device_index(self._device.index)
         parts, digest = _stored(self._shards, self._spec, name)
         self._digests[name] = digest
+        parts = [to_device(part, self._device) for part in parts]
         dtype = torch.float32 if self._infos[name].exact else self._dtype
-        return _converted(name, self._shards, self._spec, [to_device(part, self._device) for part in parts], dtype)
+        return _kept(_converted(name, self._shards, self._spec, parts, dtype), self._fp8_block)
 
     def _size(self, name: str) -> int:
         return self._shards.stored[name].num_bytes
@@ -239,12 +252,6 @@ def _build_order(infos: Mapping[str, TensorInfo], num_layers: int) -> list[str]:
     return sorted(infos, key=place)  # stable
 
 
-def _load(shards: _Shards, spec: ModelSpec, name: str, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """One tensor in `dtype`, and a digest of its stored bytes (scales included)."""
-    parts, digest = _stored(shards, spec, name)
-    return _converted(name, shards, spec, parts, dtype), digest
-
-
 def _stored(shards: _Shards, spec: ModelSpec, name: str) -> tuple[list[Tensor], str]:
     """Values, with their scales if they are fp8, as stored, and a digest of the bytes."""
     values = shards.read(name)
@@ -260,17 +267,22 @@ def _stored(shards: _Shards, spec: ModelSpec, name: str) -> tuple[list[Tensor], 
     return parts, f"{shards.stored[name].dtype}{content.hexdigest()}"
 
 
-def _converted(name: str, shards: _Shards, spec: ModelSpec, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Stored values, wherever they lie, in the dtype of the compute path."""
+def _converted(name: str, shards: _Shards, spec: ModelSpec, parts: list[Tensor], dtype: torch.dtype) -> Weight:
+    """Stored values, wherever they lie, in the dtype of the compute path or in blocks."""
     values, *scales = parts
     if not scales:
         return values.to(dtype)
     assert spec.fp8_block is not None, "checked when the scales were read"
     try:
-        return dequantise_blocks(values, scales[0], spec.fp8_block).to(dtype)
+        return Fp8Blocks(values, decode_scale(scales[0]), spec.fp8_block, dtype)
     except ValueError as exc:
         scale_key = scale_name(name, shards.stored)
         raise ConfigError(f"{shards.stored[name].file}: {scale_key}: {exc}") from exc
+
+
+def _kept(weight: Weight, fp8_block: tuple[int, int] | None) -> Weight:
+    """Dequantised unless its blocks are of the size that a table packs."""
+    return weight if isinstance(weight, Fp8Blocks) and weight.block == fp8_block else in_full(weight)
 
 
 def _check(path: Path, stored: Mapping[str, StoredTensor], infos: Mapping[str, TensorInfo], num_layers: int) -> None:

@@ -151,10 +151,10 @@ def thread_setup(config: ClusterConfig) -> Callable[[], None]:
 
 def _load(config: ClusterConfig, plan: Plan) -> tuple[CausalLM, str]:
     """The model, and the fingerprint of its weights."""
-    path, device = config.model.path, plan.ops.device
-    with WeightStream(path, plan.spec, plan.ops.dtype, device, with_mtp=plan.with_mtp) as stream:
+    path, ops, device = config.model.path, plan.ops, plan.ops.device
+    with WeightStream(path, plan.spec, ops.dtype, device, fp8_block=ops.fp8_block, with_mtp=plan.with_mtp) as stream:
         try:
-            model = build_model(plan.spec, stream.weights, plan.ops, config.model.max_len)
+            model = build_model(plan.spec, stream.weights, ops, config.model.max_len)
         except torch.OutOfMemoryError as exc:
             free, total = free_and_total(device)
             raise ConfigError(

@@ -49,7 +49,7 @@ class Lab:
         cls, path: Path, *, numerics: Any = "exact", dtype: str = "fp32", pages: Any = "auto", max_len: int = 256
     ) -> Lab:
         spec, ops = ModelSpec.from_dir(path), load_ops("triton", numerics, dtype)
-        with WeightStream(path, spec, ops.dtype, ops.device, progress=False) as stream:
+        with WeightStream(path, spec, ops.dtype, ops.device, fp8_block=ops.fp8_block, progress=False) as stream:
             model = build_model(spec, stream.weights, ops, max_len)
         return cls(spec, ops, page_dtype(spec, KvConfig(format=pages), "triton", ops.dtype), model)
 

@@ -31,7 +31,7 @@ class Harness:
     @classmethod
     def load(cls, path: Path, ops: Ops, *, num_seqs: int = 1, max_len: int = 512, block_tokens: int = 16) -> Harness:
         spec = ModelSpec.from_dir(path)
-        weights = load_weights(path, spec, ops.dtype, progress=False)
+        weights = load_weights(path, spec, ops.dtype, fp8_block=ops.fp8_block, progress=False)
         blocks_per_seq = -(-max_len // block_tokens)
         kv = KvConfig(block_tokens=block_tokens, num_blocks=max(8, blocks_per_seq * num_seqs))
         store = KvStore.allocate(plan_layout(spec, kv, ops.dtype, with_mtp=True), ops.dtype)

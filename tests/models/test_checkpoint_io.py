@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.models.checkpoint import Weights, inspect_checkpoint
-from llm_engine.models.fp8 import dequantise_blocks, quantise_blocks
 from llm_engine.models.spec import ModelSpec
 from llm_engine.models.synthetic import make_checkpoint
+from llm_engine.ops.fp8 import dequantise_blocks, quantise_blocks
 from llm_engine.runtime.weights import load_weights
 
 KV_A = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"

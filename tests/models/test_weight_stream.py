@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llm_engine.api.errors import ConfigError
+from llm_engine.models.checkpoint import expected_tensors
 from llm_engine.models.deepseek_v32 import build_model
 from llm_engine.models.spec import ModelSpec
 from llm_engine.models.synthetic import make_checkpoint
 from llm_engine.ops import load_ops
+from llm_engine.ops.fp8 import Fp8Blocks, in_full
 from llm_engine.runtime import weights
 from llm_engine.runtime.weights import WeightStream, load_weights
 
@@ -51,6 +54,25 @@ def test_every_tensor_in_any_order(path: Path, dtype: torch.dtype, monkeypatch: 
         assert stream.get("model.embed_tokens.bias") is None
         assert stream.fingerprint() == whole.fingerprint
         assert stream.weights.has_mtp == whole.has_mtp
+
+
+def test_blocks_that_a_table_packs_stay_blocks(tmp_path: Path) -> None:
+    path = make_checkpoint("tiny", tmp_path, fp8=True)
+    spec, infos = ModelSpec.from_dir(path), expected_tensors(ModelSpec.from_dir(path), with_mtp=True)
+    stored, dequantised = load_file(path / "model.safetensors"), load_weights(path, spec, torch.bfloat16).tensors
+    options: dict[str, Any] = {"fp8_block": (128, 128), "progress": False}
+    whole = load_weights(path, spec, torch.bfloat16, **options)
+    with WeightStream(path, spec, torch.bfloat16, CPU, **options) as stream:
+        for name, info in infos.items():
+            for weight in (stream[name], whole.tensors[name]):
+                assert isinstance(weight, Fp8Blocks) == info.quantised, name
+                assert torch.equal(in_full(weight), dequantised[name])
+                if isinstance(weight, Fp8Blocks):
+                    assert torch.equal(weight.values.view(torch.uint8), stored[name].view(torch.uint8))
+                    assert torch.equal(weight.scales, stored[name + "_scale_inv"])
+        assert stream.fingerprint() == whole.fingerprint
+    others = load_weights(path, spec, torch.bfloat16, fp8_block=(64, 128), progress=False)
+    assert all(isinstance(weight, torch.Tensor) for weight in others.tensors.values())
 
 
 def test_a_model_is_built_in_the_order_that_is_read_ahead(nano_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

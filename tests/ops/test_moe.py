@@ -77,7 +77,7 @@ class Experts:
                 (torch.randn(HIDDEN, shared_width) / 6).to(ops.dtype),
             )
             packed = ops.pack_mlp(*self.shared)
-        self.packed = ops.pack_experts(self.gate_up, self.down, shared=packed)
+        self.packed = ops.pack_experts(zip(self.gate_up, self.down, strict=True), experts, shared=packed)
 
     def expected(self, x: torch.Tensor, ids: list[int], weights: list[float]) -> torch.Tensor:
         total = torch.zeros(HIDDEN, dtype=torch.float64)

@@ -76,7 +76,7 @@ def test_an_empty_batch_passes_through(ops: Ops) -> None:
     assert ops.mla_attend(rows[:, :48].view(0, 2, 24), latent, plan, None, kv_b, 1.0).shape == (0, 2, 16)
     assert ops.linear(rows, ops.pack_linear(torch.zeros(5, 56))).shape == (0, 5)
     ids, weights = ops.gate(torch.empty(0, 4), torch.zeros(4), GateConfig(top_k=2))
-    experts = ops.pack_experts(torch.zeros(4, 32, 56), torch.zeros(4, 56, 16))
+    experts = ops.pack_experts([(torch.zeros(32, 56), torch.zeros(56, 16))] * 4, 4)
     assert ops.moe(rows, ids, weights, experts).shape == (0, 56)
 
 

@@ -111,7 +111,8 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
     config = GateConfig(top_k=8, num_groups=8, top_groups=4, scale=2.5)
     ids, shares = ops.gate(logits, tensor(256, dtype=fp32), config)
     shared = ops.pack_mlp(tensor(4096, HIDDEN), tensor(HIDDEN, 2048))
-    ops.moe(x, ids, shares, ops.pack_experts(tensor(256, 4096, HIDDEN), tensor(256, HIDDEN, 2048), shared=shared))
+    experts = [(tensor(4096, HIDDEN), tensor(HIDDEN, 2048))] * 256
+    ops.moe(x, ids, shares, ops.pack_experts(experts, 256, shared=shared))
     ops.mlp(x, ops.pack_mlp(tensor(36864, HIDDEN), tensor(HIDDEN, 18432)))
     logits = ops.linear(x[:8], ops.pack_linear(tensor(129280, HIDDEN), fp32=True))
     assert ops.race is not None

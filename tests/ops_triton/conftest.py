@@ -26,6 +26,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Slots of a deal that nobody has hold what the memory held, and are quantised with the others."""
+    item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
     from tests.ops_triton import interpreter

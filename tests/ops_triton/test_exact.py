@@ -67,7 +67,7 @@ def test_experts(exact: Ops) -> None:
     torch.manual_seed(0)
     gate_up, down = torch.randn(6, 64, 48).to(exact.dtype) / 6, torch.randn(6, 48, 32).to(exact.dtype) / 6
     shared = exact.pack_mlp(torch.randn(64, 48).to(exact.dtype) / 6, torch.randn(48, 32).to(exact.dtype) / 6)
-    experts = exact.pack_experts(gate_up, down, shared=shared)
+    experts = exact.pack_experts(zip(gate_up, down, strict=True), 6, shared=shared)
     x, weights = torch.randn(90, 48).to(exact.dtype), torch.rand(90, 3)
     ids = torch.rand(90, 6).argsort(-1)[:, :3]
     whole = exact.moe(x, ids, weights, experts)

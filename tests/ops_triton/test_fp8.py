@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_engine.models.fp8 import dequantise_blocks, quantise_blocks
 from llm_engine.ops import Ops, load_ops
+from llm_engine.ops.fp8 import dequantise_blocks, quantise_blocks
 from llm_engine.ops_triton import build_on, mla
 from llm_engine.ops_triton.plan import TritonPlan
 from llm_engine.ops_triton.quant import quantise_rows, quantise_weight
@@ -72,11 +72,11 @@ def test_experts_are_close_to_those_in_full(fp8: Ops, shared: bool) -> None:
     one = (torch.randn(256, 256).bfloat16() / 16, torch.randn(256, 128).bfloat16() / 11)
     x, weights = torch.randn(9, 256).bfloat16(), torch.rand(9, 2)
     ids = torch.rand(9, 5).argsort(-1)[:, :2]
-    packed = fp8.pack_experts(gate_up, down, shared=fp8.pack_mlp(*one) if shared else None)
+    packed = fp8.pack_experts(zip(gate_up, down, strict=True), 5, shared=fp8.pack_mlp(*one) if shared else None)
     got = fp8.moe(x, ids, weights, packed).float().cpu()
     host = [t.float().cpu() for t in (gate_up, down, *one)]
     with torch.device("cpu"):
-        on_host = full.pack_experts(*host[:2], shared=full.pack_mlp(*host[2:]) if shared else None)
+        on_host = full.pack_experts(zip(*host[:2], strict=True), 5, shared=full.pack_mlp(*host[2:]) if shared else None)
         expected = full.moe(x.float().cpu(), ids.cpu(), weights.cpu(), on_host)
     assert (got - expected).abs().mean() < 0.1 * expected.abs().mean()
 

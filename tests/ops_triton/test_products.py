@@ -18,7 +18,6 @@ from llm_engine.ops_triton.quant import (
     Fp8Rows,
     carry_rows,
     quantise_rows,
-    quantise_stack,
     quantise_weight,
     scaled_mm,
 )
@@ -121,7 +120,7 @@ def test_a_shared_expert_is_the_same_merged_or_alone(monkeypatch: pytest.MonkeyP
         torch.randn(512, 256).bfloat16() / 16, torch.randn(256, 256).bfloat16() / 16, dtype=torch.bfloat16, **pack
     )
     gate_up, down = torch.randn(4, 512, 256).bfloat16() / 16, torch.randn(4, 256, 256).bfloat16() / 16
-    experts = pack_experts(gate_up, down, shared=shared, **pack)
+    experts = pack_experts(zip(gate_up, down, strict=True), 4, shared=shared, **pack)
     assert experts.merged
     x, weights, ids = torch.randn(9, 256).bfloat16(), torch.rand(9, 2), torch.rand(9, 4).argsort(-1)[:, :2]
     together = moe(x, ids, weights, experts)
@@ -132,7 +131,8 @@ def test_a_shared_expert_is_the_same_merged_or_alone(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("columns", [64, 128])
 def test_paired_tiles_give_the_same_product(columns: int) -> None:
     torch.manual_seed(0)
-    down = quantise_stack(torch.randn(3, 256, 384).bfloat16() / 16)
+    experts = [(torch.randn(768, 256).bfloat16(), torch.randn(256, 384).bfloat16() / 16) for _ in range(3)]
+    down = pack_experts(experts, 3, fp8=True, numerics="fast").down_EHF
     dealt = deal(torch.rand(40, 3).argsort(-1)[:, :2], 3, UPRIGHT.rows, with_shared=False)
     x = quantise_rows(torch.randn(dealt.num_tiles * UPRIGHT.rows, 384).bfloat16())
     tile = replace(UPRIGHT, columns=columns)

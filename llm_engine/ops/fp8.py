@@ -6,11 +6,57 @@ full, and no ratio of shapes can tell that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
 _MIN_AMAX = 1e-4  # keeps the scale of an all-zero block finite
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Blocks:
+    """A weight [N, K] as stored, its scales as numbers. `dtype` is what it dequantises to.
+
+    Raises ValueError when the scale grid does not cover the weight.
+    """
+
+    values: Tensor  # e4m3
+    scales: Tensor  # fp32 [⌈N/rows⌉, ⌈K/columns⌉]
+    block: tuple[int, int]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_grid(self.values, self.scales, self.block)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def dequantised(self) -> Tensor:
+        """The weight in `dtype`."""
+        return dequantise_blocks(self.values, self.scales, self.block).to(self.dtype)
+
+
+Weight: TypeAlias = Tensor | Fp8Blocks
+
+
+def in_full(weight: Weight) -> Tensor:
+    """A weight as a plain tensor."""
+    return weight.dequantised() if isinstance(weight, Fp8Blocks) else weight
+
+
+def over_each_other(weights: Sequence[Weight]) -> Weight:
+    """Weights [N, K] as one [ΣN, K]: still in blocks if all but the last are of whole blocks of rows."""
+    blocks = [weight for weight in weights if isinstance(weight, Fp8Blocks)]
+    kinds = {(weight.block, weight.dtype) for weight in blocks}
+    if len(blocks) < len(weights) or len(kinds) > 1 or any(w.shape[0] % w.block[0] for w in blocks[:-1]):
+        return torch.cat([in_full(weight) for weight in weights])
+    values = torch.cat([weight.values.view(torch.uint8) for weight in blocks]).view(torch.float8_e4m3fn)
+    return Fp8Blocks(values, torch.cat([weight.scales for weight in blocks]), *kinds.pop())
 
 
 def quantise_blocks(weight: Tensor, block: tuple[int, int], *, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
@@ -36,11 +82,16 @@ def dequantise_blocks(values: Tensor, scale: Tensor, block: tuple[int, int]) -> 
 
     Raises ValueError when the scale grid does not cover the weight.
     """
+    check_grid(values, scale, block)
+    return values.to(torch.float32) * _spread(decode_scale(scale), block, *values.shape)
+
+
+def check_grid(values: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """Raise ValueError unless there is one scale for every block."""
     rows, columns = values.shape
     grid = (_ceil(rows, block[0]), _ceil(columns, block[1]))
     if tuple(scale.shape) != grid:
         raise ValueError(f"scale grid {tuple(scale.shape)}, expected {grid} for {rows}×{columns} in blocks of {block}")
-    return values.to(torch.float32) * _spread(decode_scale(scale), block, rows, columns)
 
 
 def decode_scale(scale: Tensor) -> Tensor:
