@@ -36,6 +36,7 @@ def test_a_detached_cluster_runs_until_down(site: Site) -> None:
     assert "no cluster is running" in site.baton("down").stdout
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_takes_everything_with_it(site: Site) -> None:
     shm_before = netns.shared_memory()
     assert site.baton("up", "--config", str(site.config), "--detach").returncode == 0, site.told()

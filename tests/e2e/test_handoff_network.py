@@ -140,6 +140,7 @@ async def test_a_slow_network_only_takes_time(wire: Wire) -> None:
     assert least * 0.8 < took < least * 3 + 2
 
 
+@pytest.mark.slow
 async def test_a_cut_network_fails_the_hand_off_in_time_and_heals(wire: Wire) -> None:
     wire.limit("20mbit")
     async with pair(wire) as (writer, receiver):

@@ -103,8 +103,11 @@ def open_files(cluster: ProcessCluster, name: str) -> int:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("mercy", "number", "kills"),
-    [(True, signal.SIGKILL, 4), (False, signal.SIGKILL, 4), (True, signal.SIGSTOP, 2)],
-    ids=["one-at-a-time", "no-mercy", "stopped"],
+    [
+        pytest.param(True, signal.SIGKILL, 4, id="one-at-a-time"),
+        pytest.param(False, signal.SIGKILL, 4, id="no-mercy", marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGSTOP, 2, id="stopped"),
+    ],
 )
 def test_killed_workers_cost_no_token(
     mercy: bool, number: int, kills: int, cluster: ProcessCluster, asks: list[Ask], undisturbed: list[Any]

@@ -40,6 +40,7 @@ def test_recorded_passes_in_a_batch_give_the_same_tokens(
     assert driver.outputs == outputs
 
 
+@pytest.mark.slow
 def test_sequences_handed_over_through_host_memory_give_the_same_tokens(
     lab: Lab, outputs: dict[str, list[int]]
 ) -> None:

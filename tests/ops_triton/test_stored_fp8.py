@@ -170,6 +170,7 @@ def test_experts_are_packed_one_by_one_and_never_in_full(fp8: Ops) -> None:
     assert max(alive) <= 2, alive
 
 
+@pytest.mark.slow
 def test_logits_are_close_to_the_cpu_tables(path: Path, fp8: Ops) -> None:
     logits = []
     for ops in (load_ops("cpu", "exact", "fp32"), fp8):
