@@ -42,7 +42,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     pid: int
     request_addr: str  # ZeroMQ ROUTER for routers
-    control_addr: str  # ZeroMQ ROUTER for prefill peers ("" on prefill workers)
+    control_addr: str  # control channels of prefill peers ("" on prefill workers)
     metrics_addr: str  # http://host:port/metrics
     model: str
     format_id: str
