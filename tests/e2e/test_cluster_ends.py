@@ -21,6 +21,7 @@ def site(nano_planted_dir: Path, tmp_path: Path) -> Iterator[Site]:
         yield Site(host, nano_planted_dir, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_detached_cluster_runs_until_down(site: Site) -> None:
     shm_before = netns.shared_memory()
     started = site.baton("up", "--config", str(site.config), "--detach")

@@ -16,7 +16,11 @@ from tests.e2e.site import Site
 from tests.e2e.traffic import URL, stream
 
 MISSING = [tool for tool in ("chromium", "chromedriver") if shutil.which(tool) is None]
-pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+]
 
 HISTOGRAMS = {"TTFT": ("baton_ttft_seconds_bucket", 1.0, 3), "TPOT": ("baton_tpot_seconds_bucket", 1000.0, 2)}
 

@@ -48,6 +48,7 @@ def test_sequences_handed_over_through_host_memory_give_the_same_tokens(
     assert pair.run(requests(lab.spec, [19, 3], 3)) == outputs
 
 
+@pytest.mark.slow
 async def test_a_worker_is_configured_to_serve_with_it(nano_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens as from the CPU's kernels, and caches that are never exchanged with them."""
     monkeypatch.setenv(SECRET_ENV, SECRET)
