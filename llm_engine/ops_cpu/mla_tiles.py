@@ -32,6 +32,7 @@ from llm_engine.ops_cpu.jit import (
     kernel,
     over_rows,
     row_array,
+    slot_of,
 )
 from llm_engine.ops_cpu.plan import CpuPlan
 from llm_engine.ops_cpu.tiles import (
@@ -88,6 +89,13 @@ def attend_rows(query_nhC: Tensor, cache_SC: Tensor, plan: CpuPlan, rows_n: Long
 
 
 @inline
+def _find_tiles(table: Ints, count: int, block_tokens: int, tiles: Longs) -> None:
+    """tiles[j] is the cache slot of key 16 j; behind the last of `count` keys its tile is repeated."""
+    for j in range(tiles.shape[0]):
+        tiles[j] = slot_of(table, min(j, (count - 1) // ROWS) * ROWS, block_tokens)
+
+
+@inline
 def _pack_queries(query: Cache, first: int, count: int, packed: Cache) -> None:
     """packed[p, 2h + i] = query[first + h, 2p + i]: right sides of products over 32 channels each."""
     pairs, turned = query.view(np.uint32), packed.view(np.uint32)
@@ -98,9 +106,10 @@ def _pack_queries(query: Cache, first: int, count: int, packed: Cache) -> None:
 
 @inline
 def _score(cache: Cache, tiles: Longs, count: int, packed: Cache, scores: Floats) -> None:
-    """scores[k, h] for whole groups of _KEYS keys; tiles[j] is the cache slot of key 16 j.
+    """scores[k, h] for whole groups of _KEYS keys in `count` tiles.
 
-    Lines of a tile are far apart, so the processor does not foresee them: the next four tiles are fetched meanwhile.
+    Lines of a tile are far apart, so the processor does not foresee them: the next four tiles are fetched meanwhile,
+    behind the last ones those of the next row.
     """
     for j in range(0, count, 4):
         clear_tile(0)
@@ -127,8 +136,20 @@ def _score(cache: Cache, tiles: Longs, count: int, packed: Cache, scores: Floats
 
 
 @inline
+def _as_half(bits: np.uint32) -> np.uint32:
+    """fp32 to bf16, to nearest even. A NaN may come out as a number: the sum that it is in, the row's factor, tells."""
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@inline
 def _weigh(
-    scores: Floats, heads: int, count: int, scale: np.float32, top: Floats, factor: Floats, weights: Cache
+    scores: Floats,
+    heads: int,
+    count: int,
+    scale: np.float32,
+    top: Floats,
+    factor: Floats,
+    weights: Cache,
 ) -> None:
     """weights[h, k] = e^(scale · (score - top score)) of the first `count` keys as bf16; factor[h] = 1 / their sum.
 
@@ -146,9 +167,7 @@ def _weigh(
             scores[k, h] = exp((scores[k, h] - top[h]) * scale)
             factor[h] += scores[k, h]
         for h in range(_HEADS):
-            bits[k, h] = (bits[k, h] + np.uint32(0x7FFF) + ((bits[k, h] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
-                16
-            )
+            bits[k, h] = _as_half(bits[k, h])
     for h in range(heads):
         for k in range(count):
             weights[h, k] = np.uint16(bits[k, h])
@@ -226,18 +245,12 @@ def _attend_items(
     for item in range(first, end):
         row, head = rows[item // parts], item // parts * heads + item % parts * _HEADS
         mine = min(_HEADS, heads - item % parts * _HEADS)
-        count, table = visible[row], tables[seqs[row]]
-        for k in range(0, count, block_tokens):
-            start = np.int64(table[k // block_tokens]) * block_tokens
-            for i in range(min(block_tokens, count - k)):
-                slots[k + i] = start + i
+        count, following = visible[row], rows[min(item + 1, end - 1) // parts]
         whole = (count + -count % _KEYS) // ROWS
-        for j in range(whole):  # tiles behind the last key score it again
-            tiles[j] = slots[min(j, (count - 1) // ROWS) * ROWS]
-        following = rows[min(item + 1, end - 1) // parts]
-        for j in range(4):
-            block = tables[seqs[following], min(j, (visible[following] - 1) // ROWS) * ROWS // block_tokens]
-            tiles[whole + j] = np.int64(block) * block_tokens + j * ROWS % block_tokens
+        _find_tiles(tables[seqs[row]], count, block_tokens, tiles[:whole])
+        _find_tiles(tables[seqs[following]], visible[following], block_tokens, tiles[whole : whole + 4])
+        for k in range(count):
+            slots[k] = tiles[k // ROWS] + k % ROWS
         _pack_queries(query, head, mine, packed)
         _score(cache, tiles, whole, packed, scores)
         _weigh(scores, mine, count, np.float32(scale), top, factor, weights)

@@ -47,7 +47,7 @@ def has_tiles() -> bool:
 
 
 def configuration() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """What `exchange_configuration` loads: palette 1, and the shape of all tiles."""
+    """What `load_configuration` takes: palette 1, and the shape of all tiles."""
     bytes_64 = np.zeros(64, np.uint8)
     bytes_64[0] = 1
     bytes_64[16:32:2] = 64  # bytes of a row, 16 bits for each tile
@@ -163,7 +163,7 @@ def store_interleaved(
     """Pairs (first[row1, column + j], second[row2, column + j]), j < 32, into row `pair` of two tiles in memory.
 
     `out`: uint16 [n, 32], 16 rows a tile. Tile `tile` gets the j with j mod 8 < 4, the next tile the others: this order
-    takes one instruction a register. `load_columns` undoes it.
+    takes one instruction a register. `store_columns` undoes it.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

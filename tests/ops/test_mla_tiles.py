@@ -56,6 +56,16 @@ def test_it_matches_float64_for_any_lengths_heads_and_blocks(data: st.DataObject
     torch.testing.assert_close(got.double(), expected(cache, spans, query), atol=2e-2, rtol=2e-2)
 
 
+def test_a_key_that_is_no_number_makes_the_row_none() -> None:
+    """Sampling notices that, and no token is drawn from it. Rows that do not see the key stay sound."""
+    cache = Paged.random([70, 70], WIDTH, torch.bfloat16, block_tokens=16)
+    table = cache.tables[0].long()
+    cache.plane[table[1], 3, 0] = torch.nan  # position 19
+    got = attend(cache, [(0, 18, 20), (1, 69, 70)], torch.randn(3, 8, WIDTH).bfloat16())
+    assert got.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+    assert got[1].isnan().all()
+
+
 def test_a_large_score_does_not_overflow() -> None:
     cache = Paged.random([70], WIDTH, torch.bfloat16, block_tokens=16)
     query = 1000 * torch.randn(1, 8, WIDTH).bfloat16()
