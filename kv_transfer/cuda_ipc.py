@@ -117,8 +117,7 @@ class CudaIpcLink:
         """
         with self._lock:
             self._check_open(lease, stopped)
-            self._region.wait_for(ready)
-            return push_blocks(self._region, self._target, plan, layers, *blocks)
+            return push_blocks(self._region, self._target, plan, layers, *blocks, ready)
 
     def finish(self) -> None:
         """Wait until everything that was enqueued has landed. Raises TransferError if the card failed."""
@@ -140,7 +139,7 @@ class CudaIpcLink:
             raise ProtocolError("a copy ends outside the receiver's region")
         with self._lock:
             self._check_open(lease, stopped)
-            with self._region.queue():
+            with self._region.copying():
                 staged = torch.frombuffer(bytearray(source), dtype=torch.uint8).to(self._region.device)
             stream, base, to = self._region.stream, staged.data_ptr(), self._target.address
             assert stream is not None

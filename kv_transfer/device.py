@@ -1,7 +1,7 @@
 """Device memory that blocks are sent from and received into, without a way through host memory.
 
-A region is one flat tensor of bytes, laid out as `KvLayout` says. Work on it is enqueued on a stream of its own: the
-compute stream is never made to wait, and the region's stream waits for it by events only.
+A region is one flat tensor of bytes, laid out as `KvLayout` says. Work on it is enqueued on streams of its own, one for
+copies and one for checksums: the compute stream is never made to wait, and they wait for it by events only.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ class DeviceRegion:
         self.region = secrets.token_hex(8)
         self.num_bytes = memory.numel()
         self.device = memory.device
-        self.stream = (
-            torch.cuda.Stream(self.device, priority=-1) if memory.is_cuda else None  # type: ignore[no-untyped-call]
-        )
+        self.stream = _stream(memory)
+        self._check_stream = _stream(memory)
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._runs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Run]] = {}
@@ -112,24 +111,31 @@ class DeviceRegion:
         """Whether the device has passed `mark`."""
         return mark is None or bool(mark.query())  # type: ignore[no-untyped-call]
 
-    def wait_for(self, mark: Mark) -> None:
-        """What is enqueued on the region's stream from now on comes after `mark`."""
-        if self.stream is not None and mark is not None:
-            self.stream.wait_event(mark)
+    def copying(self, after: Mark = None) -> AbstractContextManager[object]:
+        """What torch and Triton enqueue inside goes to the copies' stream, behind `after`."""
+        return _behind(self.stream, after)
 
-    def queue(self) -> AbstractContextManager[object]:
-        """What torch and Triton enqueue inside goes to the region's stream."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    def checking(self, after: Mark = None) -> AbstractContextManager[object]:
+        """What torch and Triton enqueue inside goes to the checksums' stream, behind `after`."""
+        return _behind(self._check_stream, after)
 
     def synchronize(self) -> None:
-        """Wait, without the interpreter's lock, until the region's stream has done everything."""
+        """Wait, without the interpreter's lock, until every copy has been done. Checksums may still be running."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        """Numbers on the device, for work on both streams. Waits for the checksums enqueued so far, not for copies."""
+        with self.checking():
+            made = torch.tensor(values, dtype=dtype, device=self.device)
+        if self.stream is not None:
+            made.record_stream(self.stream)
+        return made
 
     def table(self, blocks: Sequence[int]) -> Tensor:
         """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
         key = Blocks.of(blocks)
-        return self._keep(self._tables, key, lambda: torch.tensor(key, dtype=torch.int32, device=self.device))
+        return self._keep(self._tables, key, lambda: self.tensor(key, torch.int32))
 
     def runs(self, sources: Sequence[int], targets: Sequence[int]) -> list[Run]:
         """Neighbours on both ends; kept like tables."""
@@ -145,12 +151,23 @@ class DeviceRegion:
         with self._lock:
             value = kept.pop(key, None)
             if value is None:
-                with self.queue():
-                    value = make()
+                value = make()
             kept[key] = value
             if len(kept) > _KEPT:
                 del kept[next(iter(kept))]
         return value
+
+
+def _stream(memory: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(memory.device, priority=-1) if memory.is_cuda else None  # type: ignore[no-untyped-call]
+
+
+def _behind(stream: torch.cuda.Stream | None, mark: Mark) -> AbstractContextManager[object]:
+    if stream is None:
+        return nullcontext()
+    if mark is not None:
+        stream.wait_event(mark)
+    return torch.cuda.stream(stream)
 
 
 def missing(region: DeviceRegion) -> str:

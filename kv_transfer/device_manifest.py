@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kv_transfer.device import DeviceRegion
+from kv_transfer.device import DeviceRegion, Mark
 from kv_transfer.device_ops import DeviceDigests
 from kv_transfer.link import LeaseKey
 from kv_transfer.manifest import Policy, sample_phase
@@ -25,10 +25,10 @@ class DeviceManifest:
         """Whether `add` costs anything."""
         return self._digests is not None
 
-    def add(self, layers: range, blocks: Sequence[int], first: int) -> None:
-        """Blocks of consecutive layers, from position `first` of the lease on. Enqueues."""
+    def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
+        """Blocks of consecutive layers, from position `first` of the lease on, complete at `ready`. Enqueues."""
         if self._digests is not None:
-            self._digests.add(layers, blocks, first)
+            self._digests.add(layers, blocks, first, ready)
 
     def seal(self) -> None:
         """Everything was added: fetch the checksums. Waits for the device."""

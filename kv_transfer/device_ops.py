@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
-from kv_transfer.device import WORD_BYTES, DeviceRegion, alignment, are_long, row_start
+from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, are_long, row_start
 from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, copy_cells, digest_cells
 from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
 
-_WARPS = 8
+_WARPS = 4
 
 
 class PeerMemory:
@@ -42,8 +42,12 @@ def push_blocks(
     layers: range,
     sources: Sequence[int],
     targets: Sequence[int],
+    ready: Mark = None,
 ) -> int:
-    """Enqueue copies of blocks of consecutive layers: by copy engine where runs are long, else by one kernel. Bytes."""
+    """Enqueue copies of blocks of consecutive layers: by copy engine where runs are long, else by one kernel. Bytes.
+
+    They begin when the device has passed `ready`.
+    """
     rows = [row for layer in layers for row in plan.layers[layer]]
     sizes = [plan.source.planes[row.plane].block_bytes for row in rows]
     runs = region.runs(sources, targets)
@@ -51,13 +55,14 @@ def push_blocks(
         base, stream = region.memory.data_ptr(), region.stream.cuda_stream
         cuda = driver()
         cuda.bind(region.ordinal)
-        for row, size in zip(rows, sizes, strict=True):
-            from_, to = base + row_start(plan.source, row), target.data_ptr() + row_start(plan.target, row)
-            cuda.copy(
-                [(to + run.target * size, from_ + run.source * size, run.num_blocks * size) for run in runs], stream
-            )
+        with region.copying(ready):
+            for row, size in zip(rows, sizes, strict=True):
+                from_, to = base + row_start(plan.source, row), target.data_ptr() + row_start(plan.target, row)
+                cuda.copy(
+                    [(to + run.target * size, from_ + run.source * size, run.num_blocks * size) for run in runs], stream
+                )
     else:
-        _scatter(region, target, plan, layers, sources, targets)
+        _scatter(region, target, plan, layers, sources, targets, ready)
     return len(sources) * sum(sizes)
 
 
@@ -68,13 +73,14 @@ def _scatter(
     layers: range,
     sources: Sequence[int],
     targets: Sequence[int],
+    ready: Mark,
 ) -> None:
     table = region.once(("copy", plan.source, plan.target), lambda: _copy_rows(region, plan))
     tables = region.table(sources), region.table(targets)
     first, last = row_bounds(plan.layers, layers)
     largest = max(plane.block_bytes for plane in plan.source.planes) // WORD_BYTES
     tile = min(COPY_TILE, 1 << (largest - 1).bit_length())
-    with region.queue():
+    with region.copying(ready):
         copy_cells[(len(sources), -(-largest // tile), last - first)](
             region.words, target, table.rows[first:last], *tables, ALIGN=table.align, TILE=tile, num_warps=_WARPS
         )
@@ -95,7 +101,7 @@ def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
     ]
     align = alignment(*(size for entry in entries for size in entry))
     words = [[size // WORD_BYTES for size in entry] for entry in entries]
-    return _CopyRows(torch.tensor(words, dtype=torch.int64, device=region.device), align)
+    return _CopyRows(region.tensor(words, torch.int64), align)
 
 
 def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
@@ -105,7 +111,7 @@ def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
         size = layout.planes[row.plane].block_bytes
         start = row_start(layout, row) // WORD_BYTES
         entries.append((start, size // WORD_BYTES, numbers[row], int(size > PAGE_BYTES)))
-    return torch.tensor(entries, dtype=torch.int64, device=region.device)
+    return region.tensor(entries, torch.int64)
 
 
 class DeviceDigests:
@@ -119,15 +125,18 @@ class DeviceDigests:
         self._phase = phase
         self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
         self._lock = threading.Lock()
-        with region.queue():
+        with region.checking():
             self._sums = torch.zeros(len(self._rows), dtype=torch.int64, device=region.device)
 
-    def add(self, layers: range, blocks: Sequence[int], first: int) -> None:
-        """Enqueue, for consecutive layers: `blocks` are the lease's blocks from position `first` on."""
+    def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
+        """Enqueue, for consecutive layers: `blocks` are the lease's blocks from position `first` on.
+
+        They are read when the device has passed `ready`.
+        """
         begin, end = row_bounds(self._layers, layers)
         with self._lock:
             table = self._region.table(blocks)
-            with self._region.queue():
+            with self._region.checking(ready):
                 digest_cells[(len(blocks), end - begin)](
                     self._region.words,
                     self._rows[begin:end],
@@ -141,8 +150,8 @@ class DeviceDigests:
                 )
 
     def values(self) -> list[list[int]]:
-        """Of every plane's layers, as unsigned numbers. Waits for the region's stream."""
-        with self._lock, self._region.queue():
+        """Of every plane's layers, as unsigned numbers. Waits for what was added on this region."""
+        with self._lock, self._region.checking():
             flat = [value % (1 << 64) for value in self._sums.tolist()]
         values, start = [], 0
         for plane in self._layout.planes:

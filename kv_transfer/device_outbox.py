@@ -69,13 +69,13 @@ class DeviceOutbox(Outbox):
                 item = group[0]
                 chunk = self._chunk_of(item, granted)
                 if chunk.sources:
-                    ahead = not self._region.reached(cast(Mark, group[-1].ready))
+                    ready = cast(Mark, group[-1].ready)
+                    ahead = not self._region.reached(ready)
                     layers = range(item.layer, item.layer + len(group))
                     pair = (chunk.sources, chunk.targets)
-                    ready = cast(Mark, group[-1].ready)
                     turn_bytes += device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
                     begun = time.monotonic()
-                    self._sums.add(layers, chunk.sources, chunk.start)
+                    self._sums.add(layers, chunk.sources, chunk.start, ready)
                     self.hash_s += time.monotonic() - begun
                 for each in group:
                     self._count(each.layer, chunk)

@@ -139,7 +139,7 @@ class DeviceVerifier:
 
     def _block_checksum(self, block: int) -> int:
         parts = []
-        with self._region.queue():
+        with self._region.checking():
             for row in plane_rows(self._layout):
                 plane = self._layout.planes[row.plane]
                 start = plane.address(row.layer, block, self._layout.num_blocks)
