@@ -118,8 +118,11 @@ class ProcessCluster:
         decode: int = 1,
         aggregated: int = 0,
         router: bool = True,
+        own: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        """`own`: settings of single workers by name, such as `prefill-0`, before those of all."""
         self.run_dir, self.settings = run_dir, dict(settings)
+        self._own = own or {}
         self.env = {**os.environ, SECRET_ENV: secrets.token_hex(32)}
         self.port = free_port()
         self._with_router = router
@@ -163,7 +166,8 @@ class ProcessCluster:
     def spawn(self, name: str) -> Child:
         """Start (or start again) one worker; does not wait for it."""
         role = self._roles[name]
-        config = self._write(name, {"worker.request_port": self._request_ports[name]})
+        own = self._own.get(name, {})
+        config = self._write(name, {**own, "worker.request_port": self._request_ports[name]})
         command = [sys.executable, "-m", _MODULES[role], "--config", str(config), "--name", name]
         if role == "aggregated":
             command += ["--role", role]

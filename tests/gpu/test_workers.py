@@ -1,4 +1,4 @@
-"""Prefill and decode workers as processes that share one card, behind the router; one of them is killed."""
+"""Prefill and decode workers as processes on one card and on two, behind the router; one of them is killed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from deploy.processes import ProcessCluster
 from tests.e2e.client import Ask, complete_all, essence, random_asks
@@ -33,9 +34,11 @@ _WHOLE: dict[str, Any] = {
 }
 
 
-def cluster(path: Path, run_dir: Path, transport: str, pages: str, **pools: int) -> ProcessCluster:
-    own = {"model.path": str(path), "transfer.transport": transport, "kv.format": pages}
-    return ProcessCluster(run_dir, {**_WHOLE, **own}, **pools)
+def cluster(
+    path: Path, run_dir: Path, transport: str, pages: str, *, decode_card: int = 0, **pools: int
+) -> ProcessCluster:
+    settings = {**_WHOLE, "model.path": str(path), "transfer.transport": transport, "kv.format": pages}
+    return ProcessCluster(run_dir, settings, own={"decode-0": {"engine.device": decode_card}}, **pools)
 
 
 def started(running: ProcessCluster) -> ProcessCluster:
@@ -67,11 +70,19 @@ def reference(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, asks: li
         running.stop()
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp", "cuda_ipc"])
+@pytest.fixture(
+    scope="module",
+    params=[("shm", 1), ("tcp", 1), ("cuda_ipc", 1), ("shm", 2), ("cuda_ipc", 2)],
+    ids=lambda param: f"{param[0]}-{param[1]}",
+)
 def pair(
     request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ProcessCluster]:
-    running = started(cluster(tiny_dir, tmp_path_factory.mktemp("pair"), request.param, "fp8"))
+    transport, num_cards = request.param
+    if num_cards > torch.accelerator.device_count():
+        pytest.skip(f"needs {num_cards} cards")
+    run_dir = tmp_path_factory.mktemp("pair")
+    running = started(cluster(tiny_dir, run_dir, transport, "fp8", decode_card=num_cards - 1))
     yield running
     running.stop()
 
