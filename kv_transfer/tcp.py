@@ -248,16 +248,31 @@ class TcpInlet(Listener):
         if sum(length for _, length in ranges) != num_bytes:
             raise ProtocolError(f"frame announces {num_bytes} bytes, its ranges hold another number")
         door = self._doors.find(lease, connection)
-        cells = self._doors.check(door, ranges) if door is not None else []
-        views = [self._buffer[offset : offset + length] for offset, length in ranges] if door is not None else []
-        stored = self._store(sock, poll, door, views) if door is not None else 0
+        stored = 0 if door is None else self._store_frame(sock, poll, door, ranges)
         if stored is None:
             return False
-        if door is not None and stored == num_bytes:
-            door.record(cells, ranges)
-            return True
         self._late += num_bytes - stored
         return _discard(sock, num_bytes - stored)
+
+    def _store_frame(
+        self, sock: socket.socket, poll: select.poll, door: Door, ranges: Sequence[tuple[int, int]]
+    ) -> int | None:
+        """Fill the ranges while the door is open, and tell of cells as they land; bytes stored, or None at end of file.
+
+        Raises ProtocolError for a range outside the lease, before anything is stored.
+        """
+        cells, stored = self._doors.check(door, ranges), 0
+        for first, last in _batches(ranges):
+            views = [self._buffer[offset : offset + length] for offset, length in ranges[first:last]]
+            wanted = sum(len(view) for view in views)
+            count = self._store(sock, poll, door, views)
+            if count is None:
+                return None
+            stored += count
+            if count < wanted:
+                break
+            door.record(cells[first:last], ranges[first:last])
+        return stored
 
     def _store(self, sock: socket.socket, poll: select.poll, door: Door, views: list[memoryview]) -> int | None:
         """Fill the views while the door is open; bytes stored, or None at end of file."""
@@ -295,6 +310,17 @@ def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:
         frames[-1].append(copy)
         room -= copy.num_bytes
     return frames
+
+
+def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours of at most CACHED_BYTES together, or one range: so much can be hashed from the cache when it is there."""
+    first = num_bytes = 0
+    for index, (_, length) in enumerate(ranges):
+        if index > first and num_bytes + length > CACHED_BYTES:
+            yield first, index
+            first, num_bytes = index, 0
+        num_bytes += length
+    yield first, len(ranges)
 
 
 def _advance(views: list[memoryview], count: int) -> None:

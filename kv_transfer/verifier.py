@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from kv_transfer.layout import PlaneLayer, layer_planes, merge_runs, plane_rows
+from kv_transfer.layout import PlaneLayer, Run, layer_planes, merge_runs, plane_rows
 from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import Policy, RowDigest, block_checksum, check_counts, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest
@@ -148,7 +148,8 @@ class Landing:
                     row.rewritten, row.value = True, None
                 elif first == row.done:
                     # A run of blocks in memory is one in the lease only if their positions follow each other.
-                    self._hash_locked(key, row, self._run_end(first, block, num_blocks))
+                    end = self._run_end(first, block, num_blocks)
+                    self._hash_locked(key, row, end, [Run(block, block, end - first)])
 
     def end(self) -> None:
         """Hash no more: the blocks have another owner."""
@@ -187,15 +188,15 @@ class Landing:
         with row.lock:
             if last and row.rewritten:
                 row.digest, row.done, row.rewritten = self._new_digest(key), 0, False
-            self._hash_locked(key, row, num_blocks)
+            blocks = self.blocks[row.done : num_blocks]
+            self._hash_locked(key, row, num_blocks, merge_runs(blocks, blocks))
 
-    def _hash_locked(self, key: PlaneLayer, row: _Row, num_blocks: int) -> None:
-        """Hash up to block `num_blocks` of the lease. With the row's lock held."""
+    def _hash_locked(self, key: PlaneLayer, row: _Row, num_blocks: int, runs: Sequence[Run]) -> None:
+        """Hash the next blocks of the lease, up to `num_blocks`; `runs`: they. With the row's lock held."""
         if self._over or num_blocks <= row.done:
             return
         plane = self.layout.planes[key.plane]
-        blocks = self.blocks[row.done : num_blocks]
-        for run in merge_runs(blocks, blocks):
+        for run in runs:
             start = plane.address(key.layer, run.source, self.layout.num_blocks)
             row.digest.update(self._memory[start : start + run.num_blocks * plane.block_bytes])
         row.done = num_blocks

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kv_transfer import auth, shm
-from kv_transfer.link import Copy, Inlet, LeaseKey, Link
+from kv_transfer import tcp as tcp_module
+from kv_transfer.link import Cells, Copy, Inlet, Landed, LeaseKey, Link
 from kv_transfer.memory import Arena
 from kv_transfer.mooncake import Engine
 from kv_transfer.tcp import TcpLink
@@ -401,6 +402,25 @@ def test_ending_a_lease_in_the_middle_of_a_frame_is_final(tcp: Bench) -> None:
     tcp.inlet.open_lease(next_lease, tcp.events.connections[0], [3])
     write(tcp, link, next_lease, cell)  # the stream is still in step
     assert link.confirm(next_lease).result(5) == 96
+
+
+def test_cells_are_told_while_the_rest_of_their_frame_is_under_way(tcp: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are hashed from the cache of the thread that stored them; half a cell is none."""
+    monkeypatch.setattr(tcp_module, "CACHED_BYTES", 2 * 96)
+    link, lease, told = tcp.connect(), LeaseKey(5, 1), threading.Event()
+    tcp.inlet.open_lease(lease, tcp.events.connections[0], [3, 4, 8])
+    seen: list[Cells] = []
+    tcp.inlet.watch(lease, lambda cells: (seen.extend(cells), told.set()))
+    ranges = [(tcp.cell(block).start, 96) for block in (8, 3, 4)]
+    head = struct.pack("<BxxxIQQQ", 1, 3, 5, 1, 3 * 96) + b"".join(struct.pack("<QQ", *each) for each in ranges)
+    sock = link._sock  # type: ignore[attr-defined]
+    sock.sendall(head + bytes(tcp.data[: 2 * 96 + 40]))
+    assert told.wait(5)
+    assert seen == [Cells(0, 8, 1), Cells(0, 3, 1)]
+    assert tcp.inlet.landed(lease) == Landed(2, 2 * 96)
+    sock.sendall(tcp.data[2 * 96 + 40 : 3 * 96])
+    assert link.confirm(lease).result(5) == 3 * 96
+    assert seen[2:] == [Cells(0, 4, 1)]
 
 
 @pytest.mark.parametrize("header", [(9, 1, 96), (1, 0, 96), (1, 5000, 96), (1, 1, 1 << 40), (1, 1, 97)])
