@@ -313,7 +313,7 @@ def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:
 
 
 def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours of at most CACHED_BYTES together, or one range: so much can be hashed from the cache when it is there."""
+    """Neighbours of at most CACHED_BYTES together, or one range: it is hashed from the cache when it is there."""
     first = num_bytes = 0
     for index, (_, length) in enumerate(ranges):
         if index > first and num_bytes + length > CACHED_BYTES:
