@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from llm_engine.ops_triton.lang import ceil_div, tile_size
+from llm_engine.ops_triton.lang import ceil_div, nvidia_arch, tile_size
 
 Numerics = Literal["exact", "fast"]
 
@@ -27,7 +27,7 @@ class Tile:
     """One program's share of a product, rows × columns, in steps of `depth`; and how the compiler should run it.
 
     `turned`: computed as the transpose, for tiles of few rows. `height`: row tiles that walk the columns together.
-    `paired`: two tiles beside each other read their rows once. `registers`: of a thread, at most.
+    `paired`: two tiles beside each other read their rows once. `registers`: of a thread, at most, on Nvidia's cards.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Tile:
     def options(self) -> dict[str, int]:
         """How to launch a kernel with such tiles."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+        return {**options, "maxnreg": self.registers} if self.registers and nvidia_arch() else options
 
 
 @dataclass(frozen=True, slots=True)
