@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_engine.ops import load_ops
+from llm_engine.ops import ForwardBatch, load_ops
 from llm_engine.ops.noise import ExponentialNoise
+from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.race import race
 from llm_engine.ops_triton.topk import choose_by_rows
 from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
@@ -81,3 +82,57 @@ def test_draws_by_the_kernel_are_those_of_library_calls(rows: int, card: torch.d
         race_us=_replayed_us(partial(race, logits, temperature, keys), card),
         library_without_noise_us=_replayed_us(library, card),
     )  # fmt: skip
+
+
+def _prefill_attention(format: str, num_seqs: int, rows: int, context: int, card: torch.device) -> Callable[[], Tensor]:
+    """Attention of the last `rows` rows of each of some sequences, every row over 2,048 keys at most."""
+    ops, block, int32 = load_ops("triton", "fast", "bf16"), 64, torch.int32
+    blocks, total = context // block, num_seqs * rows
+    positions = torch.arange(context - rows, context, device=card).repeat(num_seqs)
+    keys = torch.randn(num_seqs * context, 576, device=card, dtype=torch.bfloat16)
+    width, dtype = (656, torch.uint8) if format == "fp8" else (576, torch.bfloat16)
+    plane = torch.zeros(num_seqs * blocks, block, width, dtype=dtype, device=card)
+    tables = torch.randperm(num_seqs * blocks, device=card).to(int32).view(num_seqs, blocks)
+    angles = torch.rand(context, 32, device=card) * 6
+    make_plan = partial(ops.plan, block_tokens=block, cos_TJ=angles.cos(), sin_TJ=angles.sin())
+    place = torch.arange(context, device=card).repeat(num_seqs)
+    slots = tables.long().repeat_interleave(block, 1).flatten() * block + place % block
+    everything = ForwardBatch(
+        token_ids_R=place, positions_R=place, slots_N=slots, block_tables_SB=tables,
+        row_starts=tuple(range(0, len(place) + 1, context)), context_lens=(context,) * num_seqs,
+    )  # fmt: skip
+    ops.write_latent(plane, keys, torch.ones(512, device=card, dtype=torch.bfloat16), 1e-6, make_plan(everything))
+    last = ForwardBatch(
+        token_ids_R=positions, positions_R=positions, slots_N=torch.full_like(positions, -1), block_tables_SB=tables,
+        row_starts=tuple(range(0, total + 1, rows)), context_lens=(context,) * num_seqs,
+    )  # fmt: skip
+    plan = make_plan(last)
+    chance = torch.rand(total, context, device=card).masked_fill_(
+        torch.arange(context, device=card) > positions[:, None], -1.0
+    )
+    chosen = chance.topk(min(2048, context), 1)
+    sel = torch.where(chosen.values >= 0, chosen.indices, context).sort(1).values
+    sel = torch.where(sel < context, sel, -1).to(int32)
+    query = torch.randn(total, 128, 192, device=card, dtype=torch.bfloat16)
+    halves = (torch.randn(128, 128, 512, device=card, dtype=torch.bfloat16) * 0.05 for _ in range(2))
+    return partial(ops.mla_attend, query, plane, plan, sel, ops.pack_kv_b(*halves), 0.1)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("num_seqs", "rows", "context"), [(1, 4096, 4096), (3, 77, 2112), (1, 4096, 32768), (96, 1, 2112)]
+)
+def test_attention_for_hopper_equals_the_general_kernel(
+    format: str, num_seqs: int, rows: int, context: int, card: torch.device, note: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, rowwise = _prefill_attention(format, num_seqs, rows, context, card), {"dim": (1, 2)}
+    if mla._hopper() is None:
+        pytest.skip("made for another card")
+    special, again = attend(), attend()
+    times = {"special_us": _replayed_us(attend, card)}
+    monkeypatch.setattr(mla, "_hopper", lambda: None)
+    general = attend().float()
+    times["general_us"] = _replayed_us(attend, card)
+    assert torch.equal(special, again)
+    assert ((special.float() - general).norm(**rowwise) <= 0.01 * general.norm(**rowwise)).all()
+    note(format=format, num_seqs=num_seqs, rows=rows, context=context, **times)

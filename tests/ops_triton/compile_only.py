@@ -1,7 +1,7 @@
 """Compile what passes of the real model launch: `python -m tests.ops_triton.compile_only [--once] exact/bf16/decode …`.
 
 Prints a JSON list with what the assembler says of every kernel: registers, bytes spilled, shared memory. With `--once`
-a kernel is compiled for its first launch only.
+a kernel is compiled for its first launch only. `attend_pairs` as a case: that kernel alone.
 """
 
 from __future__ import annotations
@@ -119,6 +119,17 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
     ops.race(logits, tensor(8, dtype=fp32), tensor(8, dtype=torch.int64))
 
 
+def run_attend_pairs() -> None:
+    """Over keys side by side."""
+    from llm_engine.ops_triton.attend_hopper import attend_pairs
+
+    rows, int32 = 8, torch.int32
+    latent, angles = tensor(rows, 128, 512), tensor(rows, 32, dtype=torch.float32)
+    sel, of_row, starts = tensor(rows, TOPK, dtype=int32), tensor(rows, dtype=int32), tensor(1, dtype=int32)
+    query, keys = tensor(rows, 128, 192), tensor(4096, 576)
+    attend_pairs(latent, query, angles, angles, keys, sel, of_row, of_row, starts, latent, 64, 0.2, 0)
+
+
 def report(kernel: Any) -> dict[str, Any]:
     """What the assembler says."""
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -138,6 +149,7 @@ def report(kernel: Any) -> dict[str, Any]:
         "spilled": spilled,
         "tensor_cores": "mma" in kernel.asm["ptx"],
         "fused": "fma.rn.f32" in kernel.asm["ptx"],
+        "one_by_one": "wgmma.mma_async instructions are serialized" in said,
     }
 
 
@@ -146,6 +158,9 @@ def main(cases: list[str], *, once: bool) -> None:
     driver.set_active(card)
     card.watch(once=once)
     for case in cases:
+        if case == "attend_pairs":
+            run_attend_pairs()
+            continue
         numerics, weights, phase = case.split("/")
         ops = build_on(META, numerics, torch.bfloat16, fp8=weights == "fp8")  # type: ignore[arg-type]
         step = batch(16, 2, 65536) if phase == "decode" else batch(1, 4096, 65536)

@@ -39,6 +39,12 @@ def compiled(case: str, cache_dir: Path) -> list[dict[str, Any]]:
     return kernels
 
 
+def test_attention_for_hopper_compiles(cache_dir: Path) -> None:
+    """Products stay asynchronous, without which it is of no use."""
+    (kernel,) = compiled("attend_pairs", cache_dir)
+    assert (kernel["name"], kernel["tensor_cores"], kernel["one_by_one"]) == ("_attend_pairs", True, False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles(cache_dir: Path) -> None:
@@ -46,10 +52,10 @@ def test_every_kernel_compiles(cache_dir: Path) -> None:
     kernels = compiled("--once exact/bf16/decode fast/fp8/decode fast/fp8/prefill", cache_dir)
     names = {kernel["name"] for kernel in kernels}
     sources = "".join(path.read_text() for path in Path(ops_triton.__file__).parent.glob("*.py"))
-    assert names == set(re.findall(r"@kernel\ndef (\w+)", sources))
+    assert names == set(re.findall(r"@(?:gluon_)?kernel\ndef (\w+)", sources))
     assert [kernel["fused"] for kernel in kernels if kernel["name"] == "_race"] == [False], "noise of other bits"
     multiply = {kernel["name"] for kernel in kernels if kernel["tensor_cores"]}
-    assert multiply == {"_product", "_product_fp8", "_up_kernel", "_down_kernel", "_scores", "_attend"}
+    assert multiply == {"_product", "_product_fp8", "_up_kernel", "_down_kernel", "_scores", "_attend", "_attend_pairs"}
 
 
 @pytest.mark.slow
