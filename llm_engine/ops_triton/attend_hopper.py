@@ -126,14 +126,17 @@ def _add_pair(
     near, far, near_query, far_query = left, right, query[0], query[1]
     if SIDE == 1:
         near, far, near_query, far_query = right, left, query[1], query[0]
-    own_near, own_rest, phase = near.index(SIDE), rest.index(SIDE), pair & 1
+    # Zero, which the compiler can't know: it would compute every tile's addresses before the loop and spill them.
+    first = pair >> 28
+    own = SIDE + first
+    own_near, own_rest, phase = near.index(own), rest.index(own), pair & 1
     score = gl.zeros([HEAD_TILE, KEYS], gl.float32, layout=SCORES)
-    score = _score_half(score, near_query, own_near, full, phase, 2 * SIDE, True)
+    score = _score_half(score, near_query.index(first), own_near, full, phase, 2 * SIDE, True)
     # At first side 0 has nothing to add from the other: what this makes of leftovers is dropped by the own product.
     product, top, total = _begin_other(sums, top, total, pair - (1 - SIDE), near, rest, tops, ready, SIDE)
     begun = (pair > 0) | (SIDE == 1)
-    score = _score_half(score, far_query, far.index(SIDE), full, phase, 2 * SIDE + 1, False)
-    score = hopper.warpgroup_mma(query[2], own_rest.permute((1, 0)), score, is_async=True)
+    score = _score_half(score, far_query.index(first), far.index(own), full, phase, 2 * SIDE + 1, False)
+    score = hopper.warpgroup_mma(query[2].index(first), own_rest.permute((1, 0)), score, is_async=True)
     sums = hopper.warpgroup_mma_wait(CHUNKS + 1, deps=(product,))
     sync()
     mbarrier.arrive(free.index(2 * (1 - SIDE) + 1), count=1, pred=begun)
@@ -167,12 +170,12 @@ def _consume(
     latent_query, rest_query, head_stride, cos, sin, out = rows
     count, pairs, scale = limits
     _, _, ready, met = bars
-    spare = query[SIDE]
+    spare = query[SIDE].index(0)
     _put_latent_query(latent_query + SIDE * HALF, spare)
     if SIDE == 0:
         tops.index(1).store(gl.full([HEAD_TILE], -1e30, gl.float32, layout=HEADS_OF_SCORES))
     else:
-        _put_turned_query(rest_query, head_stride, cos, sin, query[2])
+        _put_turned_query(rest_query, head_stride, cos, sin, query[2].index(0))
     hopper.fence_async_shared()
     sync()
     mbarrier.arrive(met, count=1)
@@ -212,9 +215,9 @@ def _attend_pairs(
     left = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, HALF], TILE)
     right = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, HALF], TILE)
     rest = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, E], TILE)
-    query_left = gl.allocate_shared_memory(gl.bfloat16, [HEAD_TILE, HALF], TILE)
-    query_right = gl.allocate_shared_memory(gl.bfloat16, [HEAD_TILE, HALF], TILE)
-    query_rest = gl.allocate_shared_memory(gl.bfloat16, [HEAD_TILE, E], TILE)
+    query_left = gl.allocate_shared_memory(gl.bfloat16, [1, HEAD_TILE, HALF], TILE)
+    query_right = gl.allocate_shared_memory(gl.bfloat16, [1, HEAD_TILE, HALF], TILE)
+    query_rest = gl.allocate_shared_memory(gl.bfloat16, [1, HEAD_TILE, E], TILE)
     tops = gl.allocate_shared_memory(gl.float32, [4, HEAD_TILE], PLAIN)  # maxima of both sides, then totals
     full = gl.allocate_shared_memory(gl.int64, [4 * CHUNKS, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
