@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_engine.models.deepseek_v32 import CausalLM
 from llm_engine.ops import ForwardBatch, Ops
+from llm_engine.runtime.batch import Ints, States
 from llm_engine.runtime.graphs import Pass, PassGraphs
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.runner import Passed
@@ -78,10 +79,12 @@ class Recorded:
         parts = self._verify.run(batch, None, late_M)
         return None if parts is None else Passed(*parts)
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
+    def draft(
+        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
+    ) -> Passed | None:
         """`RecordedPasses`."""
         for graphs in self._drafts:
-            parts = graphs.run(batch, hidden_NH, late_M)
+            parts = graphs.run(batch, states, late_M, wanted)
             if parts is not None:
                 return Passed(*parts)
         return None

@@ -7,16 +7,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.ops.spec import Race
-from llm_engine.runtime.batch import SequenceRows, build_batch, fill_in
+from llm_engine.runtime.batch import BlockTables, Ints, States, batch_of, fill_in
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.kv_store import KvStore
-from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
+from llm_engine.runtime.sampler import Drawing, Drawn, DrawRows, Sampler
 from llm_engine.sched.plan import Chunk
 from llm_engine.sched.sequence import Sequence
 
@@ -52,13 +53,6 @@ class Passed:
     logits_NV: Tensor | None = None
     best_N2: Tensor | None = None
 
-    def rows(self, index: Tensor) -> Passed:
-        """Some of them."""
-        logits, best = self.logits_NV, self.best_N2
-        return Passed(
-            self.states_NH[index], None if logits is None else logits[index], None if best is None else best[index]
-        )
-
 
 class RecordedPasses(Protocol):
     """Passes of decode that were recorded, logits and all. None: no recording holds the batch. H hidden.
@@ -70,9 +64,21 @@ class RecordedPasses(Protocol):
         """The main model."""
         ...
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
-        """The MTP layer."""
+    def draft(
+        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
+    ) -> Passed | None:
+        """The MTP layer. `wanted`: the rows whose results are asked for, all unless given."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A pass that the device may still be computing. `starts`, `drawn_starts`: see `StepOutput`."""
+
+    hidden_RH: Tensor
+    starts: tuple[int, ...]
+    drawing: Drawing | None  # None: nothing is drawn
+    drawn_starts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +112,14 @@ class Runner:
         self._store = store
         self._recorded = recorded
         self._free_slots = list(range(num_slots))[::-1]
+        longest = min(model.max_len, store.num_blocks * store.block_tokens)
+        self._tables = BlockTables(num_slots, -(-longest // store.block_tokens))
 
     def open(self, seq: Sequence) -> None:
         """Give a sequence a slot."""
         seq.slot = self._free_slots.pop()
         self.sampler.open(seq)
+        self._tables.open(seq.slot)
 
     def close(self, seq: Sequence) -> None:
         """Take the slot back, if there is one."""
@@ -126,41 +135,88 @@ class Runner:
         drafts: Drafts,
         on_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
+        """`launch` a pass and `finish` it."""
+        return self.finish(self.launch(decodes, chunks, drafts, on_layer))
+
+    def launch(
+        self,
+        decodes: Seq[Sequence],
+        chunks: Seq[Chunk],
+        drafts: Drafts,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Launched:
         """Compute the last token and the drafts of `decodes` and the tokens of `chunks`; draw wherever possible.
 
-        A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits once, for tokens
-        and drafts together.
+        A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits for nothing.
         """
-        rows = [
-            SequenceRows([seq.tokens[-1], *(-1 - place for place in drafts.places(seq))], seq.num_computed, seq.blocks)
-            for seq in decodes
-        ]
-        rows += [
-            SequenceRows(chunk.seq.tokens[chunk.start : chunk.end], chunk.start, chunk.seq.blocks) for chunk in chunks
-        ]
-        batch, late_M = self._batch(rows), drafts.ids()
+        batch, late_M = self._step_batch(decodes, chunks, drafts), drafts.ids()
         if not chunks and self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
             # A copy: states are read after further passes, which reuse the recordings' memory.
-            return self._draw(result.states_NH.clone(), batch.row_starts, decodes, chunks, drafts, result)
+            return self._draw(result.states_NH.clone(), batch, decodes, chunks, drafts, result)
         hidden_RH = self.model.forward(self._on_device(batch, late_M), self._store, on_layer)
-        return self._draw(hidden_RH, batch.row_starts, decodes, chunks, drafts)
+        return self._draw(hidden_RH, batch, decodes, chunks, drafts)
 
-    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed:
-        """The MTP layer over rows of (next token, hidden state). `late_M`: tokens that only the device knows."""
-        batch = self._batch(rows)
-        if self._recorded is not None and (result := self._recorded.draft(batch, hidden_NH, late_M)) is not None:
+    def finish(self, launched: Launched) -> StepOutput:
+        """Wait for a pass: once, for tokens and drafts together, unless log probabilities are asked for."""
+        drawn = Drawn([], {}, [], []) if launched.drawing is None else self.sampler.finish(launched.drawing)
+        return StepOutput(launched.hidden_RH, launched.starts, drawn, launched.drawn_starts)
+
+    def mtp(
+        self,
+        seqs: Seq[Sequence],
+        token_ids_N: Ints,
+        counts_S: Ints,
+        first_S: Ints,
+        states: States,
+        *,
+        late_M: Tensor | None = None,
+        wanted: Ints | None = None,
+    ) -> Passed:
+        """The MTP layer over rows of (next token, state): `counts_S[i]` of sequence i, from position `first_S[i]` on.
+
+        `late_M`: tokens that only the device knows. `wanted`: the rows whose results are asked for, all unless given.
+        """
+        batch = self._batch(seqs, token_ids_N, counts_S, first_S)
+        if self._recorded is not None and (result := self._recorded.draft(batch, states, late_M, wanted)) is not None:
             return result
+        hidden_NH = states.gather()
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
-        return Passed(self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)[: len(hidden_NH)])
+        result_RH = self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)
+        return Passed(States(result_RH, np.arange(batch.num_rows) if wanted is None else wanted).gather())
 
     def pick_drafts(self, passed: Passed, rows: DrawRows) -> Tensor:
         """A token for every row of an MTP pass, as `Sampler.pick`."""
         logits_NV = passed.logits_NV if passed.logits_NV is not None else self.model.draft_logits(passed.states_NH)
         return self.sampler.pick(logits_NV, rows, best_R2=passed.best_N2)
 
-    def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
-        return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
+    def _step_batch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts) -> ForwardBatch:
+        """Rows of each decoding sequence: its last token, then its drafts, which only the device knows."""
+        last_S1 = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)[:, None]
+        places_SK = drafts.places_of(decodes)
+        there = np.concatenate([np.ones_like(last_S1, dtype=bool), places_SK >= 0], axis=1)
+        ids = np.concatenate([last_S1, -1 - places_SK], axis=1)[there]
+        counts, first = there.sum(1), np.array([seq.num_computed for seq in decodes], dtype=np.int64)
+        if not chunks:
+            return self._batch(decodes, ids, counts, first)
+        return self._batch(
+            [*decodes, *(chunk.seq for chunk in chunks)],
+            np.concatenate([ids, *(chunk.seq.tokens[chunk.start : chunk.end] for chunk in chunks)], dtype=np.int64),
+            np.append(counts, [chunk.length for chunk in chunks]),
+            np.append(first, [chunk.start for chunk in chunks]),
+        )
+
+    def _batch(self, seqs: Seq[Sequence], token_ids_N: Ints, counts_S: Ints, first_S: Ints) -> ForwardBatch:
+        block_tokens = self._store.block_tokens
+        width = -(-int((first_S + counts_S).max(initial=0)) // block_tokens)
+        return batch_of(
+            token_ids_N,
+            counts_S,
+            first_S,
+            self._tables.of(seqs, width),
+            block_tokens=block_tokens,
+            row_tile=self.model.row_tile,
+        )
 
     def _on_device(self, batch: ForwardBatch, late_M: Tensor | None) -> ForwardBatch:
         batch = batch.to(self.device)
@@ -169,26 +225,25 @@ class Runner:
     def _draw(
         self,
         hidden_RH: Tensor,
-        starts: tuple[int, ...],
+        batch: ForwardBatch,
         decodes: Seq[Sequence],
         chunks: Seq[Chunk],
         drafts: Drafts,
         passed: Passed | None = None,
-    ) -> StepOutput:
-        num_decodes = len(decodes)
+    ) -> Launched:
+        starts, num_decodes = batch.row_starts, len(decodes)
         num_decode_rows = starts[num_decodes]
         ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
         if not num_decode_rows and not ends:
-            return StepOutput(hidden_RH, starts, Drawn([], {}, []), [])
+            return Launched(hidden_RH, starts, None, [])
+        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
+        counts = [*map(int.__sub__, starts[1 : num_decodes + 1], starts[:num_decodes]), *([1] * len(ends))]
+        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
+        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
+        if passed is not None and passed.logits_NV is not None:
+            started = self.sampler.start(passed.logits_NV, rows, best_R2=passed.best_N2)
+            return Launched(hidden_RH, starts, started, drawn_starts)
         hidden_MH = hidden_RH[:num_decode_rows]
         if ends:
             hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
-        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
-        counts = [1 + len(drafts.places(seq)) for seq in decodes] + [1] * len(ends)
-        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
-        if passed is not None and passed.logits_NV is not None:
-            drawn = self.sampler.draw(passed.logits_NV, rows, best_R2=passed.best_N2)
-        else:
-            drawn = self.sampler.draw(self.model.logits(hidden_MH), rows)
-        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
-        return StepOutput(hidden_RH, starts, drawn, drawn_starts)
+        return Launched(hidden_RH, starts, self.sampler.start(self.model.logits(hidden_MH), rows), drawn_starts)

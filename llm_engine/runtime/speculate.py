@@ -9,17 +9,29 @@ wrong one costs time only. Shapes: R rows (padding included), M rows of one sequ
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llm_engine.ops import to_device
-from llm_engine.runtime.batch import SequenceRows
+from llm_engine.runtime.batch import Ints, States
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.runner import Passed, Runner
 from llm_engine.runtime.sampler import DrawRows
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """States `states_MH[start : start + count]` of the positions from `first` on."""
+
+    first: int
+    states_MH: Tensor
+    start: int
+    count: int
 
 
 class Speculator:
@@ -28,17 +40,21 @@ class Speculator:
     def __init__(self, runner: Runner, cache: PagedCache) -> None:
         self._runner = runner
         self._cache = cache
-        self._pending: dict[Sequence, tuple[int, Tensor]] = {}  # first position, hidden states [M, H]
+        self._pending: dict[Sequence, _Verified] = {}
 
     @property
     def has_pending(self) -> bool:
         return bool(self._pending)
 
-    def observe(self, seq: Sequence, first: int, hidden_MH: Tensor) -> None:
-        """States of verified positions from `first` on; the token after each is in `seq.tokens` by the next propose."""
+    def observe(self, seq: Sequence, first: int, states_MH: Tensor, start: int = 0, count: int | None = None) -> None:
+        """Rows `start` … of `states_MH`, all unless told, are the states of verified positions from `first` on.
+
+        The token after each of them is in `seq.tokens` by the next propose.
+        """
         assert seq not in self._pending, "the previous rows have not been caught up with"
-        if len(hidden_MH):
-            self._pending[seq] = (first, hidden_MH)
+        count = len(states_MH) if count is None else count
+        if count:
+            self._pending[seq] = _Verified(first, states_MH, start, count)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence draws no more."""
@@ -48,7 +64,7 @@ class Speculator:
         """Catch up with one sequence that will not draft, so that what it has cached is complete for others."""
         if seq in self._pending:
             pending, self._pending = self._pending, {seq: self._pending.pop(seq)}
-            self._catch_up()
+            self._catch_up([])
             self._pending = pending
 
     def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> Drafts:
@@ -59,49 +75,61 @@ class Speculator:
         drafts = Drafts()
         if not self._pending:
             return drafts
-        passed, last_row = self._catch_up()
-        wanted = {seq: num for seq, num in zip(seqs, num_drafts, strict=True) if num and seq in last_row}
+        wanted = {seq: num for seq, num in zip(seqs, num_drafts, strict=True) if num and seq in self._pending}
+        active, num_drawn = list(wanted), 0
+        passed = self._catch_up(active)
         if not wanted:
             return drafts
-        active, num_drawn = list(wanted), 0
         self._runner.sampler.prime(active, [1 + num for num in wanted.values()])
-        passed = self._rows_of(passed, [last_row[seq] for seq in active])
         while active:
             ids_N = drafts.add(active, self._pick(active, passed, num_drawn, drafts))
             num_drawn += 1
             places = [place for place, seq in enumerate(active) if wanted[seq] > num_drawn]
             active = [active[place] for place in places]
             if active:
-                rows = [_chained_row(seq, num_drawn, place) for seq, place in zip(active, places, strict=True)]
-                passed = self._runner.mtp(rows, self._rows_of(passed, places).states_NH, ids_N)
+                passed = self._chain(active, num_drawn, np.array(places), passed, ids_N)
         return drafts
 
-    def _catch_up(self) -> tuple[Passed, dict[Sequence, int]]:
-        """Run all waiting rows; returns what the layer gives and each sequence's last row in it."""
-        rows, last_row, num_rows = [], {}, 0
-        for seq, (first, hidden_MH) in self._pending.items():
-            count = len(hidden_MH)
-            rows.append(SequenceRows(seq.tokens[first + 1 : first + 1 + count], first, seq.blocks))
-            num_rows += count
-            last_row[seq] = num_rows - 1
-            seq.num_drafted = first + count
-        passed = self._runner.mtp(rows, torch.cat([hidden_MH for _, hidden_MH in self._pending.values()]))
-        self._pending = {}
-        for seq in last_row:
+    def _catch_up(self, active: list[Sequence]) -> Passed:
+        """Run all waiting rows; returns what the layer gives for the last row of each of `active`."""
+        pending, self._pending = self._pending, {}
+        seqs, verified = list(pending), list(pending.values())
+        counts = np.array([rows.count for rows in verified], dtype=np.int64)
+        first = np.array([rows.first for rows in verified], dtype=np.int64)
+        tokens = (seq.tokens[rows.first + 1 : rows.first + 1 + rows.count] for seq, rows in pending.items())
+        ids = np.fromiter(chain.from_iterable(tokens), np.int64, int(counts.sum()))
+        ends = np.cumsum(counts)
+        last_row = dict(zip(seqs, (ends - 1).tolist(), strict=True))
+        wanted = np.array([last_row[seq] for seq in active], dtype=np.int64)
+        passed = self._runner.mtp(seqs, ids, counts, first, _side_by_side(verified, counts), wanted=wanted)
+        for seq, rows in pending.items():
+            seq.num_drafted = rows.first + rows.count
             self._cache.publish(seq)
-        return passed, last_row
+        return passed
+
+    def _chain(self, active: list[Sequence], num_drawn: int, places: Ints, passed: Passed, ids_N: Tensor) -> Passed:
+        """Run the newest draft of each sequence, token `places[i]` of those that only the device knows."""
+        first = np.array([len(seq.tokens) - 2 + num_drawn for seq in active], dtype=np.int64)
+        states = States(passed.states_NH, places)
+        return self._runner.mtp(active, -1 - places, np.ones_like(places), first, states, late_M=ids_N)
 
     def _pick(self, seqs: list[Sequence], passed: Passed, num_drawn: int, drafts: Drafts) -> Tensor:
         """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""
         rows = DrawRows(seqs, [num_drawn] * len(seqs), [1] * len(seqs), drafts)
         return self._runner.pick_drafts(passed, rows)
 
-    def _rows_of(self, passed: Passed, rows: list[int]) -> Passed:
-        if rows == list(range(len(passed.states_NH))):
-            return passed
-        return passed.rows(to_device(torch.tensor(rows, dtype=torch.int64), self._runner.device))
 
-
-def _chained_row(seq: Sequence, num_drawn: int, place: int) -> SequenceRows:
-    """The newest of a sequence's drafts, token `place` of those that only the device knows, before its own position."""
-    return SequenceRows([-1 - place], len(seq.tokens) - 2 + num_drawn, seq.blocks)
+def _side_by_side(verified: Seq[_Verified], counts: Ints) -> States:
+    """The states of all rows. Most of them come from one pass, so that few tensors hold them."""
+    sources: dict[int, Tensor] = {}
+    offsets: dict[int, int] = {}
+    total, starts = 0, []
+    for rows in verified:
+        key = id(rows.states_MH)
+        if key not in sources:
+            sources[key], offsets[key] = rows.states_MH, total
+            total += len(rows.states_MH)
+        starts.append(offsets[key] + rows.start)
+    at = np.repeat(np.array(starts) - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+    several = list(sources.values())
+    return States(several[0] if len(several) == 1 else torch.cat(several), at)

@@ -1,9 +1,10 @@
-"""The work of one step: draft, forward, draw, commit. What is planned comes in; what happened goes to the outbox."""
+"""The work of one step: draft, forward, draw; later, commit. Plans come in; what happened goes to the outbox."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.layer_feed import LayerFeed, Span
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.roster import Roster
-from llm_engine.runtime.runner import Runner, StepOutput
+from llm_engine.runtime.runner import Launched, Runner, StepOutput
 from llm_engine.runtime.sampler import INVALID
 from llm_engine.runtime.speculate import Speculator
 from llm_engine.sched.decode import DecodeScheduler
@@ -25,11 +26,28 @@ from llm_engine.sched.prefill import PrefillScheduler
 from llm_engine.sched.sequence import Phase, Sequence
 from llm_engine.sched.step import Prefilled
 
+_SURE = 0.75  # of the time that the last pass took: the next one takes as much
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of the prefill rate
 
 
+@dataclass(slots=True)
+class Flight:
+    """A pass from launch to commit."""
+
+    seqs: list[Sequence]  # that decode
+    chunks: list[Chunk]
+    spans: list[Span]
+    launched: Launched
+    started: float  # engine clock
+    out: StepOutput | None = None  # once it has ended
+    ended: float = 0.0
+
+
 class Steps:
-    """Computes planned work and commits it. `hands_off`: sequences leave after token 1 instead of decoding here."""
+    """Computes planned work and commits it, one pass at a time.
+
+    `hands_off`: sequences leave after token 1 instead of decoding here.
+    """
 
     def __init__(
         self,
@@ -57,6 +75,8 @@ class Steps:
         self._hands_off = hands_off
         self._max_len = max_len
         self._clock = clock
+        self._flight: Flight | None = None
+        self._pass_s = 0.0  # what the last pass took
         self._departing: list[tuple[Sequence, FirstToken]] = []  # token 1 is out, the MTP layer is not done
         self._mtp_spans: list[Span] = []  # blocks that the next catch-up completes
         self.prefill_tokens_per_s = 0.0
@@ -78,33 +98,69 @@ class Steps:
             self._depart(seq, first)
         return bool(departing)
 
-    def compute(self, plan: DecodePlan, chunks: list[Chunk]) -> None:
-        """One forward pass over all planned rows."""
+    @property
+    def under_way(self) -> bool:
+        """A pass was launched and not committed."""
+        return self._flight is not None
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds for which the pass under way will go on, cautiously, going by the last one; 0 if there is none."""
+        if self._flight is None or self._flight.out is not None:
+            return 0.0
+        return max(self._flight.started + _SURE * self._pass_s - self._clock(), 0.0)
+
+    def launch(self, plan: DecodePlan, chunks: list[Chunk]) -> None:
+        """Begin one forward pass over all planned rows. Waits for nothing.
+
+        Until `wait` returns, the device may write the blocks of the sequences that take part, whether they live or
+        not: they are held.
+        """
         started = self._clock()
         for chunk in chunks:
             if chunk.seq.slot < 0:
                 self._start(chunk.seq, started)
+        self._cache.hold([*plan.seqs, *(chunk.seq for chunk in chunks)])
         drafts = Drafts() if self._speculator is None else self._speculator.propose(plan.seqs, plan.num_drafts)
         spans = [] if self._feed is None else self._feed.spans(chunks)
         on_layer = self._feed.on_layer(spans) if self._feed is not None and spans else None
-        out = self._runner.run(plan.seqs, chunks, drafts, on_layer)
-        now = self._clock()
+        launched = self._runner.launch(plan.seqs, chunks, drafts, on_layer)
+        self._flight = Flight(plan.seqs, chunks, spans, launched, started)
+
+    def wait(self) -> None:
+        """Until the pass under way has ended, if there is one. Changes nothing else."""
+        if self._flight is not None and self._flight.out is None:
+            self._flight.out = self._runner.finish(self._flight.launched)
+            self._flight.ended = self._clock()
+            self._pass_s = self._flight.ended - self._flight.started
+            self._cache.settle()
+
+    def commit(self) -> None:
+        """Wait for the pass under way, if there is one, and commit it. Sequences that ended meanwhile are left out."""
+        self.wait()
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        assert flight.out is not None, "it was waited for"
+        out, num_drafts, num_new = flight.out, [], []
         if self._hands_off and self._speculator is not None:
-            self._mtp_spans += spans
-        for i, seq in enumerate(plan.seqs):
-            self._commit_decode(seq, out, out.starts[i], out.drawn.drafts[i], now)
-        if chunks:
-            self._commit_chunks(chunks, out, len(plan.seqs), now)
-            self._measure(chunks, self._clock() - started)
+            self._mtp_spans += flight.spans
+        for i, seq in enumerate(flight.seqs):
+            if seq.phase is Phase.DECODING:
+                new = self._commit_decode(seq, out, i, flight.ended)
+                if new:
+                    num_new.append(new)
+                    num_drafts.append(len(out.drawn.drafts[i]))
+        self._count_decodes(num_drafts, num_new)
+        if flight.chunks:
+            self._commit_chunks(flight.chunks, out, len(flight.seqs), flight.ended)
+            self._measure(flight.chunks, self._clock() - flight.started)
         self._outbox.worked()
 
     def finish_reason(self, seq: Sequence) -> FinishReason | None:
         """Why the newest token of `seq` is its last."""
-        if seq.tokens[-1] in seq.stop_ids:
-            return FinishReason.STOP
-        if seq.num_output >= seq.submit.sampling.max_tokens or len(seq.tokens) >= self._max_len:
-            return FinishReason.LENGTH
-        return None
+        room = self._max_tokens(seq) - len(seq.tokens) + 1
+        return _up_to_end(seq.tokens[-1:], room, seq.stop_ids)[1]
 
     def _start(self, seq: Sequence, now: float) -> None:
         """The first chunk of a sequence is in this step."""
@@ -115,26 +171,28 @@ class Steps:
         if self._feed is not None:
             self._feed.start(seq)
 
-    def _commit_decode(self, seq: Sequence, out: StepOutput, row: int, drafts: list[int], now: float) -> None:
-        """Keep drawn tokens up to the first that is not the next row's draft, or that ends the sequence."""
-        first_position, num_new = seq.num_computed, 0
+    def _commit_decode(self, seq: Sequence, out: StepOutput, place: int, now: float) -> int:
+        """Append the tokens that hold, up to the one that ends the sequence; returns how many, 0 if it has failed."""
+        new, row = out.drawn.kept[place], out.starts[place]
+        room = self._max_tokens(seq) - len(seq.tokens)
         finish = None
-        for i, token in enumerate(out.drawn.tokens[row : row + 1 + len(drafts)]):
-            if token == INVALID:
-                return self._fail_invalid(seq)
-            self._append(seq, token, out, row + i)
-            num_new += 1
-            finish = self.finish_reason(seq)
-            if finish is not None or i == len(drafts) or token != drafts[i]:
-                break
-        self._decode.commit(seq, num_new)
-        self._count_decode(len(drafts), num_new)
+        if len(new) >= room or not seq.stop_ids.isdisjoint(new):
+            new, finish = _up_to_end(new, room, seq.stop_ids)
+        if new[-1] == INVALID:
+            self._fail_invalid(seq)
+            return 0
+        first_position, count = seq.num_computed, len(new)
+        seq.tokens += new
+        if out.drawn.logprobs:
+            self._report_logprobs(seq, out, range(row, row + count))
+        self._decode.commit(seq, count)
         if finish is not None:
-            return self._roster.finish(seq, finish, now)
+            self._roster.finish(seq, finish, now)
+            return count
         if self._speculator is not None:
-            self._speculator.observe(seq, first_position, out.hidden_RH[row : row + num_new])
+            self._speculator.observe(seq, first_position, out.hidden_RH, row, count)
         self._outbox.tokens(seq, now)
-        return None
+        return count
 
     def _commit_chunks(self, chunks: Seq[Chunk], out: StepOutput, num_decodes: int, now: float) -> None:
         self._prefill.commit(chunks)
@@ -152,7 +210,8 @@ class Steps:
         seq, token = chunk.seq, out.drawn.tokens[row]
         if token == INVALID:
             return self._fail_invalid(seq)
-        self._append(seq, token, out, row)
+        seq.tokens.append(token)
+        self._report_logprobs(seq, out, range(row, row + 1))
         finish = self.finish_reason(seq)
         if finish is not None:
             if self._speculator is not None:
@@ -182,27 +241,31 @@ class Steps:
         self._roster.retire(seq)
         self._outbox.prefilled(Prefilled(seq, first, self._clock()))
 
-    def _append(self, seq: Sequence, token: int, out: StepOutput, row: int) -> None:
-        seq.tokens.append(token)
-        logprobs = out.drawn.logprobs.get(row)
-        if logprobs is not None:
-            seq.logprobs.append(logprobs)
+    def _max_tokens(self, seq: Sequence) -> int:
+        """Tokens of `seq` when it ends at the latest."""
+        return min(seq.submit.num_prompt + seq.submit.sampling.max_tokens, self._max_len)
+
+    def _report_logprobs(self, seq: Sequence, out: StepOutput, rows: range) -> None:
+        """Of the tokens drawn in these rows, if they are asked for."""
+        known = out.drawn.logprobs
+        seq.logprobs += [known[row] for row in rows if row in known]
 
     def _fail_invalid(self, seq: Sequence) -> None:
         """The model's output is not finite: what it has cached is not to be trusted, nor found by others."""
         self._cache.distrust(seq)
         self._roster.fail(seq, "internal", "the model's output is not finite", retryable=True)
 
-    def _count_decode(self, num_drafts: int, num_new: int) -> None:
+    def _count_decodes(self, num_drafts: list[int], num_new: list[int]) -> None:
+        """Drafts and new tokens of each sequence that went on."""
         stats = self._outbox.stats
-        stats.decode_rows += 1 + num_drafts
-        stats.decode_tokens += num_new
-        for i in range(num_drafts):
+        stats.decode_rows += len(num_drafts) + sum(num_drafts)
+        stats.decode_tokens += sum(num_new)
+        for i in range(max(num_drafts, default=0)):
             if i == len(stats.drafts):
                 stats.drafts.append(0)
                 stats.accepted.append(0)
-            stats.drafts[i] += 1
-            stats.accepted[i] += i < num_new - 1
+            stats.drafts[i] += sum(num > i for num in num_drafts)
+            stats.accepted[i] += sum(num > i + 1 for num in num_new)
 
     def _measure(self, chunks: Seq[Chunk], seconds: float) -> None:
         stats = self._outbox.stats
@@ -212,6 +275,18 @@ class Steps:
         rate = num_tokens / max(seconds, 1e-9)
         known = self.prefill_tokens_per_s
         self.prefill_tokens_per_s = known + _RATE_WEIGHT * (rate - known) if known else rate
+
+
+def _up_to_end(new: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], FinishReason | None]:
+    """Tokens up to the one that ends the sequence, and why it does. `room`: how many it may have at most."""
+    for i, token in enumerate(new, 1):
+        if token == INVALID:
+            break
+        if token in stop_ids:
+            return new[:i], FinishReason.STOP
+        if i >= room:
+            return new[:i], FinishReason.LENGTH
+    return new, None
 
 
 def state_bytes(hidden_H: Tensor) -> bytes:

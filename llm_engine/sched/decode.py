@@ -37,17 +37,17 @@ class DecodeScheduler:
         youngest, so that some sequence always finishes.
         """
         plan = DecodePlan()
+        block_tokens = self._cache.block_tokens
         served = 0
         while served < len(self.running):
             seq = self.running[served]
-            if not self._cache.grow(seq, seq.num_computed + 1):
+            if seq.num_computed >= len(seq.blocks) * block_tokens and not self._cache.grow(seq, seq.num_computed + 1):
                 if not self._reclaim():
                     plan.preempted.append(self._preempt())
                 continue
             served += 1
-        for seq in self.running:
-            plan.seqs.append(seq)
-            plan.num_drafts.append(self._drafts_for(seq))
+        plan.seqs.extend(self.running)
+        plan.num_drafts.extend(map(self._drafts_for, self.running) if self._num_drafts else [0] * len(self.running))
         return plan
 
     def commit(self, seq: Sequence, num_new: int) -> None:
@@ -69,13 +69,11 @@ class DecodeScheduler:
 
     def _drafts_for(self, seq: Sequence) -> int:
         """Drafts that could still be emitted with one drawn token after them, and that fit the blocks at hand."""
-        wanted = min(
-            self._num_drafts,
-            seq.submit.sampling.max_tokens - seq.num_output - 1,
-            self._max_len - len(seq.tokens) - 1,
-        )
-        if wanted > 0 and not self._cache.grow(seq, seq.num_computed + 1 + wanted):
-            wanted = len(seq.blocks) * self._cache.block_tokens - seq.num_computed - 1
+        left = min(seq.submit.sampling.max_tokens + seq.submit.num_prompt, self._max_len) - len(seq.tokens) - 1
+        wanted = min(self._num_drafts, left)
+        room = len(seq.blocks) * self._cache.block_tokens - seq.num_computed - 1
+        if wanted > room and not self._cache.grow(seq, seq.num_computed + 1 + wanted):
+            wanted = room
         return max(wanted, 0)
 
     def _preempt(self) -> Sequence:

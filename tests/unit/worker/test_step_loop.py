@@ -27,6 +27,10 @@ class Counter:
         self.steps = 0
         self.threads: set[int] = set()
         self.during_step: Callable[[], None] = lambda: None
+        self.waits = 0
+        self.during_wait: Callable[[], None] = lambda: None
+        self.under_way = False
+        self.rest_s = 0.0
 
     def step(self) -> int | None:
         self.calls += 1
@@ -36,6 +40,11 @@ class Counter:
         self.steps += 1
         self.during_step()
         return self.steps
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.during_wait()
+        self.rest_s = 0.0
 
     def load(self) -> Load:
         return Load(seq=0, num_running=self.budget - self.steps)
