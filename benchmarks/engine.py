@@ -1,16 +1,17 @@
 """Time of prefill and of a decode step of a slice of the model on one card, beside the least time the card needs.
 
-`baton bench engine --slice L --point BxC [--point BxC …] [--mtp K] [--routing uniform|trace] [--profile] [--json]`. The
-slice has the real model's width, one dense layer and L - 1 with experts; all points run over one set of weights. TPOT
-is wall time between the tokens of a sequence on the host, everything included; with drafts it follows from the step's
-time and the acceptance that is assumed. With `--through worker` the engine of a decode worker decodes instead, and the
-time of its host is told by part.
+`baton bench engine --slice L --point BxC [--point BxC …] [--mtp K …] [--routing uniform|trace] [--profile] [--json]`.
+The slice has the real model's width, one dense layer and L - 1 with experts; all points run over one set of weights.
+TPOT is wall time between the tokens of a sequence on the host, everything included; with drafts it follows from the
+step's time and the acceptance that is assumed. With `--through worker` the engine of a decode worker decodes instead,
+and the time of its host is told by part.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import re
 import sys
@@ -78,6 +79,7 @@ def measure(
 def _measure_worker(model: CausalLM, ops: Ops, point: Point, options: Options) -> dict[str, Any]:
     started = time.perf_counter()
     if ops.device.type != "cpu":
+        gc.collect()  # the worker of the point before
         torch.accelerator.empty_cache()
     worker = DecodingWorker(model, ops, point, fp8=options.fp8)
     admit_s = time.perf_counter() - started
@@ -172,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", action="store_true", help=f"the points {', '.join(_TABLE)}")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="one point's sequences (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, metavar="C", help="and tokens (default %(default)s)")
-    parser.add_argument("--mtp", type=int, default=0, choices=range(4), metavar="K", help="drafts a step")
+    parser.add_argument(
+        "--mtp", type=int, action="append", choices=range(4), metavar="K", help="drafts a step; may be repeated"
+    )
     parser.add_argument("--acceptance", type=float, default=0.85, help="assumed of every draft (default %(default)s)")
     parser.add_argument("--routing", choices=("uniform", "trace"), default="uniform")
     parser.add_argument("--trace", metavar="FILE", help="expert ids [T, K] as .npy, for --routing trace")
@@ -200,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--routing trace and --trace FILE go together")
     pairs = [*(args.point or []), *(map(_point, _TABLE) if args.table else [])] or [(args.batch, args.context)]
     points = [
-        Point(batch=batch, context=context, mtp=args.mtp, steps=args.steps, chunk=args.chunk)
+        Point(batch=batch, context=context, mtp=mtp, steps=args.steps, chunk=args.chunk)
         for batch, context in pairs
+        for mtp in args.mtp or [0]
     ]
     options = Options(
         acceptance=args.acceptance,

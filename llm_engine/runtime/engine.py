@@ -240,7 +240,7 @@ class Engine:
         if not self._steps.under_way:
             self._begin()
         self._steps.commit()
-        if self._ahead and not self._prefill.waiting and not self._prefill.active:
+        if self._ahead and not self._prefills_next():
             self._begin()
         evicted = self._cache.pool.num_evicted
         self._outbox.stats.evicted_blocks += evicted - self._num_evicted
@@ -321,6 +321,11 @@ class Engine:
         chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
         if plan.seqs or chunks:
             self._steps.launch(plan, chunks)
+
+    def _prefills_next(self) -> bool:
+        """The next pass may hold chunks of prompts."""
+        may_start = self._prefill.waiting and len(self._decode.running) < self._max_num_seqs
+        return bool(self._prefill.active or may_start)
 
     def _turned_away(self, submit: Submit) -> Refusal | None:
         """Why this engine takes no such submit now, whatever is in it."""

@@ -238,10 +238,14 @@ class Pair:
         self.d.wait()
 
     def cancel(self, client: Client) -> None:
-        """A client goes away, maybe while a pass computes its token; what comes next wants the room."""
-        name = self.rng.choice(list(client.submits))
-        if self.rng.random() < 0.1 and self.d.engine.abort(name, client.attempts[name]) is not None:
-            client.cancelled.add(name)
+        """A client goes away while a pass computes its token, and hand-offs land in the room that there is."""
+        running = [seq.request_id for seq in self.d.engine._decode.running]
+        if not running or len(client.cancelled) > NUM_REQUESTS // 2:
+            return
+        name = self.rng.choice(running)
+        assert self.d.engine.abort(name, client.attempts[name]) is not None
+        client.cancelled.add(name)
+        for _ in range(3):
             self.reserve(client)
             self.land(client)
 
