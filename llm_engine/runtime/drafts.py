@@ -46,6 +46,8 @@ class Drafts:
 
     def places_of(self, seqs: Seq[Sequence]) -> Ints:
         """[S, K] as `places`, padded with -1; K is the most that a sequence has."""
+        if not self._num:
+            return np.empty((len(seqs), 0), dtype=np.int64)
         rows = [self._places.get(seq, []) for seq in seqs]
         width = max(map(len, rows), default=0)
         if min(map(len, rows), default=0) == width:

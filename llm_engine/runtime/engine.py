@@ -111,7 +111,6 @@ class Engine:
             self._roster,
             self._outbox,
             hands_off=hands_off,
-            max_len=self.max_len,
             clock=clock,
         )
         self._reservations = Reservations(self._cache)

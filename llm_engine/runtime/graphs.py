@@ -165,7 +165,7 @@ class PassGraphs(Generic[T]):
 
         `late_M`: token ids that only the device knows, for `batch.fill_in`. `wanted`: rows whose results are asked for.
         """
-        most = max((end - first for first, end in pairwise(batch.row_starts)), default=0)
+        most = max(map(int.__sub__, batch.row_starts[1:], batch.row_starts), default=0)
         size = bisect_left(self._num_seqs, batch.num_seqs)
         bound = bisect_left(self._max_contexts, max(batch.context_lens, default=0))
         if not 0 < most <= self._rows_per_seq or size == len(self._num_seqs) or bound == len(self._max_contexts):

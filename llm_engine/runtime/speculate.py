@@ -9,8 +9,8 @@ wrong one costs time only. Shapes: R rows (padding included), M rows of one sequ
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,13 @@ from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class _Verified:
-    """States `states_MH[start : start + count]` of the positions from `first` on."""
+class _Verified(NamedTuple):
+    """States `states_MH[start : start + num]` of the positions from `first` on."""
 
     first: int
+    num: int
     states_MH: Tensor
     start: int
-    count: int
 
 
 class Speculator:
@@ -54,7 +53,7 @@ class Speculator:
         assert seq not in self._pending, "the previous rows have not been caught up with"
         count = len(states_MH) if count is None else count
         if count:
-            self._pending[seq] = _Verified(first, states_MH, start, count)
+            self._pending[seq] = _Verified(first, count, states_MH, start)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence draws no more."""
@@ -93,17 +92,17 @@ class Speculator:
     def _catch_up(self, active: list[Sequence]) -> Passed:
         """Run all waiting rows; returns what the layer gives for the last row of each of `active`."""
         pending, self._pending = self._pending, {}
-        seqs, verified = list(pending), list(pending.values())
-        counts = np.array([rows.count for rows in verified], dtype=np.int64)
-        first = np.array([rows.first for rows in verified], dtype=np.int64)
-        tokens = (seq.tokens[rows.first + 1 : rows.first + 1 + rows.count] for seq, rows in pending.items())
-        ids = np.fromiter(chain.from_iterable(tokens), np.int64, int(counts.sum()))
-        ends = np.cumsum(counts)
-        last_row = dict(zip(seqs, (ends - 1).tolist(), strict=True))
-        wanted = np.array([last_row[seq] for seq in active], dtype=np.int64)
-        passed = self._runner.mtp(seqs, ids, counts, first, _side_by_side(verified, counts), wanted=wanted)
+        seqs, (firsts, nums, sources, starts) = list(pending), zip(*pending.values(), strict=True)
+        tokens = [seq.tokens[first + 1 : first + 1 + num] for seq, first, num in zip(seqs, firsts, nums, strict=True)]
+        ids, counts = np.array(list(chain.from_iterable(tokens))), np.array(nums)
+        last_S = np.cumsum(counts) - 1
+        if active != seqs:
+            row = dict(zip(seqs, last_S.tolist(), strict=True))
+            last_S = np.array([row[seq] for seq in active], dtype=np.int64)
+        states = _side_by_side(sources, starts, counts)
+        passed = self._runner.mtp(seqs, ids, counts, np.array(firsts), states, wanted=last_S)
         for seq, rows in pending.items():
-            seq.num_drafted = rows.first + rows.count
+            seq.num_drafted = rows.first + rows.num
             self._cache.publish(seq)
         return passed
 
@@ -119,17 +118,13 @@ class Speculator:
         return self._runner.pick_drafts(passed, rows)
 
 
-def _side_by_side(verified: Seq[_Verified], counts: Ints) -> States:
-    """The states of all rows. Most of them come from one pass, so that few tensors hold them."""
-    sources: dict[int, Tensor] = {}
-    offsets: dict[int, int] = {}
-    total, starts = 0, []
-    for rows in verified:
-        key = id(rows.states_MH)
-        if key not in sources:
-            sources[key], offsets[key] = rows.states_MH, total
-            total += len(rows.states_MH)
-        starts.append(offsets[key] + rows.start)
-    at = np.repeat(np.array(starts) - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
-    several = list(sources.values())
-    return States(several[0] if len(several) == 1 else torch.cat(several), at)
+def _side_by_side(sources: Seq[Tensor], starts: Seq[int], counts: Ints) -> States:
+    """The states of all rows: `counts[i]` of `sources[i]` from row `starts[i]` on. Mostly they are from one pass."""
+    start_S, source_MH = np.array(starts), sources[0]
+    if any(source is not source_MH for source in sources):
+        distinct = {id(source): source for source in sources}
+        lengths = [len(source) for source in distinct.values()]
+        offsets = dict(zip(distinct, accumulate(lengths, initial=0), strict=False))
+        start_S += [offsets[id(source)] for source in sources]
+        source_MH = torch.cat(list(distinct.values()))
+    return States(source_MH, np.repeat(start_S - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum())))

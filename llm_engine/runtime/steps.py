@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -61,7 +62,6 @@ class Steps:
         outbox: Outbox,
         *,
         hands_off: bool,
-        max_len: int,
         clock: Callable[[], float],
     ) -> None:
         self._cache = cache
@@ -73,7 +73,6 @@ class Steps:
         self._roster = roster
         self._outbox = outbox
         self._hands_off = hands_off
-        self._max_len = max_len
         self._clock = clock
         self._flight: Flight | None = None
         self._pass_s = 0.0  # what the last pass took
@@ -142,16 +141,10 @@ class Steps:
         if flight is None:
             return
         assert flight.out is not None, "it was waited for"
-        out, num_drafts, num_new = flight.out, [], []
+        out = flight.out
         if self._hands_off and self._speculator is not None:
             self._mtp_spans += flight.spans
-        for i, seq in enumerate(flight.seqs):
-            if seq.phase is Phase.DECODING:
-                new = self._commit_decode(seq, out, i, flight.ended)
-                if new:
-                    num_new.append(new)
-                    num_drafts.append(len(out.drawn.drafts[i]))
-        self._count_decodes(num_drafts, num_new)
+        self._commit_decodes(flight.seqs, out, flight.ended)
         if flight.chunks:
             self._commit_chunks(flight.chunks, out, len(flight.seqs), flight.ended)
             self._measure(flight.chunks, self._clock() - flight.started)
@@ -159,8 +152,7 @@ class Steps:
 
     def finish_reason(self, seq: Sequence) -> FinishReason | None:
         """Why the newest token of `seq` is its last."""
-        room = self._max_tokens(seq) - len(seq.tokens) + 1
-        return _up_to_end(seq.tokens[-1:], room, seq.stop_ids)[1]
+        return _up_to_end(seq.tokens[-1:], seq.max_len - len(seq.tokens) + 1, seq.stop_ids)[1]
 
     def _start(self, seq: Sequence, now: float) -> None:
         """The first chunk of a sequence is in this step."""
@@ -171,28 +163,32 @@ class Steps:
         if self._feed is not None:
             self._feed.start(seq)
 
-    def _commit_decode(self, seq: Sequence, out: StepOutput, place: int, now: float) -> int:
-        """Append the tokens that hold, up to the one that ends the sequence; returns how many, 0 if it has failed."""
-        new, row = out.drawn.kept[place], out.starts[place]
-        room = self._max_tokens(seq) - len(seq.tokens)
-        finish = None
-        if len(new) >= room or not seq.stop_ids.isdisjoint(new):
-            new, finish = _up_to_end(new, room, seq.stop_ids)
-        if new[-1] == INVALID:
-            self._fail_invalid(seq)
-            return 0
-        first_position, count = seq.num_computed, len(new)
-        seq.tokens += new
-        if out.drawn.logprobs:
-            self._report_logprobs(seq, out, range(row, row + count))
-        self._decode.commit(seq, count)
-        if finish is not None:
-            self._roster.finish(seq, finish, now)
-            return count
-        if self._speculator is not None:
-            self._speculator.observe(seq, first_position, out.hidden_RH, row, count)
-        self._outbox.tokens(seq, now)
-        return count
+    def _commit_decodes(self, seqs: list[Sequence], out: StepOutput, now: float) -> None:
+        """Append to each sequence the tokens that hold. Nothing is launched before the last one is served."""
+        counted: list[tuple[int, int]] = []  # drafts and new tokens of each sequence
+        observe = None if self._speculator is None else self._speculator.observe
+        for seq, row, new, drafts in zip(seqs, out.starts, out.drawn.kept, out.drawn.drafts, strict=False):
+            if seq.phase is not Phase.DECODING:
+                continue
+            room, finish = seq.max_len - len(seq.tokens), None
+            if len(new) >= room or not seq.stop_ids.isdisjoint(new):
+                new, finish = _up_to_end(new, room, seq.stop_ids)
+            if new[-1] == INVALID:
+                self._fail_invalid(seq)
+                continue
+            first, count = seq.num_computed, len(new)
+            seq.tokens += new
+            counted.append((len(drafts), count))
+            if out.drawn.logprobs:
+                self._report_logprobs(seq, out, range(row, row + count))
+            self._decode.commit(seq, count)
+            if finish is not None:
+                self._roster.finish(seq, finish, now)
+                continue
+            if observe is not None:
+                observe(seq, first, out.hidden_RH, row, count)
+            self._outbox.tokens(seq, now)
+        self._count_decodes(counted)
 
     def _commit_chunks(self, chunks: Seq[Chunk], out: StepOutput, num_decodes: int, now: float) -> None:
         self._prefill.commit(chunks)
@@ -241,10 +237,6 @@ class Steps:
         self._roster.retire(seq)
         self._outbox.prefilled(Prefilled(seq, first, self._clock()))
 
-    def _max_tokens(self, seq: Sequence) -> int:
-        """Tokens of `seq` when it ends at the latest."""
-        return min(seq.submit.num_prompt + seq.submit.sampling.max_tokens, self._max_len)
-
     def _report_logprobs(self, seq: Sequence, out: StepOutput, rows: range) -> None:
         """Of the tokens drawn in these rows, if they are asked for."""
         known = out.drawn.logprobs
@@ -255,17 +247,18 @@ class Steps:
         self._cache.distrust(seq)
         self._roster.fail(seq, "internal", "the model's output is not finite", retryable=True)
 
-    def _count_decodes(self, num_drafts: list[int], num_new: list[int]) -> None:
-        """Drafts and new tokens of each sequence that went on."""
+    def _count_decodes(self, counted: list[tuple[int, int]]) -> None:
+        """Drafts and new tokens of each sequence that was served."""
         stats = self._outbox.stats
-        stats.decode_rows += len(num_drafts) + sum(num_drafts)
-        stats.decode_tokens += sum(num_new)
-        for i in range(max(num_drafts, default=0)):
-            if i == len(stats.drafts):
-                stats.drafts.append(0)
-                stats.accepted.append(0)
-            stats.drafts[i] += sum(num > i for num in num_drafts)
-            stats.accepted[i] += sum(num > i + 1 for num in num_new)
+        for (num_drafts, num_new), seqs in Counter(counted).items():
+            stats.decode_rows += (1 + num_drafts) * seqs
+            stats.decode_tokens += num_new * seqs
+            for i in range(num_drafts):
+                if i == len(stats.drafts):
+                    stats.drafts.append(0)
+                    stats.accepted.append(0)
+                stats.drafts[i] += seqs
+                stats.accepted[i] += seqs * (i < num_new - 1)
 
     def _measure(self, chunks: Seq[Chunk], seconds: float) -> None:
         stats = self._outbox.stats

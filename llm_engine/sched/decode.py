@@ -54,7 +54,8 @@ class DecodeScheduler:
         """The only place where decode progress moves: `num_new` tokens were appended, all but the last are cached."""
         seq.num_computed += num_new
         assert seq.num_computed == len(seq.tokens) - 1
-        self._cache.publish(seq)
+        if seq.num_computed >= (seq.num_published + 1) * self._cache.block_tokens:
+            self._cache.publish(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence; its blocks are the caller's."""
@@ -69,8 +70,7 @@ class DecodeScheduler:
 
     def _drafts_for(self, seq: Sequence) -> int:
         """Drafts that could still be emitted with one drawn token after them, and that fit the blocks at hand."""
-        left = min(seq.submit.sampling.max_tokens + seq.submit.num_prompt, self._max_len) - len(seq.tokens) - 1
-        wanted = min(self._num_drafts, left)
+        wanted = min(self._num_drafts, min(seq.max_len, self._max_len) - len(seq.tokens) - 1)
         room = len(seq.blocks) * self._cache.block_tokens - seq.num_computed - 1
         if wanted > room and not self._cache.grow(seq, seq.num_computed + 1 + wanted):
             wanted = room
