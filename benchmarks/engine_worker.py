@@ -96,10 +96,10 @@ class Watch:
     def watching(self) -> Iterator[None]:
         """Time the parts of every step from now on."""
         engine, wait = self._engine, Readback.wait
-        steps, runner = engine._steps, engine._runner
+        steps = engine._steps
         watched = [
-            (engine, "step", "step"), (engine._decode, "plan", "plan"), (steps, "commit", "commit"),
-            (steps, "launch", "launch"), (runner, "finish", "finish"),
+            (engine, "step", "step"), (engine, "wait", "waited"), (steps, "wait", "wait"), (steps, "commit", "commit"),
+            (engine._decode, "plan", "plan"), (steps, "go_on", "launch"), (steps, "launch", "launch"),
         ]  # fmt: skip
         for owner, name, part in watched:
             setattr(owner, name, self._timed(getattr(owner, name), part))
@@ -138,12 +138,13 @@ class Watch:
 
     def _end_step(self) -> None:
         spent, self._spent = self._spent, defaultdict(float)
+        waited = spent["wait"] - spent["waited"]  # within the step
         parts = {
             "plan": spent["plan"],
             "build": spent["launch"] - spent["passes"],
             "launch": spent["passes"],
-            "commit": spent["commit"] - spent["finish"],
-            "rest": spent["step"] - spent["plan"] - spent["launch"] - spent["commit"],
+            "commit": spent["commit"],
+            "rest": spent["step"] - waited - spent["plan"] - spent["launch"] - spent["commit"],
         }
         self.host.append(parts)
 

@@ -30,6 +30,7 @@ from llm_engine.runtime.steps import Steps, state_from_bytes
 from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, StepResult
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
+from llm_engine.sched.plan import Chunk
 from llm_engine.sched.prefill import PrefillScheduler
 from llm_engine.sched.reservations import Reservations
 
@@ -111,6 +112,7 @@ class Engine:
             self._roster,
             self._outbox,
             hands_off=hands_off,
+            ahead=self._ahead,
             clock=clock,
         )
         self._reservations = Reservations(self._cache)
@@ -237,10 +239,14 @@ class Engine:
         while their result is taken care of. It is waited for by the next call.
         """
         if not self._steps.under_way:
-            self._begin()
+            self._begin(self._clock())
+        self._steps.wait()
+        now = self._clock()
+        if self._ahead and not self._prefills_next() and not self._roster.is_due(now):
+            self._steps.go_on(self._decode.running)
         self._steps.commit()
-        if self._ahead and not self._prefills_next():
-            self._begin()
+        if self._steps.went_on or (self._ahead and not self._prefills_next()):
+            self._begin(now)
         evicted = self._cache.pool.num_evicted
         self._outbox.stats.evicted_blocks += evicted - self._num_evicted
         self._num_evicted = evicted
@@ -308,16 +314,18 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Plan and launch a pass, if there is anything to compute."""
-        self._roster.expire(self._clock())
+    def _begin(self, now: float) -> None:
+        """Plan and launch a pass, if there is anything to compute; or the rest of one that has gone on."""
+        self._roster.expire(now)
         if self._steps.finish_prefills():
             return
         plan = self._decode.plan()
         for seq in plan.preempted:
             self._outbox.stats.preempted += 1
             self._roster.fail(seq, "preempted", "decode blocks ran out", retryable=True)
-        chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
+        chunks: list[Chunk] = []
+        if not self._steps.went_on:
+            chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
         if plan.seqs or chunks:
             self._steps.launch(plan, chunks)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.ops.spec import Race
-from llm_engine.runtime.batch import BlockTables, Ints, States, batch_of, fill_in
+from llm_engine.runtime.batch import BlockTables, Ints, States, Tables, batch_of, fill_in
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.sampler import Drawing, Drawn, DrawRows, Sampler
@@ -53,6 +53,13 @@ class Passed:
     logits_NV: Tensor | None = None
     best_N2: Tensor | None = None
 
+    def rows(self, index: Tensor) -> Passed:
+        """Some of them."""
+        logits, best = self.logits_NV, self.best_N2
+        return Passed(
+            self.states_NH[index], None if logits is None else logits[index], None if best is None else best[index]
+        )
+
 
 class RecordedPasses(Protocol):
     """Passes of decode that were recorded, logits and all. None: no recording holds the batch. H hidden.
@@ -87,7 +94,7 @@ class StepOutput:
 
     hidden_RH: Tensor
     starts: tuple[int, ...]  # first hidden row of each decoding sequence, then of each chunk
-    drawn: Drawn
+    drawn: Drawn | None  # None: nothing was
     drawn_starts: list[int]  # first drawn row of each decoding sequence, then of each chunk that is a last one
 
 
@@ -150,33 +157,30 @@ class Runner:
         A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits for nothing.
         """
         batch, late_M = self._step_batch(decodes, chunks, drafts), drafts.ids()
-        if not chunks and self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
+        if not chunks:
+            return self.draw(self.forward(batch, late_M), batch, decodes, [], drafts)
+        passed = Passed(self.model.forward(self._on_device(batch, late_M), self._store, on_layer))
+        return self.draw(passed, batch, decodes, chunks, drafts)
+
+    def forward(self, batch: ForwardBatch, late_M: Tensor | None = None) -> Passed:
+        """The main model over rows of decoding sequences. `late_M`: tokens that only the device knows."""
+        if self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
             # A copy: states are read after further passes, which reuse the recordings' memory.
-            return self._draw(result.states_NH.clone(), batch, decodes, chunks, drafts, result)
-        hidden_RH = self.model.forward(self._on_device(batch, late_M), self._store, on_layer)
-        return self._draw(hidden_RH, batch, decodes, chunks, drafts)
+            return replace(result, states_NH=result.states_NH.clone())
+        return Passed(self.model.forward(self._on_device(batch, late_M), self._store))
 
     def finish(self, launched: Launched) -> StepOutput:
         """Wait for a pass: once, for tokens and drafts together, unless log probabilities are asked for."""
-        drawn = Drawn([], {}, [], []) if launched.drawing is None else self.sampler.finish(launched.drawing)
+        drawn = None if launched.drawing is None else self.sampler.finish(launched.drawing)
         return StepOutput(launched.hidden_RH, launched.starts, drawn, launched.drawn_starts)
 
     def mtp(
-        self,
-        seqs: Seq[Sequence],
-        token_ids_N: Ints,
-        counts_S: Ints,
-        first_S: Ints,
-        states: States,
-        *,
-        late_M: Tensor | None = None,
-        wanted: Ints | None = None,
+        self, batch: ForwardBatch, states: States, *, late_M: Tensor | None = None, wanted: Ints | None = None
     ) -> Passed:
-        """The MTP layer over rows of (next token, state): `counts_S[i]` of sequence i, from position `first_S[i]` on.
+        """The MTP layer over rows of (next token, state).
 
         `late_M`: tokens that only the device knows. `wanted`: the rows whose results are asked for, all unless given.
         """
-        batch = self._batch(seqs, token_ids_N, counts_S, first_S)
         if self._recorded is not None and (result := self._recorded.draft(batch, states, late_M, wanted)) is not None:
             return result
         hidden_NH = states.gather()
@@ -198,23 +202,30 @@ class Runner:
         ids = np.concatenate([last_S1, -1 - places_SK], axis=1)[there]
         counts, first = there.sum(1), np.array([seq.num_computed for seq in decodes], dtype=np.int64)
         if not chunks:
-            return self._batch(decodes, ids, counts, first)
-        return self._batch(
+            return self.batch(decodes, ids, counts, first)
+        return self.batch(
             [*decodes, *(chunk.seq for chunk in chunks)],
             np.concatenate([ids, *(chunk.seq.tokens[chunk.start : chunk.end] for chunk in chunks)], dtype=np.int64),
             np.append(counts, [chunk.length for chunk in chunks]),
             np.append(first, [chunk.start for chunk in chunks]),
         )
 
-    def _batch(self, seqs: Seq[Sequence], token_ids_N: Ints, counts_S: Ints, first_S: Ints) -> ForwardBatch:
-        block_tokens = self._store.block_tokens
-        width = -(-int((first_S + counts_S).max(initial=0)) // block_tokens)
+    def tables(self, seqs: Seq[Sequence], most_tokens: int) -> Tables:
+        """Block tables that cover as many tokens of each sequence, as far as it has blocks."""
+        return self._tables.of(seqs, -(-most_tokens // self._store.block_tokens))
+
+    def batch(
+        self, seqs: Seq[Sequence], token_ids_N: Ints, counts_S: Ints, first_S: Ints, tables_SB: Tables | None = None
+    ) -> ForwardBatch:
+        """`counts_S[i]` rows of sequence i from position `first_S[i]` on. `tables_SB`: theirs, if they are known."""
+        if tables_SB is None:
+            tables_SB = self.tables(seqs, int((first_S + counts_S).max(initial=0)))
         return batch_of(
             token_ids_N,
             counts_S,
             first_S,
-            self._tables.of(seqs, width),
-            block_tokens=block_tokens,
+            tables_SB,
+            block_tokens=self._store.block_tokens,
             row_tile=self.model.row_tile,
         )
 
@@ -222,15 +233,11 @@ class Runner:
         batch = batch.to(self.device)
         return batch if late_M is None else replace(batch, token_ids_R=fill_in(batch.token_ids_R, late_M))
 
-    def _draw(
-        self,
-        hidden_RH: Tensor,
-        batch: ForwardBatch,
-        decodes: Seq[Sequence],
-        chunks: Seq[Chunk],
-        drafts: Drafts,
-        passed: Passed | None = None,
+    def draw(
+        self, passed: Passed, batch: ForwardBatch, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts
     ) -> Launched:
+        """Launch the draw that belongs to a pass."""
+        hidden_RH = passed.states_NH
         starts, num_decodes = batch.row_starts, len(decodes)
         num_decode_rows = starts[num_decodes]
         ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
@@ -240,7 +247,7 @@ class Runner:
         counts = [*map(int.__sub__, starts[1 : num_decodes + 1], starts[:num_decodes]), *([1] * len(ends))]
         rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
         drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
-        if passed is not None and passed.logits_NV is not None:
+        if passed.logits_NV is not None:
             started = self.sampler.start(passed.logits_NV, rows, best_R2=passed.best_N2)
             return Launched(hidden_RH, starts, started, drawn_starts)
         hidden_MH = hidden_RH[:num_decode_rows]

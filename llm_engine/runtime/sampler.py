@@ -53,13 +53,31 @@ class DrawRows:
 class Drawn:
     """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them.
 
-    `drafts`: of each sequence, up to the first whose row was not finite.
+    Shapes: S sequences, K drafts of the sequence that has most.
     """
 
-    tokens: list[int]
+    tokens_R: Ints
     logprobs: dict[int, TokenLogprobs]
-    drafts: list[list[int]]
-    kept: list[list[int]]  # of each sequence: its tokens up to the first that is not the next row's draft
+    drafts_SK: Ints
+    num_drafts_S: Ints  # up to the first whose row was not finite
+    kept_SK: Ints  # [S, 1 + K]
+    num_kept_S: Ints  # tokens up to the first that is not the next row's draft
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all rows."""
+        tokens: list[int] = self.tokens_R.tolist()
+        return tokens
+
+    @property
+    def drafts(self) -> list[list[int]]:
+        """Of each sequence."""
+        return _leading(self.drafts_SK, self.num_drafts_S)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Of each sequence: the tokens that hold."""
+        return _leading(self.kept_SK, self.num_kept_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +166,10 @@ class Sampler:
         known[~np.isfinite(read[:, 1])] = INVALID
         num_rows = int(drawing.counts_S.sum())
         tokens, drafted = known[:num_rows], known[num_rows:]
-        drafts, kept = _verify(tokens, drafted, drawing.counts_S, drawing.draft_at_SK)
-        drawn, reports = tokens.tolist(), drawing.reports
-        logprobs = self._logprobs(drawing.logits_RV, drawn, drawing.rows, reports) if reports.any() else {}
-        return Drawn(drawn, logprobs, drafts, kept)
+        logprobs, reports = {}, drawing.reports
+        if reports.any():
+            logprobs = self._logprobs(drawing.logits_RV, tokens.tolist(), drawing.rows, reports)
+        return Drawn(tokens, logprobs, *_verify(tokens, drafted, drawing.counts_S, drawing.draft_at_SK))
 
     def pick(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Tensor:
         """[R, 2] fp64: one token per row of fp32 logits, which are not modified, and its score. Waits for nothing.
@@ -250,21 +268,23 @@ class Sampler:
         return out
 
 
-def _verify(
-    tokens_R: Ints, drafted_M: Ints, counts_S: Ints, draft_at_SK: Ints
-) -> tuple[list[list[int]], list[list[int]]]:
-    """By sequence: drafts up to the first that is not valid, tokens up to the first that is not the next draft."""
+def _verify(tokens_R: Ints, drafted_M: Ints, counts_S: Ints, draft_at_SK: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """The last four of `Drawn`."""
     width = draft_at_SK.shape[1]
     if not width or not len(drafted_M):
-        return [[] for _ in counts_S], [[token] for token in tokens_R.tolist()]
+        none_S = np.zeros_like(counts_S)
+        return np.empty((len(counts_S), 0), dtype=np.int64), none_S, tokens_R[:, None], none_S + 1
     drafts_SK = np.where(draft_at_SK < 0, INVALID, drafted_M[draft_at_SK])
     starts_S = np.cumsum(counts_S) - counts_S
     rows = np.minimum(starts_S[:, None] + np.arange(width + 1), len(tokens_R) - 1)
     drawn_SK = tokens_R[rows]
     valid_SK = np.logical_and.accumulate(drafts_SK != INVALID, axis=1)
     right_SK = np.logical_and.accumulate(valid_SK & (drawn_SK[:, :width] == drafts_SK), axis=1)
-    drafts = [row[:num] for row, num in zip(drafts_SK.tolist(), valid_SK.sum(1).tolist(), strict=True)]
-    return drafts, [row[: 1 + num] for row, num in zip(drawn_SK.tolist(), right_SK.sum(1).tolist(), strict=True)]
+    return drafts_SK, valid_SK.sum(1), drawn_SK, 1 + right_SK.sum(1)
+
+
+def _leading(values_SK: Ints, num_S: Ints) -> list[list[int]]:
+    return [row[:num] for row, num in zip(values_SK.tolist(), num_S.tolist(), strict=True)]
 
 
 def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ wrong one costs time only. Shapes: R rows (padding included), M rows of one sequ
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_engine.runtime.batch import Ints, States
+from llm_engine.ops import to_device
+from llm_engine.runtime.batch import Ints, States, Tables
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.runner import Passed, Runner
 from llm_engine.runtime.sampler import DrawRows
@@ -33,6 +35,39 @@ class _Verified(NamedTuple):
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedRows:
+    """`counts_S[i]` rows of sequence i from position `first_S[i]` on: the token after each, its state."""
+
+    seqs: list[Sequence]
+    token_ids_N: Ints
+    counts_S: Ints
+    first_S: Ints
+    states: States
+    tables_SB: Tables | None = None  # block tables, if they are known
+
+    def beside(self, other: VerifiedRows) -> VerifiedRows:
+        """These and then the others."""
+        offset = len(self.states.source_MH)
+        source_MH = torch.cat([self.states.source_MH, other.states.source_MH])
+        return VerifiedRows(
+            [*self.seqs, *other.seqs],
+            np.append(self.token_ids_N, other.token_ids_N),
+            np.append(self.counts_S, other.counts_S),
+            np.append(self.first_S, other.first_S),
+            States(source_MH, np.append(self.states.at_N, offset + other.states.at_N)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _CaughtUp:
+    """What the layer gives for the last row of each sequence, and the tokens that have a row of it then."""
+
+    seqs: list[Sequence]
+    passed: Passed
+    reached: list[int]
+
+
 class Speculator:
     """Catch-up rows and drafts. Exists only where drafts are verified."""
 
@@ -40,6 +75,7 @@ class Speculator:
         self._runner = runner
         self._cache = cache
         self._pending: dict[Sequence, _Verified] = {}
+        self._early: _CaughtUp | None = None
 
     @property
     def has_pending(self) -> bool:
@@ -63,7 +99,7 @@ class Speculator:
         """Catch up with one sequence that will not draft, so that what it has cached is complete for others."""
         if seq in self._pending:
             pending, self._pending = self._pending, {seq: self._pending.pop(seq)}
-            self._catch_up([])
+            self.propose()
             self._pending = pending
 
     def propose(self, seqs: Seq[Sequence] = (), num_drafts: Seq[int] = ()) -> Drafts:
@@ -72,11 +108,22 @@ class Speculator:
         A draft feeds the pass for the next one as it comes from the sampler, on the device.
         """
         drafts = Drafts()
-        if not self._pending:
-            return drafts
-        wanted = {seq: num for seq, num in zip(seqs, num_drafts, strict=True) if num and seq in self._pending}
+        early, self._early = self._early, None
+        if early is None:
+            if not self._pending:
+                return drafts
+            early = self._run(self._take())
+        place = {seq: i for i, seq in enumerate(early.seqs)}
+        wanted = {seq: num for seq, num in zip(seqs, num_drafts, strict=True) if num and seq in place}
         active, num_drawn = list(wanted), 0
-        passed = self._catch_up(active)
+        passed = early.passed
+        if active != early.seqs:
+            at = np.array([place[seq] for seq in active], dtype=np.int64)
+            passed = passed.rows(to_device(torch.from_numpy(at), self._runner.device))
+        for seq, reached in zip(early.seqs, early.reached, strict=True):
+            if seq.blocks:  # it is still here
+                seq.num_drafted = reached
+                self._cache.publish(seq)
         if not wanted:
             return drafts
         self._runner.sampler.prime(active, [1 + num for num in wanted.values()])
@@ -89,28 +136,31 @@ class Speculator:
                 passed = self._chain(active, num_drawn, np.array(places), passed, ids_N)
         return drafts
 
-    def _catch_up(self, active: list[Sequence]) -> Passed:
-        """Run all waiting rows; returns what the layer gives for the last row of each of `active`."""
+    def go_on(self, rows: VerifiedRows) -> None:
+        """Catch up with rows that are not committed yet, and with those that wait; `propose` takes it from there."""
+        self._early = self._run(rows.beside(self._take()) if self._pending else rows)
+
+    def _take(self) -> VerifiedRows:
+        """All rows that wait."""
         pending, self._pending = self._pending, {}
         seqs, (firsts, nums, sources, starts) = list(pending), zip(*pending.values(), strict=True)
         tokens = [seq.tokens[first + 1 : first + 1 + num] for seq, first, num in zip(seqs, firsts, nums, strict=True)]
-        ids, counts = np.array(list(chain.from_iterable(tokens))), np.array(nums)
-        last_S = np.cumsum(counts) - 1
-        if active != seqs:
-            row = dict(zip(seqs, last_S.tolist(), strict=True))
-            last_S = np.array([row[seq] for seq in active], dtype=np.int64)
+        counts = np.array(nums)
         states = _side_by_side(sources, starts, counts)
-        passed = self._runner.mtp(seqs, ids, counts, np.array(firsts), states, wanted=last_S)
-        for seq, rows in pending.items():
-            seq.num_drafted = rows.first + rows.num
-            self._cache.publish(seq)
-        return passed
+        return VerifiedRows(seqs, np.array(list(chain.from_iterable(tokens))), counts, np.array(firsts), states)
+
+    def _run(self, rows: VerifiedRows) -> _CaughtUp:
+        """The layer over some rows; what it gives for the last one of each sequence."""
+        batch = self._runner.batch(rows.seqs, rows.token_ids_N, rows.counts_S, rows.first_S, rows.tables_SB)
+        passed = self._runner.mtp(batch, rows.states, wanted=np.cumsum(rows.counts_S) - 1)
+        return _CaughtUp(rows.seqs, passed, (rows.first_S + rows.counts_S).tolist())
 
     def _chain(self, active: list[Sequence], num_drawn: int, places: Ints, passed: Passed, ids_N: Tensor) -> Passed:
         """Run the newest draft of each sequence, token `places[i]` of those that only the device knows."""
         first = np.array([len(seq.tokens) - 2 + num_drawn for seq in active], dtype=np.int64)
         states = States(passed.states_NH, places)
-        return self._runner.mtp(active, -1 - places, np.ones_like(places), first, states, late_M=ids_N)
+        batch = self._runner.batch(active, -1 - places, np.ones_like(places), first)
+        return self._runner.mtp(batch, states, late_M=ids_N)
 
     def _pick(self, seqs: list[Sequence], passed: Passed, num_drawn: int, drafts: Drafts) -> Tensor:
         """The next draft of each sequence, drawn as its token will be: at the same position, with the same noise."""

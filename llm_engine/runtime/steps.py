@@ -6,20 +6,24 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.request import FinishReason
-from llm_engine.ops import to_device
+from llm_engine.ops import ForwardBatch, to_device
+from llm_engine.runtime.batch import States
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.layer_feed import LayerFeed, Span
 from llm_engine.runtime.outbox import Outbox
+from llm_engine.runtime.outlook import Outlook, joined
 from llm_engine.runtime.roster import Roster
-from llm_engine.runtime.runner import Launched, Runner, StepOutput
-from llm_engine.runtime.sampler import INVALID
-from llm_engine.runtime.speculate import Speculator
+from llm_engine.runtime.runner import Launched, Passed, Runner, StepOutput
+from llm_engine.runtime.sampler import INVALID, Drawn
+from llm_engine.runtime.speculate import Speculator, VerifiedRows
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.plan import Chunk, DecodePlan
@@ -27,6 +31,7 @@ from llm_engine.sched.prefill import PrefillScheduler
 from llm_engine.sched.sequence import Phase, Sequence
 from llm_engine.sched.step import Prefilled
 
+_MOST_STOP_IDS = 16  # of a sequence, for a step to be told beforehand
 _SURE = 0.75  # of the time that the last pass took: the next one takes as much
 _RATE_WEIGHT = 0.2  # of the newest step in the moving average of the prefill rate
 
@@ -40,14 +45,25 @@ class Flight:
     spans: list[Span]
     launched: Launched
     started: float  # engine clock
+    outlook: Outlook | None = None  # None: the next pass starts from what is committed
     out: StepOutput | None = None  # once it has ended
     ended: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The first pass of a step, launched before the step was planned: the only one, or that of the draft layer."""
+
+    seqs: list[Sequence]
+    started: float
+    batch: ForwardBatch | None = None
+    passed: Passed | None = None
 
 
 class Steps:
     """Computes planned work and commits it, one pass at a time.
 
-    `hands_off`: sequences leave after token 1 instead of decoding here.
+    `hands_off`: sequences leave after token 1 instead of decoding here. `ahead`: passes will be gone on from.
     """
 
     def __init__(
@@ -62,6 +78,7 @@ class Steps:
         outbox: Outbox,
         *,
         hands_off: bool,
+        ahead: bool,
         clock: Callable[[], float],
     ) -> None:
         self._cache = cache
@@ -73,6 +90,8 @@ class Steps:
         self._roster = roster
         self._outbox = outbox
         self._hands_off = hands_off
+        self._ahead = ahead
+        self._early: Early | None = None
         self._clock = clock
         self._flight: Flight | None = None
         self._pass_s = 0.0  # what the last pass took
@@ -115,6 +134,9 @@ class Steps:
         Until `wait` returns, the device may write the blocks of the sequences that take part, whether they live or
         not: they are held.
         """
+        early, self._early = self._early, None
+        if early is not None:
+            return self._launch_rest(early, plan)
         started = self._clock()
         for chunk in chunks:
             if chunk.seq.slot < 0:
@@ -124,7 +146,9 @@ class Steps:
         spans = [] if self._feed is None else self._feed.spans(chunks)
         on_layer = self._feed.on_layer(spans) if self._feed is not None and spans else None
         launched = self._runner.launch(plan.seqs, chunks, drafts, on_layer)
-        self._flight = Flight(plan.seqs, chunks, spans, launched, started)
+        outlook = None if chunks else self._look_ahead(plan)
+        self._flight = Flight(plan.seqs, chunks, spans, launched, started, outlook)
+        return None
 
     def wait(self) -> None:
         """Until the pass under way has ended, if there is one. Changes nothing else."""
@@ -133,6 +157,41 @@ class Steps:
             self._flight.ended = self._clock()
             self._pass_s = self._flight.ended - self._flight.started
             self._cache.settle()
+
+    @property
+    def went_on(self) -> bool:
+        """`go_on` has launched a pass, whose rest waits for `launch`."""
+        return self._early is not None
+
+    def go_on(self, running: list[Sequence]) -> None:
+        """Launch the first pass of the next step, if it can be told before the last one is committed.
+
+        The one under way has ended. `running`: who decodes now; those without a part in it come last. Nobody of them
+        may be ended but by the commit that follows; then comes `launch`.
+        """
+        flight = self._flight
+        if flight is None or flight.outlook is None or flight.out is None or flight.out.drawn is None:
+            return
+        going_S, outlook, drawn = flight.outlook.going_on(flight.out.drawn), flight.outlook, flight.out.drawn
+        seqs = list(compress(flight.seqs, going_S.tolist()))
+        new = running[sum(seq.is_decoding for seq in flight.seqs) :]
+        if not seqs or not all(self._cache.grow(seq, seq.num_computed + 1) for seq in new):
+            return
+        started, everyone = self._clock(), [*seqs, *new]
+        self._cache.hold(everyone)
+        tables_SB = None if new else outlook.tables_SB[going_S]
+        kept_SK, num_S, computed_S = drawn.kept_SK[going_S], drawn.num_kept_S[going_S], outlook.computed_S[going_S]
+        if self._speculator is None:
+            ids_S = joined(kept_SK[:, 0], [seq.tokens[-1] for seq in new])
+            first_S = joined(computed_S + 1, [seq.num_computed for seq in new])
+            batch = self._runner.batch(everyone, ids_S, np.ones_like(ids_S), first_S, tables_SB)
+            self._early = Early(everyone, started, batch, self._runner.forward(batch))
+            return
+        there_SK = np.arange(kept_SK.shape[1]) < num_S[:, None]
+        rows_SK = np.array(flight.out.starts[: len(going_S)])[going_S][:, None] + np.arange(kept_SK.shape[1])
+        states = States(flight.out.hidden_RH, rows_SK[there_SK])
+        self._speculator.go_on(VerifiedRows(seqs, kept_SK[there_SK], num_S, computed_S, states, tables_SB))
+        self._early = Early(everyone, started)
 
     def commit(self) -> None:
         """Wait for the pass under way, if there is one, and commit it. Sequences that ended meanwhile are left out."""
@@ -163,11 +222,36 @@ class Steps:
         if self._feed is not None:
             self._feed.start(seq)
 
+    def _launch_rest(self, early: Early, plan: DecodePlan) -> None:
+        """What follows on the pass that `go_on` has launched."""
+        assert plan.seqs == early.seqs, "the pass was launched for others"
+        if early.batch is not None and early.passed is not None:
+            launched = self._runner.draw(early.passed, early.batch, plan.seqs, [], Drafts())
+        else:
+            assert self._speculator is not None, "it has launched the pass"
+            drafts = self._speculator.propose(plan.seqs, plan.num_drafts)
+            launched = self._runner.launch(plan.seqs, [], drafts)
+        self._flight = Flight(plan.seqs, [], [], launched, early.started, self._look_ahead(plan))
+
+    def _look_ahead(self, plan: DecodePlan) -> Outlook | None:
+        """Prepare the next step, as far as it is known, while the device computes this one. None: it can't be."""
+        if not self._ahead or max(len(seq.stop_ids) for seq in plan.seqs) > _MOST_STOP_IDS:
+            return None
+        most = 2 + max(plan.num_drafts)
+        tokens = [min(seq.num_computed + most, seq.max_len) for seq in plan.seqs]
+        if not all(map(self._cache.grow, plan.seqs, tokens)):
+            return None
+        return Outlook.of(plan.seqs, self._runner.tables(plan.seqs, max(tokens)))
+
     def _commit_decodes(self, seqs: list[Sequence], out: StepOutput, now: float) -> None:
         """Append to each sequence the tokens that hold. Nothing is launched before the last one is served."""
         counted: list[tuple[int, int]] = []  # drafts and new tokens of each sequence
         observe = None if self._speculator is None else self._speculator.observe
-        for seq, row, new, drafts in zip(seqs, out.starts, out.drawn.kept, out.drawn.drafts, strict=False):
+        drawn = out.drawn
+        if drawn is None:
+            return
+        num_drafts = drawn.num_drafts_S.tolist()
+        for seq, row, new, drafts in zip(seqs, out.starts, drawn.kept, num_drafts, strict=False):
             if seq.phase is not Phase.DECODING:
                 continue
             room, finish = seq.max_len - len(seq.tokens), None
@@ -178,14 +262,14 @@ class Steps:
                 continue
             first, count = seq.num_computed, len(new)
             seq.tokens += new
-            counted.append((len(drafts), count))
-            if out.drawn.logprobs:
-                self._report_logprobs(seq, out, range(row, row + count))
+            counted.append((drafts, count))
+            if drawn.logprobs:
+                self._report_logprobs(seq, drawn, range(row, row + count))
             self._decode.commit(seq, count)
             if finish is not None:
                 self._roster.finish(seq, finish, now)
                 continue
-            if observe is not None:
+            if observe is not None and not self.went_on:
                 observe(seq, first, out.hidden_RH, row, count)
             self._outbox.tokens(seq, now)
         self._count_decodes(counted)
@@ -203,11 +287,12 @@ class Steps:
 
     def _commit_first_token(self, chunk: Chunk, out: StepOutput, row: int, hidden_MH: Tensor, now: float) -> None:
         """A prompt is computed: draw its token, then hand off or decode."""
-        seq, token = chunk.seq, out.drawn.tokens[row]
+        assert out.drawn is not None, "a last chunk draws"
+        seq, token = chunk.seq, int(out.drawn.tokens_R[row])
         if token == INVALID:
             return self._fail_invalid(seq)
         seq.tokens.append(token)
-        self._report_logprobs(seq, out, range(row, row + 1))
+        self._report_logprobs(seq, out.drawn, range(row, row + 1))
         finish = self.finish_reason(seq)
         if finish is not None:
             if self._speculator is not None:
@@ -237,9 +322,9 @@ class Steps:
         self._roster.retire(seq)
         self._outbox.prefilled(Prefilled(seq, first, self._clock()))
 
-    def _report_logprobs(self, seq: Sequence, out: StepOutput, rows: range) -> None:
+    def _report_logprobs(self, seq: Sequence, drawn: Drawn, rows: range) -> None:
         """Of the tokens drawn in these rows, if they are asked for."""
-        known = out.drawn.logprobs
+        known = drawn.logprobs
         seq.logprobs += [known[row] for row in rows if row in known]
 
     def _fail_invalid(self, seq: Sequence) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from llm_engine.api.messages import Role
 from llm_engine.api.request import FinishReason
+from llm_engine.ops import ForwardBatch
+from llm_engine.runtime.kv_store import KvStore
 from llm_engine.sched import Phase, Reservation, Sequence
-from tests.unit.runtime.fake_model import BLOCK
+from tests.unit.runtime.fake_model import BLOCK, LateModel
 from tests.unit.runtime.harness import (
     PROMPT,
     Clock,
@@ -52,6 +57,56 @@ def test_every_step_reports_what_it_reports_without(num_drafts: int) -> None:
     for i in range(3):
         submit = prompt_of(f"r{i}", [i, *PROMPT], max_tokens=7 + 3 * i, temperature=0.8 * i)
         assert d.outputs[f"r{i}"] == expected_output(submit)
+
+
+class Watching(LateModel):
+    """Notes by how much the rows of the first pass of each step are ahead of the tokens of its sequences."""
+
+    def __init__(self, num_drafts: int) -> None:
+        super().__init__(wrong_every=10**9)
+        self.running: list[Sequence] = []
+        self.ahead: list[list[int]] = []
+        self._num_drafts = num_drafts
+
+    def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        if not self._num_drafts:
+            self._compare(batch.context_lens)
+        return super().forward(batch, store, on_layer)
+
+    def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor:
+        if self._launched:  # the first of a step; row i holds token i + 1
+            self._compare([length + 1 for length in batch.context_lens])
+        return super().mtp(batch, hidden_RH, store)
+
+    def _compare(self, lengths: Seq[int]) -> None:
+        self.ahead.append([n - len(seq.tokens) for n, seq in zip(lengths, self.running, strict=True)])
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_a_step_begins_before_the_one_before_it_is_committed(num_drafts: int) -> None:
+    """Who was admitted meanwhile takes part; who ends with the last tokens does not."""
+    model = Watching(num_drafts)
+    p, d, stores = fake_pair(num_drafts, ahead=True, model=model)
+    lengths = {"short": 2 + 2 * (1 + num_drafts), "long": 30, "late": 30}
+    for name, count in lengths.items():
+        p.add(prompt_of(name, [len(name), *PROMPT], max_tokens=count))
+    p.run()
+    new = 1 + num_drafts
+    model.running = [hand_over(p, d, stores, place)[0] for place in (0, 1)]
+    d.step()
+    assert model.ahead == [[0, 0], [new, new]]
+    model.running.append(hand_over(p, d, stores, 2)[0])
+    d.step()
+    assert model.ahead[2:] == [[new, new, 0]]
+    model.running.pop(0)
+    d.step()
+    assert d.finishes == {"short": FinishReason.LENGTH}
+    assert model.ahead[3:] == [[new, new]]
+    model.running = []
+    model._compare = lambda lengths: None  # type: ignore[method-assign]
+    d.run()
+    for name, count in lengths.items():
+        assert d.outputs[name] == expected_output(prompt_of(name, [len(name), *PROMPT], max_tokens=count))
 
 
 def test_nothing_is_under_way_when_all_have_ended() -> None:
