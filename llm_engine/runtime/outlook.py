@@ -41,13 +41,12 @@ class Outlook:
             tables_SB=tables_SB,
         )
 
-    def going_on(self, drawn: Drawn) -> npt.NDArray[np.bool_]:
+    def going_on(self, drawn: Drawn, here: Seq[bool]) -> npt.NDArray[np.bool_]:
         """[S]: the sequence is still here, and none of its tokens is its last."""
         kept_SK, num_S = drawn.kept_SK, drawn.num_kept_S
         ends_SK = (kept_SK[:, :, None] == self.stop_ids_SX[:, None, :]).any(axis=2) | (kept_SK == INVALID)
         ends_S = (ends_SK & (np.arange(kept_SK.shape[1]) < num_S[:, None])).any(axis=1) | (num_S >= self.room_S)
-        here_S = np.array([seq.is_decoding for seq in self.seqs])
-        going_S: npt.NDArray[np.bool_] = here_S & ~ends_S
+        going_S: npt.NDArray[np.bool_] = np.array(here) & ~ends_S
         return going_S
 
 

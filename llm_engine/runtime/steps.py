@@ -172,9 +172,12 @@ class Steps:
         flight = self._flight
         if flight is None or flight.outlook is None or flight.out is None or flight.out.drawn is None:
             return
-        going_S, outlook, drawn = flight.outlook.going_on(flight.out.drawn), flight.outlook, flight.out.drawn
+        outlook, drawn = flight.outlook, flight.out.drawn
+        here = [True] * len(flight.seqs)
+        if running[: len(here)] != flight.seqs:
+            here = [seq.phase is Phase.DECODING for seq in flight.seqs]
+        going_S, new = outlook.going_on(drawn, here), running[sum(here) :]
         seqs = list(compress(flight.seqs, going_S.tolist()))
-        new = running[sum(seq.is_decoding for seq in flight.seqs) :]
         if not seqs or not all(self._cache.grow(seq, seq.num_computed + 1) for seq in new):
             return
         started, everyone = self._clock(), [*seqs, *new]

@@ -74,10 +74,6 @@ class Sequence:
         return self.submit.router_id
 
     @property
-    def is_decoding(self) -> bool:
-        return self.phase is Phase.DECODING
-
-    @property
     def num_output(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return len(self.tokens) - self.submit.num_prompt
