@@ -1,14 +1,17 @@
 """Time of prefill and of a decode step of a slice of the model on one card, beside the least time the card needs.
 
-`baton bench engine --slice L --point BxC [--point BxC …] [--mtp K] [--routing uniform|trace] [--profile] [--json]`. The
-slice has the real model's width, one dense layer and L - 1 with experts; all points run over one set of weights. TPOT
-is wall time between the tokens of a sequence on the host, everything included; with drafts it follows from the step's
-time and the acceptance that is assumed.
+`baton bench engine --slice L --point BxC [--point BxC …] [--mtp K …] [--routing uniform|trace] [--profile] [--json]`.
+The slice has the real model's width, one dense layer and L - 1 with experts; all points run over one set of weights.
+TPOT is wall time between the tokens of a sequence on the host, everything included; with drafts it follows from the
+step's time and the acceptance that is assumed. With `--through worker` the engine of a decode worker decodes instead,
+and the time of its host is told by part.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import gc
 import json
 import re
 import sys
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds, target_ms
-from benchmarks.engine_profile import kernel_times, lines_of
+from benchmarks.engine_profile import busy_time, kernel_times, lines_of
 from benchmarks.engine_run import Point, Sequences
 from benchmarks.engine_slice import drawn_weights, routed, slice_spec
+from benchmarks.engine_worker import DecodingWorker, numbers_of
 from llm_engine.models.deepseek_v32 import CausalLM, build_model
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import Ops, load_ops
@@ -45,9 +49,12 @@ class Options:
 
 @torch.inference_mode()
 def measure(
-    spec: ModelSpec, ops: Ops, points: Sequence[Point], options: Options, card: Card
+    spec: ModelSpec, ops: Ops, points: Sequence[Point], options: Options, card: Card, *, on_worker: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Prefill and decode at each point, with the floors of `card`. Weights are drawn once."""
+    """Prefill and decode at each point, with the floors of `card`; or decode by a worker's engine.
+
+    Weights are drawn once.
+    """
     started = time.perf_counter()
     with_mtp = any(point.mtp for point in points)
     max_rows = max(max(point.chunk, point.batch * point.rows_per_seq) for point in points)
@@ -63,7 +70,34 @@ def measure(
         "weights_gb": _gigabytes(ops, torch.accelerator.memory_allocated),
     }
     for point in points:
-        yield common | _measure_point(model, ops, point, options, card)
+        if on_worker:
+            yield common | _measure_worker(model, ops, point, options)
+        else:
+            yield common | _measure_point(model, ops, point, options, card)
+
+
+def _measure_worker(model: CausalLM, ops: Ops, point: Point, options: Options) -> dict[str, Any]:
+    started = time.perf_counter()
+    if ops.device.type != "cpu":
+        gc.collect()  # the worker of the point before
+        torch.accelerator.empty_cache()
+    worker = DecodingWorker(model, ops, point, fp8=options.fp8)
+    admit_s = time.perf_counter() - started
+    times = asyncio.run(worker.run())
+    result = {
+        "batch": point.batch,
+        "context": point.context,
+        "mtp": point.mtp,
+        "through": "worker",
+        "admit_s": round(admit_s, 2),
+        **numbers_of(times),
+    }
+    if options.profile and ops.device.type != "cpu":
+        busy_s, span_s = busy_time(lambda: worker.run_steps(_PROFILED_STEPS))
+        result["profiled_step_ms"] = round(span_s / _PROFILED_STEPS * 1e3, 3)
+        result["profiled_idle"] = round(1 - busy_s / span_s, 4)
+        result["decode_kernels"] = kernel_times(lambda: worker.run_steps(_PROFILED_STEPS), _PROFILED_STEPS)
+    return result
 
 
 def _measure_point(model: CausalLM, ops: Ops, point: Point, options: Options, card: Card) -> dict[str, Any]:
@@ -140,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", action="store_true", help=f"the points {', '.join(_TABLE)}")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="one point's sequences (default %(default)s)")
     parser.add_argument("--context", type=int, default=1024, metavar="C", help="and tokens (default %(default)s)")
-    parser.add_argument("--mtp", type=int, default=0, choices=range(4), metavar="K", help="drafts a step")
+    parser.add_argument(
+        "--mtp", type=int, action="append", choices=range(4), metavar="K", help="drafts a step; may be repeated"
+    )
     parser.add_argument("--acceptance", type=float, default=0.85, help="assumed of every draft (default %(default)s)")
     parser.add_argument("--routing", choices=("uniform", "trace"), default="uniform")
     parser.add_argument("--trace", metavar="FILE", help="expert ids [T, K] as .npy, for --routing trace")
@@ -149,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=32, help="decode steps measured (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=8192, help="rows of a prefill pass (default %(default)s)")
     parser.add_argument("--gb-per-s", type=float, default=4270.0, help="memory rate of the floor (default %(default)s)")
+    parser.add_argument(
+        "--through",
+        choices=("passes", "worker"),
+        default="passes",
+        help="what launches the steps: this benchmark, or the engine of a decode worker on its step thread",
+    )
     parser.add_argument("--profile", action="store_true", help="also the time of every kernel")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     return parser
@@ -162,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--routing trace and --trace FILE go together")
     pairs = [*(args.point or []), *(map(_point, _TABLE) if args.table else [])] or [(args.batch, args.context)]
     points = [
-        Point(batch=batch, context=context, mtp=args.mtp, steps=args.steps, chunk=args.chunk)
+        Point(batch=batch, context=context, mtp=mtp, steps=args.steps, chunk=args.chunk)
         for batch, context in pairs
+        for mtp in args.mtp or [0]
     ]
     options = Options(
         acceptance=args.acceptance,
@@ -173,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     ops = load_ops("triton", args.numerics, args.format)
     results = []
-    for result in measure(slice_spec(args.slice), ops, points, options, Card(bytes_per_s=args.gb_per_s * 1e9)):
+    spec, card, on_worker = slice_spec(args.slice), Card(bytes_per_s=args.gb_per_s * 1e9), args.through == "worker"
+    for result in measure(spec, ops, points, options, card, on_worker=on_worker):
         results.append(result)
         if not args.json:
             print("\n".join(lines_of(result)), flush=True)

@@ -33,6 +33,23 @@ def kernel_times(run: Callable[[], object], repeats: int) -> list[dict[str, Any]
     ]
 
 
+def busy_time(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds in which the device does anything during a run, and seconds from its first to its last kernel or copy."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.accelerator.synchronize()
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in recorded.events() or ()
+        if event.device_type.name == "CUDA"
+    )
+    busy, reached = 0.0, ranges[0][0]
+    for start, end in ranges:
+        busy += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return busy / 1e6, (reached - ranges[0][0]) / 1e6
+
+
 def lines_of(result: dict[str, Any]) -> Iterator[str]:
     """A result as text: its numbers, then the kernels if they were recorded."""
     for name, value in result.items():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llm_engine.runtime.batch import Ints
 from llm_engine.sched.sequence import Sequence
 
 
@@ -41,6 +43,16 @@ class Drafts:
     def places(self, seq: Sequence) -> list[int]:
         """Which of the M drafts are those of `seq`, first to last."""
         return self._places.get(seq, [])
+
+    def places_of(self, seqs: Seq[Sequence]) -> Ints:
+        """[S, K] as `places`, padded with -1; K is the most that a sequence has."""
+        if not self._num:
+            return np.empty((len(seqs), 0), dtype=np.int64)
+        rows = [self._places.get(seq, []) for seq in seqs]
+        width = max(map(len, rows), default=0)
+        if min(map(len, rows), default=0) == width:
+            return np.array(rows, dtype=np.int64).reshape(len(rows), width)
+        return np.array([row + [-1] * (width - len(row)) for row in rows], dtype=np.int64)
 
     def drawn(self) -> list[Tensor]:
         """Tensors [·, 2] fp64 of ids and scores, M rows together."""

@@ -1,4 +1,4 @@
-"""One model on one device: plan → batch → forward → sample → commit. Called from one thread only.
+"""One model on one device: plan → launch → wait → commit, in every step. Called from one thread only.
 
 Life of a sequence
   prefill role     add → WAITING → PREFILLING (chunks; the sink hears of finished layers) → token 1 in a delta →
@@ -30,6 +30,7 @@ from llm_engine.runtime.steps import Steps, state_from_bytes
 from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, StepResult
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
+from llm_engine.sched.plan import Chunk
 from llm_engine.sched.prefill import PrefillScheduler
 from llm_engine.sched.reservations import Reservations
 
@@ -39,6 +40,13 @@ class Engine:
 
     `format_id` is the root of the prefix cache's digests. `max_len` is the longest sequence this engine can hold.
     `recorded`: passes of decode over the same model and store that were recorded beforehand. `race`: that of the table.
+
+    `ahead`: launch a pass of decode before the results of the one before are reported (None: on cards). Between calls
+    of `step` a pass may then be under way, which writes the blocks of its sequences. Everything may be called as ever:
+      - a sequence that ends meanwhile, however, gets nothing of the pass, and its blocks go to nobody, neither to a
+        reservation nor to another sequence, before the pass has ended;
+      - a sequence that is admitted or added takes part from the next pass on;
+      - passes with chunks of prompts never go ahead, so prefill engines have none under way.
     """
 
     def __init__(
@@ -52,11 +60,13 @@ class Engine:
         on_layer: LayerSink | None = None,
         recorded: RecordedPasses | None = None,
         race: Race | None = None,
+        ahead: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         speculates = config.engine.num_drafts > 0 and model.has_mtp and store.mtp is not None
         self.max_len = min(model.max_len, store.num_blocks * store.block_tokens)
         self._role = role
+        self._ahead = role is not Role.PREFILL and (store.device.type != "cpu" if ahead is None else ahead)
         self._clock = clock
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._limits = Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids)
@@ -102,7 +112,7 @@ class Engine:
             self._roster,
             self._outbox,
             hands_off=hands_off,
-            max_len=self.max_len,
+            ahead=self._ahead,
             clock=clock,
         )
         self._reservations = Reservations(self._cache)
@@ -223,20 +233,39 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepResult | None:
-        """Advance by one step. None: nothing happened and nothing can be done until the next call from outside."""
-        self._roster.expire(self._clock())
-        if not self._steps.finish_prefills():
-            plan = self._decode.plan()
-            for seq in plan.preempted:
-                self._outbox.stats.preempted += 1
-                self._roster.fail(seq, "preempted", "decode blocks ran out", retryable=True)
-            chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
-            if plan.seqs or chunks:
-                self._steps.compute(plan, chunks)
+        """Advance by one step. None: nothing happened and nothing can be done until the next call from outside.
+
+        Where passes go ahead, the next one is launched as soon as the tokens of the last one are committed, and runs
+        while their result is taken care of. It is waited for by the next call.
+        """
+        if not self._steps.under_way:
+            self._begin(self._clock())
+        self._steps.wait()
+        now = self._clock()
+        if self._ahead and not self._prefills_next() and not self._roster.is_due(now):
+            self._steps.go_on(self._decode.running)
+        self._steps.commit()
+        if self._steps.went_on or (self._ahead and not self._prefills_next()):
+            self._begin(now)
         evicted = self._cache.pool.num_evicted
         self._outbox.stats.evicted_blocks += evicted - self._num_evicted
         self._num_evicted = evicted
         return self._outbox.take(self._cache.index.take_events())
+
+    @torch.inference_mode()
+    def wait(self) -> None:
+        """Until the pass under way has ended, if there is one. What is done before the next step has its part in it."""
+        self._steps.wait()
+
+    @property
+    def under_way(self) -> bool:
+        """A pass was launched whose tokens the next step will commit."""
+        return self._steps.under_way
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds for which a pass that is under way will go on, cautiously; 0: the next step need not be put off."""
+        return self._steps.rest_s
 
     def waiting(self) -> Seq[Sequence]:
         """Sequences not yet started, in the order in which they will be (for early offers)."""
@@ -244,8 +273,9 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """No sequence, pinned block, reservation or quarantined block is left."""
-        return not (len(self._roster) or self._roster.num_pinned or len(self._reservations))
+        """No sequence, pinned block, reservation or quarantined block is left, and no pass is under way."""
+        left = len(self._roster) or self._roster.num_pinned or len(self._reservations)
+        return not (left or self._steps.under_way)
 
     @property
     def draining(self) -> bool:
@@ -283,6 +313,26 @@ class Engine:
             assert counts.live == counts.leased == counts.quarantined == 0, f"blocks leaked: {counts}"
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, now: float) -> None:
+        """Plan and launch a pass, if there is anything to compute; or the rest of one that has gone on."""
+        self._roster.expire(now)
+        if self._steps.finish_prefills():
+            return
+        plan = self._decode.plan()
+        for seq in plan.preempted:
+            self._outbox.stats.preempted += 1
+            self._roster.fail(seq, "preempted", "decode blocks ran out", retryable=True)
+        chunks: list[Chunk] = []
+        if not self._steps.went_on:
+            chunks = self._prefill.plan(self._max_num_seqs - len(plan.seqs), headroom=len(plan.seqs))
+        if plan.seqs or chunks:
+            self._steps.launch(plan, chunks)
+
+    def _prefills_next(self) -> bool:
+        """The next pass may hold chunks of prompts."""
+        may_start = self._prefill.waiting and len(self._decode.running) < self._max_num_seqs
+        return bool(self._prefill.active or may_start)
 
     def _turned_away(self, submit: Submit) -> Refusal | None:
         """Why this engine takes no such submit now, whatever is in it."""

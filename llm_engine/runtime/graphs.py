@@ -11,23 +11,20 @@ Shapes: R rows, N real rows, S sequences, B blocks of the longest table, H width
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from typing import Generic, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm_engine.ops import ForwardBatch, Ops, to_device
-from llm_engine.runtime.batch import fill_in
+from llm_engine.ops import ForwardBatch, Ops
+from llm_engine.runtime.batch import Ints, States, fill_in
+from llm_engine.runtime.inputs import Inputs, Shape
 
 T = TypeVar("T")  # a tensor of R rows, or a tuple of such
 Pass = Callable[[ForwardBatch, Tensor | None], T]  # the second argument: states [R, H] of the rows, if it takes any
-
-_IN_FLIGHT = 4  # passes of one recording whose inputs may wait to leave; a step has fewer
 
 
 class DecodeGraph(Generic[T]):
@@ -46,80 +43,77 @@ class DecodeGraph(Generic[T]):
     ) -> None:
         self._rows_per_seq = rows_per_seq
         rows, blocks = num_seqs * rows_per_seq, -(-max_context // block_tokens)
-        rows_R = torch.zeros(rows, dtype=torch.int64, device=ops.device)
+        names = ("token_ids", "positions", "slots", "states", "kept")
+        arrays = dict[str, tuple[str, Shape]].fromkeys(names, ("int64", (rows,))) | {
+            "tables": ("int32", (num_seqs, blocks))
+        }
+        self._inputs = Inputs(arrays, ops.device)
+        arrived = self._inputs.arrived
+        arrived["slots"].fill_(-1)  # while recording, nothing is written
         self._batch = ForwardBatch(
-            token_ids_R=rows_R,
-            positions_R=rows_R.clone(),
-            slots_N=rows_R - 1,  # while recording, nothing is written
-            block_tables_SB=torch.zeros(num_seqs, blocks, dtype=torch.int32, device=ops.device),
+            token_ids_R=arrived["token_ids"],
+            positions_R=arrived["positions"],
+            slots_N=arrived["slots"],
+            block_tables_SB=arrived["tables"],
             row_starts=tuple(range(0, rows + 1, rows_per_seq)),
             context_lens=(max_context,) * num_seqs,
         )
         self._state_RH = None
         if state_width:
             self._state_RH = torch.zeros(rows, state_width, dtype=ops.dtype, device=ops.device)
-        # Inputs cross in one copy: token ids, positions and slots of all rows, then the block tables.
-        on_host = ops.device.type == "cpu"
-        self._arrived = torch.zeros(3 * rows + num_seqs * blocks, dtype=torch.int64, device=ops.device)
-        inputs = torch.zeros(1 if on_host else _IN_FLIGHT, len(self._arrived), dtype=torch.int64, device="cpu")
-        self._inputs = deque(
-            (row, None if on_host else torch.Event(ops.device)) for row in (inputs if on_host else inputs.pin_memory())
-        )
         self._replay: Callable[[], T] = ops.capture(lambda: forward(self._batch, self._state_RH))
 
-    def __call__(self, batch: ForwardBatch, state_NH: Tensor | None = None, late_M: Tensor | None = None) -> T:
-        """Run a batch that lies on the host. The result's N rows are valid until the next call of any recording.
-
-        `late_M`: token ids that only the device knows, for `batch.fill_in`.
-        """
-        own, rows_per_seq = self._batch, self._rows_per_seq
-        starts = np.array(batch.row_starts)
-        counts = np.diff(starts)
-        seqs = np.minimum(np.arange(own.num_seqs), batch.num_seqs - 1)
-        within = np.minimum(np.arange(rows_per_seq), counts[seqs, None] - 1)
-        rows = (starts[seqs, None] + within).ravel()
-        real = np.zeros((own.num_seqs, rows_per_seq), dtype=bool)
-        real[: batch.num_seqs] = np.arange(rows_per_seq) < counts[:, None]
-        self._send(batch, rows, seqs, real.ravel(), late_M)
-        full = bool((counts == rows_per_seq).all())
-        kept = (
-            slice(batch.num_rows) if full else to_device(torch.from_numpy(np.flatnonzero(real)), self._arrived.device)
-        )
-        if self._state_RH is not None:
-            assert state_NH is not None, "the pass takes states"
-            self._state_RH[kept] = state_NH
-        return _rows(self._replay(), kept)
-
-    def _send(
+    def __call__(
         self,
         batch: ForwardBatch,
-        rows: npt.NDArray[np.int64],
-        seqs: npt.NDArray[np.int64],
-        real: npt.NDArray[np.bool_],
-        late_M: Tensor | None,
-    ) -> None:
-        """Fill the recording's inputs. A buffer that they leave from is written again only after they have left."""
-        own, count = self._batch, self._batch.num_rows
-        self._inputs.rotate()
-        inputs, sent = self._inputs[0]
-        if sent is not None:
-            sent.synchronize()
-        host = inputs.numpy()
-        host[:count] = batch.token_ids_R.numpy()[rows]
-        host[count : 2 * count] = batch.positions_R.numpy()[rows]
-        host[2 * count : 3 * count] = -1
-        host[2 * count : 3 * count][real] = batch.slots_N.numpy()
-        table = host[3 * count :].reshape(own.num_seqs, -1)
+        states: States | None = None,
+        late_M: Tensor | None = None,
+        wanted: Ints | None = None,
+    ) -> T:
+        """Run a batch that lies on the host; the results of its N rows, or of those `wanted`.
+
+        They are valid until the next call of any recording. `late_M`: token ids that only the device knows, for
+        `batch.fill_in`.
+        """
+        places_N = self._fill(batch, states)
+        kept = self._keep(places_N if wanted is None else places_N[wanted])
+        self._inputs.send()
+        arrived = self._inputs.arrived
+        if late_M is not None:
+            arrived["token_ids"].copy_(fill_in(arrived["token_ids"], late_M))
+        if self._state_RH is not None:
+            assert states is not None, "the pass takes states"
+            torch.index_select(states.source_MH, 0, arrived["states"], out=self._state_RH)
+        return _rows(self._replay(), kept)
+
+    def _fill(self, batch: ForwardBatch, states: States | None) -> Ints:
+        """Write the inputs of all rows of the recording; returns which of them are the N rows of the batch."""
+        num_seqs, rows_per_seq = self._batch.num_seqs, self._rows_per_seq
+        starts = np.array(batch.row_starts)
+        counts = np.diff(starts)
+        seqs = np.minimum(np.arange(num_seqs), batch.num_seqs - 1)
+        within = np.arange(rows_per_seq)
+        rows = (starts[seqs, None] + np.minimum(within, counts[seqs, None] - 1)).ravel()
+        places_N = np.flatnonzero(within < counts[:, None])
+        self._inputs.begin()
+        inputs = self._inputs.staged
+        inputs["token_ids"][:] = batch.token_ids_R.numpy()[rows]
+        inputs["positions"][:] = batch.positions_R.numpy()[rows]
+        inputs["slots"][:] = -1
+        inputs["slots"][places_N] = batch.slots_N.numpy()
         tables_SB = batch.block_tables_SB.numpy()
-        table[:, : tables_SB.shape[1]] = tables_SB[seqs]
-        self._arrived.copy_(inputs, non_blocking=True)
-        if sent is not None:
-            sent.record()
-        ids_R, positions_R, slots_N = self._arrived[: 3 * count].view(3, count)
-        own.token_ids_R.copy_(ids_R if late_M is None else fill_in(ids_R, late_M))
-        own.positions_R.copy_(positions_R)
-        own.slots_N.copy_(slots_N)
-        own.block_tables_SB.copy_(self._arrived[3 * count :].view(own.num_seqs, -1))
+        inputs["tables"][:, : tables_SB.shape[1]] = tables_SB[seqs]
+        if states is not None:
+            inputs["states"][:] = states.at_N[rows]
+        return places_N
+
+    def _keep(self, places: Ints) -> slice | Tensor:
+        """Where the results at some places lie, as an index that is known to the device."""
+        count = len(places)
+        if (places == np.arange(count)).all():
+            return slice(count)
+        self._inputs.staged["kept"][:count] = places
+        return self._inputs.arrived["kept"][:count]
 
 
 class PassGraphs(Generic[T]):
@@ -160,17 +154,23 @@ class PassGraphs(Generic[T]):
         for num_seqs, max_context in product(reversed(self._num_seqs), reversed(self._max_contexts)):
             self._graph(num_seqs, max_context)
 
-    def run(self, batch: ForwardBatch, state_NH: Tensor | None = None, late_M: Tensor | None = None) -> T | None:
+    def run(
+        self,
+        batch: ForwardBatch,
+        states: States | None = None,
+        late_M: Tensor | None = None,
+        wanted: Ints | None = None,
+    ) -> T | None:
         """The pass over a batch on the host: [N, …], valid until the next call. None: no recording holds this batch.
 
-        `late_M`: token ids that only the device knows, for `batch.fill_in`.
+        `late_M`: token ids that only the device knows, for `batch.fill_in`. `wanted`: rows whose results are asked for.
         """
-        most = max((end - first for first, end in pairwise(batch.row_starts)), default=0)
+        most = max(map(int.__sub__, batch.row_starts[1:], batch.row_starts), default=0)
         size = bisect_left(self._num_seqs, batch.num_seqs)
         bound = bisect_left(self._max_contexts, max(batch.context_lens, default=0))
         if not 0 < most <= self._rows_per_seq or size == len(self._num_seqs) or bound == len(self._max_contexts):
             return None
-        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch, state_NH, late_M)
+        return self._graph(self._num_seqs[size], self._max_contexts[bound])(batch, states, late_M, wanted)
 
     def _graph(self, num_seqs: int, max_context: int) -> DecodeGraph[T]:
         if (num_seqs, max_context) not in self._graphs:

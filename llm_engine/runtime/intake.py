@@ -38,6 +38,7 @@ def accept(submit: Submit, limits: Limits, now: float) -> Sequence | Refusal:
     problem = _sampling_problem(params, limits.vocab_size)
     if problem:
         return _invalid(problem)
+    seq.max_len = min(seq.max_len, limits.max_len)
     seq.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(limits.eos_ids))
     return seq
 

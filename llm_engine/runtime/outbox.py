@@ -9,10 +9,11 @@ from llm_engine.sched.step import Failure, Prefilled, StepResult, StepStats
 
 
 class Outbox:
-    """The step result being filled. At most one delta a sequence; the caller sees to that."""
+    """The step result being filled. Deltas are made when it is taken, one a sequence."""
 
     def __init__(self) -> None:
         self._result = StepResult()
+        self._advanced: dict[Sequence, float] = {}  # sequences with tokens to report, and since when
         self._dirty = False
 
     @property
@@ -22,22 +23,7 @@ class Outbox:
 
     def tokens(self, seq: Sequence, now: float) -> None:
         """Report the tokens of `seq` that were not reported yet, and its finish if it has one."""
-        index = seq.num_emitted
-        seq.num_emitted = seq.num_output
-        delta = TokenDelta(
-            request_id=seq.request_id,
-            attempt=seq.attempt,
-            index=index,
-            tokens=seq.tokens[seq.submit.num_prompt + index :],
-            logprobs=seq.logprobs or None,
-            finish=seq.finish,
-            cached_tokens=None if seq.announced else min(seq.num_cached, seq.submit.num_prompt),
-            times=None if seq.announced else _stage_times(seq, now),
-        )
-        seq.logprobs = []
-        seq.announced = True
-        self._result.deltas.setdefault(seq.router_id, []).append(delta)
-        self._dirty = True
+        self._advanced.setdefault(seq, now)
 
     def finished(self, seq: Sequence, reason: FinishReason, now: float) -> None:
         """The last tokens of `seq`, and why they are the last."""
@@ -59,11 +45,32 @@ class Outbox:
 
     def take(self, kv_events: KvEvents | None) -> StepResult | None:
         """Everything since the last call; None if nothing happened."""
-        if not self._dirty and kv_events is None:
+        if not self._dirty and not self._advanced and kv_events is None:
             return None
         result, self._result, self._dirty = self._result, StepResult(), False
+        for seq, now in self._advanced.items():
+            result.deltas.setdefault(seq.router_id, []).append(_delta(seq, now))
+        self._advanced = {}
         result.kv_events = kv_events
         return result
+
+
+def _delta(seq: Sequence, now: float) -> TokenDelta:
+    """What was not reported yet, which it is with this."""
+    submit, index = seq.submit, seq.num_emitted
+    seq.num_emitted = len(seq.tokens) - submit.num_prompt
+    logprobs, seq.logprobs = seq.logprobs, []
+    first, seq.announced = not seq.announced, True
+    return TokenDelta(
+        request_id=submit.request_id,
+        attempt=submit.attempt,
+        index=index,
+        tokens=seq.tokens[submit.num_prompt + index :],
+        logprobs=logprobs or None,
+        finish=seq.finish,
+        cached_tokens=min(seq.num_cached, submit.num_prompt) if first else None,
+        times=_stage_times(seq, now) if first else None,
+    )
 
 
 def _stage_times(seq: Sequence, now: float) -> StageTimes | None:

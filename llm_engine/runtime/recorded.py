@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llm_engine.models.deepseek_v32 import CausalLM
 from llm_engine.ops import ForwardBatch, Ops
+from llm_engine.runtime.batch import Ints, States
 from llm_engine.runtime.graphs import Pass, PassGraphs
 from llm_engine.runtime.kv_store import KvStore
-from llm_engine.runtime.runner import Passed
+from llm_engine.runtime.runner import Model, Passed
 from llm_engine.runtime.sampler import best_of
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Recorded:
     """See `runner.RecordedPasses`. Holds memory of its own; results are overwritten by the next pass."""
 
     def __init__(
-        self, model: CausalLM, store: KvStore, ops: Ops, *, num_drafts: int, max_num_seqs: int, max_len: int
+        self, model: Model, store: KvStore, ops: Ops, *, num_drafts: int, max_num_seqs: int, max_len: int
     ) -> None:
         sizes, contexts = batch_ladder(max_num_seqs), context_ladder(max_len)
 
@@ -78,10 +78,12 @@ class Recorded:
         parts = self._verify.run(batch, None, late_M)
         return None if parts is None else Passed(*parts)
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
+    def draft(
+        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
+    ) -> Passed | None:
         """`RecordedPasses`."""
         for graphs in self._drafts:
-            parts = graphs.run(batch, hidden_NH, late_M)
+            parts = graphs.run(batch, states, late_M, wanted)
             if parts is not None:
                 return Passed(*parts)
         return None

@@ -112,6 +112,10 @@ class Roster:
             self._pinned.remove(seq)
             self._cache.free(seq)
 
+    def is_due(self, now: float) -> bool:
+        """Whether `expire` may have something to do."""
+        return now >= self._next_deadline
+
     def expire(self, now: float) -> None:
         """Finish every sequence whose deadline has passed. One that is being sent is bounded by its hand-off."""
         if now < self._next_deadline:

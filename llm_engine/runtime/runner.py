@@ -7,16 +7,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.ops.spec import Race
-from llm_engine.runtime.batch import SequenceRows, build_batch, fill_in
+from llm_engine.runtime.batch import BlockTables, Ints, States, Tables, batch_of, fill_in
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.kv_store import KvStore
-from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
+from llm_engine.runtime.sampler import Drawing, Drawn, DrawRows, Sampler
 from llm_engine.sched.plan import Chunk
 from llm_engine.sched.sequence import Sequence
 
@@ -70,9 +71,21 @@ class RecordedPasses(Protocol):
         """The main model."""
         ...
 
-    def draft(self, batch: ForwardBatch, hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed | None:
-        """The MTP layer."""
+    def draft(
+        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
+    ) -> Passed | None:
+        """The MTP layer. `wanted`: the rows whose results are asked for, all unless given."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A pass that the device may still be computing. `starts`, `drawn_starts`: see `StepOutput`."""
+
+    hidden_RH: Tensor
+    starts: tuple[int, ...]
+    drawing: Drawing | None  # None: nothing is drawn
+    drawn_starts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +94,7 @@ class StepOutput:
 
     hidden_RH: Tensor
     starts: tuple[int, ...]  # first hidden row of each decoding sequence, then of each chunk
-    drawn: Drawn
+    drawn: Drawn | None  # None: nothing was
     drawn_starts: list[int]  # first drawn row of each decoding sequence, then of each chunk that is a last one
 
 
@@ -106,11 +119,14 @@ class Runner:
         self._store = store
         self._recorded = recorded
         self._free_slots = list(range(num_slots))[::-1]
+        longest = min(model.max_len, store.num_blocks * store.block_tokens)
+        self._tables = BlockTables(num_slots, -(-longest // store.block_tokens))
 
     def open(self, seq: Sequence) -> None:
         """Give a sequence a slot."""
         seq.slot = self._free_slots.pop()
         self.sampler.open(seq)
+        self._tables.open(seq.slot)
 
     def close(self, seq: Sequence) -> None:
         """Take the slot back, if there is one."""
@@ -126,69 +142,115 @@ class Runner:
         drafts: Drafts,
         on_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
+        """`launch` a pass and `finish` it."""
+        return self.finish(self.launch(decodes, chunks, drafts, on_layer))
+
+    def launch(
+        self,
+        decodes: Seq[Sequence],
+        chunks: Seq[Chunk],
+        drafts: Drafts,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Launched:
         """Compute the last token and the drafts of `decodes` and the tokens of `chunks`; draw wherever possible.
 
-        A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits once, for tokens
-        and drafts together.
+        A decoding sequence draws a token and one more for each of its drafts, a last chunk one. Waits for nothing.
         """
-        rows = [
-            SequenceRows([seq.tokens[-1], *(-1 - place for place in drafts.places(seq))], seq.num_computed, seq.blocks)
-            for seq in decodes
-        ]
-        rows += [
-            SequenceRows(chunk.seq.tokens[chunk.start : chunk.end], chunk.start, chunk.seq.blocks) for chunk in chunks
-        ]
-        batch, late_M = self._batch(rows), drafts.ids()
-        if not chunks and self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
-            # A copy: states are read after further passes, which reuse the recordings' memory.
-            return self._draw(result.states_NH.clone(), batch.row_starts, decodes, chunks, drafts, result)
-        hidden_RH = self.model.forward(self._on_device(batch, late_M), self._store, on_layer)
-        return self._draw(hidden_RH, batch.row_starts, decodes, chunks, drafts)
+        batch, late_M = self._step_batch(decodes, chunks, drafts), drafts.ids()
+        if not chunks:
+            return self.draw(self.forward(batch, late_M), batch, decodes, [], drafts)
+        passed = Passed(self.model.forward(self._on_device(batch, late_M), self._store, on_layer))
+        return self.draw(passed, batch, decodes, chunks, drafts)
 
-    def mtp(self, rows: Seq[SequenceRows], hidden_NH: Tensor, late_M: Tensor | None = None) -> Passed:
-        """The MTP layer over rows of (next token, hidden state). `late_M`: tokens that only the device knows."""
-        batch = self._batch(rows)
-        if self._recorded is not None and (result := self._recorded.draft(batch, hidden_NH, late_M)) is not None:
+    def forward(self, batch: ForwardBatch, late_M: Tensor | None = None) -> Passed:
+        """The main model over rows of decoding sequences. `late_M`: tokens that only the device knows."""
+        if self._recorded is not None and (result := self._recorded.decode(batch, late_M)) is not None:
+            # A copy: states are read after further passes, which reuse the recordings' memory.
+            return replace(result, states_NH=result.states_NH.clone())
+        return Passed(self.model.forward(self._on_device(batch, late_M), self._store))
+
+    def finish(self, launched: Launched) -> StepOutput:
+        """Wait for a pass: once, for tokens and drafts together, unless log probabilities are asked for."""
+        drawn = None if launched.drawing is None else self.sampler.finish(launched.drawing)
+        return StepOutput(launched.hidden_RH, launched.starts, drawn, launched.drawn_starts)
+
+    def mtp(
+        self, batch: ForwardBatch, states: States, *, late_M: Tensor | None = None, wanted: Ints | None = None
+    ) -> Passed:
+        """The MTP layer over rows of (next token, state).
+
+        `late_M`: tokens that only the device knows. `wanted`: the rows whose results are asked for, all unless given.
+        """
+        if self._recorded is not None and (result := self._recorded.draft(batch, states, late_M, wanted)) is not None:
             return result
+        hidden_NH = states.gather()
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
-        return Passed(self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)[: len(hidden_NH)])
+        result_RH = self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)
+        return Passed(States(result_RH, np.arange(batch.num_rows) if wanted is None else wanted).gather())
 
     def pick_drafts(self, passed: Passed, rows: DrawRows) -> Tensor:
         """A token for every row of an MTP pass, as `Sampler.pick`."""
         logits_NV = passed.logits_NV if passed.logits_NV is not None else self.model.draft_logits(passed.states_NH)
         return self.sampler.pick(logits_NV, rows, best_R2=passed.best_N2)
 
-    def _batch(self, rows: Seq[SequenceRows]) -> ForwardBatch:
-        return build_batch(rows, block_tokens=self._store.block_tokens, row_tile=self.model.row_tile)
+    def _step_batch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts) -> ForwardBatch:
+        """Rows of each decoding sequence: its last token, then its drafts, which only the device knows."""
+        last_S1 = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)[:, None]
+        places_SK = drafts.places_of(decodes)
+        there = np.concatenate([np.ones_like(last_S1, dtype=bool), places_SK >= 0], axis=1)
+        ids = np.concatenate([last_S1, -1 - places_SK], axis=1)[there]
+        counts, first = there.sum(1), np.array([seq.num_computed for seq in decodes], dtype=np.int64)
+        if not chunks:
+            return self.batch(decodes, ids, counts, first)
+        return self.batch(
+            [*decodes, *(chunk.seq for chunk in chunks)],
+            np.concatenate([ids, *(chunk.seq.tokens[chunk.start : chunk.end] for chunk in chunks)], dtype=np.int64),
+            np.append(counts, [chunk.length for chunk in chunks]),
+            np.append(first, [chunk.start for chunk in chunks]),
+        )
+
+    def tables(self, seqs: Seq[Sequence], most_tokens: int) -> Tables:
+        """Block tables that cover as many tokens of each sequence, as far as it has blocks."""
+        return self._tables.of(seqs, -(-most_tokens // self._store.block_tokens))
+
+    def batch(
+        self, seqs: Seq[Sequence], token_ids_N: Ints, counts_S: Ints, first_S: Ints, tables_SB: Tables | None = None
+    ) -> ForwardBatch:
+        """`counts_S[i]` rows of sequence i from position `first_S[i]` on. `tables_SB`: theirs, if they are known."""
+        if tables_SB is None:
+            tables_SB = self.tables(seqs, int((first_S + counts_S).max(initial=0)))
+        return batch_of(
+            token_ids_N,
+            counts_S,
+            first_S,
+            tables_SB,
+            block_tokens=self._store.block_tokens,
+            row_tile=self.model.row_tile,
+        )
 
     def _on_device(self, batch: ForwardBatch, late_M: Tensor | None) -> ForwardBatch:
         batch = batch.to(self.device)
         return batch if late_M is None else replace(batch, token_ids_R=fill_in(batch.token_ids_R, late_M))
 
-    def _draw(
-        self,
-        hidden_RH: Tensor,
-        starts: tuple[int, ...],
-        decodes: Seq[Sequence],
-        chunks: Seq[Chunk],
-        drafts: Drafts,
-        passed: Passed | None = None,
-    ) -> StepOutput:
-        num_decodes = len(decodes)
+    def draw(
+        self, passed: Passed, batch: ForwardBatch, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts
+    ) -> Launched:
+        """Launch the draw that belongs to a pass."""
+        hidden_RH = passed.states_NH
+        starts, num_decodes = batch.row_starts, len(decodes)
         num_decode_rows = starts[num_decodes]
         ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
         if not num_decode_rows and not ends:
-            return StepOutput(hidden_RH, starts, Drawn([], {}, []), [])
+            return Launched(hidden_RH, starts, None, [])
+        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
+        counts = [*map(int.__sub__, starts[1 : num_decodes + 1], starts[:num_decodes]), *([1] * len(ends))]
+        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
+        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
+        if passed.logits_NV is not None:
+            started = self.sampler.start(passed.logits_NV, rows, best_R2=passed.best_N2)
+            return Launched(hidden_RH, starts, started, drawn_starts)
         hidden_MH = hidden_RH[:num_decode_rows]
         if ends:
             hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
-        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
-        counts = [1 + len(drafts.places(seq)) for seq in decodes] + [1] * len(ends)
-        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
-        if passed is not None and passed.logits_NV is not None:
-            drawn = self.sampler.draw(passed.logits_NV, rows, best_R2=passed.best_N2)
-        else:
-            drawn = self.sampler.draw(self.model.logits(hidden_MH), rows)
-        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
-        return StepOutput(hidden_RH, starts, drawn, drawn_starts)
+        return Launched(hidden_RH, starts, self.sampler.start(self.model.logits(hidden_MH), rows), drawn_starts)

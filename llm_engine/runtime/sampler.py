@@ -9,7 +9,6 @@ Order of the options: logit bias, penalties, min_tokens, temperature, top_k, top
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +22,12 @@ from llm_engine.api.request import TokenLogprobs
 from llm_engine.ops import to_device
 from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.ops.spec import Race
+from llm_engine.runtime.batch import Ints
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.logit_edits import LogitEdits
+from llm_engine.runtime.readback import Readback
 from llm_engine.sched.sequence import Sequence
 
-Ints = npt.NDArray[np.int64]
 INVALID = -1  # drawn where the model's output was not finite
 
 
@@ -53,12 +53,43 @@ class DrawRows:
 class Drawn:
     """One token per row, `INVALID` where the row was not finite; log probabilities of the rows that asked for them.
 
-    `drafts`: of each sequence, up to the first whose row was not finite.
+    Shapes: S sequences, K drafts of the sequence that has most.
     """
 
-    tokens: list[int]
+    tokens_R: Ints
     logprobs: dict[int, TokenLogprobs]
-    drafts: list[list[int]]
+    drafts_SK: Ints
+    num_drafts_S: Ints  # up to the first whose row was not finite
+    kept_SK: Ints  # [S, 1 + K]
+    num_kept_S: Ints  # tokens up to the first that is not the next row's draft
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all rows."""
+        tokens: list[int] = self.tokens_R.tolist()
+        return tokens
+
+    @property
+    def drafts(self) -> list[list[int]]:
+        """Of each sequence."""
+        return _leading(self.drafts_SK, self.num_drafts_S)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Of each sequence: the tokens that hold."""
+        return _leading(self.kept_SK, self.num_kept_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A draw that was launched. The slots may be others' when it ends, so what it needs of them is noted."""
+
+    logits_RV: Tensor
+    rows: DrawRows
+    read: Readback  # [R, 2], then the drafts
+    counts_S: Ints
+    draft_at_SK: Ints  # places among the drafts, padded with -1
+    reports: npt.NDArray[np.bool_]  # rows whose log probabilities are asked for
 
 
 class Sampler:
@@ -114,17 +145,31 @@ class Sampler:
             self._primed_noise_RV = self._noise(keys)
 
     def draw(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawn:
-        """One token per row, as `pick`; waits for the device, once unless log probabilities are asked for.
+        """One token per row, as `pick`; waits for the device, once unless log probabilities are asked for."""
+        return self.finish(self.start(logits_RV, rows, best_R2=best_R2))
 
-        What `rows.drafts` holds is read along.
+    def start(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawing:
+        """Launch a draw: one token per row, as `pick`. Waits for nothing. What `rows.drafts` holds is read along.
+
+        The logits must be there until it is finished.
         """
         picked_R2 = self.pick(logits_RV, rows, best_R2=best_R2)
-        read = torch.cat([picked_R2, *rows.drafts.drawn()]).tolist() if len(rows.drafts) else picked_R2.tolist()
-        known = [int(token) if math.isfinite(score) else INVALID for token, score in read]
-        tokens, drafted = known[: len(picked_R2)], known[len(picked_R2) :]
-        drafts = [_up_to_invalid([drafted[place] for place in rows.drafts.places(seq)]) for seq in rows.seqs]
-        wanted = self._reports[np.repeat([seq.slot for seq in rows.seqs], rows.counts)]
-        return Drawn(tokens, self._logprobs(logits_RV, tokens, rows, wanted) if wanted.any() else {}, drafts)
+        read = Readback(torch.cat([picked_R2, *rows.drafts.drawn()]) if len(rows.drafts) else picked_R2)
+        counts = np.array(rows.counts, dtype=np.int64)
+        reports = self._reports[np.repeat([seq.slot for seq in rows.seqs], counts)]
+        return Drawing(logits_RV, rows, read, counts, rows.drafts.places_of(rows.seqs), reports)
+
+    def finish(self, drawing: Drawing) -> Drawn:
+        """Wait for what was drawn, and verify the drafts."""
+        read = drawing.read.wait()
+        known = read[:, 0].astype(np.int64)
+        known[~np.isfinite(read[:, 1])] = INVALID
+        num_rows = int(drawing.counts_S.sum())
+        tokens, drafted = known[:num_rows], known[num_rows:]
+        logprobs, reports = {}, drawing.reports
+        if reports.any():
+            logprobs = self._logprobs(drawing.logits_RV, tokens.tolist(), drawing.rows, reports)
+        return Drawn(tokens, logprobs, *_verify(tokens, drafted, drawing.counts_S, drawing.draft_at_SK))
 
     def pick(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Tensor:
         """[R, 2] fp64: one token per row of fp32 logits, which are not modified, and its score. Waits for nothing.
@@ -223,8 +268,23 @@ class Sampler:
         return out
 
 
-def _up_to_invalid(drafts: list[int]) -> list[int]:
-    return drafts[: drafts.index(INVALID)] if INVALID in drafts else drafts
+def _verify(tokens_R: Ints, drafted_M: Ints, counts_S: Ints, draft_at_SK: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """The last four of `Drawn`."""
+    width = draft_at_SK.shape[1]
+    if not width or not len(drafted_M):
+        none_S = np.zeros_like(counts_S)
+        return np.empty((len(counts_S), 0), dtype=np.int64), none_S, tokens_R[:, None], none_S + 1
+    drafts_SK = np.where(draft_at_SK < 0, INVALID, drafted_M[draft_at_SK])
+    starts_S = np.cumsum(counts_S) - counts_S
+    rows = np.minimum(starts_S[:, None] + np.arange(width + 1), len(tokens_R) - 1)
+    drawn_SK = tokens_R[rows]
+    valid_SK = np.logical_and.accumulate(drafts_SK != INVALID, axis=1)
+    right_SK = np.logical_and.accumulate(valid_SK & (drawn_SK[:, :width] == drafts_SK), axis=1)
+    return drafts_SK, valid_SK.sum(1), drawn_SK, 1 + right_SK.sum(1)
+
+
+def _leading(values_SK: Ints, num_S: Ints) -> list[list[int]]:
+    return [row[:num] for row, num in zip(values_SK.tolist(), num_S.tolist(), strict=True)]
 
 
 def keep_most_likely(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:

@@ -37,24 +37,25 @@ class DecodeScheduler:
         youngest, so that some sequence always finishes.
         """
         plan = DecodePlan()
+        block_tokens = self._cache.block_tokens
         served = 0
         while served < len(self.running):
             seq = self.running[served]
-            if not self._cache.grow(seq, seq.num_computed + 1):
+            if seq.num_computed >= len(seq.blocks) * block_tokens and not self._cache.grow(seq, seq.num_computed + 1):
                 if not self._reclaim():
                     plan.preempted.append(self._preempt())
                 continue
             served += 1
-        for seq in self.running:
-            plan.seqs.append(seq)
-            plan.num_drafts.append(self._drafts_for(seq))
+        plan.seqs.extend(self.running)
+        plan.num_drafts.extend(map(self._drafts_for, self.running) if self._num_drafts else [0] * len(self.running))
         return plan
 
     def commit(self, seq: Sequence, num_new: int) -> None:
         """The only place where decode progress moves: `num_new` tokens were appended, all but the last are cached."""
         seq.num_computed += num_new
         assert seq.num_computed == len(seq.tokens) - 1
-        self._cache.publish(seq)
+        if seq.num_computed >= (seq.num_published + 1) * self._cache.block_tokens:
+            self._cache.publish(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence; its blocks are the caller's."""
@@ -69,13 +70,10 @@ class DecodeScheduler:
 
     def _drafts_for(self, seq: Sequence) -> int:
         """Drafts that could still be emitted with one drawn token after them, and that fit the blocks at hand."""
-        wanted = min(
-            self._num_drafts,
-            seq.submit.sampling.max_tokens - seq.num_output - 1,
-            self._max_len - len(seq.tokens) - 1,
-        )
-        if wanted > 0 and not self._cache.grow(seq, seq.num_computed + 1 + wanted):
-            wanted = len(seq.blocks) * self._cache.block_tokens - seq.num_computed - 1
+        wanted = min(self._num_drafts, min(seq.max_len, self._max_len) - len(seq.tokens) - 1)
+        room = len(seq.blocks) * self._cache.block_tokens - seq.num_computed - 1
+        if wanted > room and not self._cache.grow(seq, seq.num_computed + 1 + wanted):
+            wanted = room
         return max(wanted, 0)
 
     def _preempt(self) -> Sequence:

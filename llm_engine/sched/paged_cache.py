@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from llm_engine.api.hashing import chain_digests, root_digest
@@ -14,6 +15,9 @@ class PagedCache:
     """The paged caches of one engine. `format_id` keeps digests of different models and layouts apart.
 
     `with_mtp`: blocks also hold rows of the MTP layer, which come later than those of the main layers.
+
+    Who is given a block may write it at once, by other ways than the engine's passes, so blocks that a pass under way
+    may write are given to nobody: `hold` keeps those of its sequences taken until `settle`, whatever ends meanwhile.
     """
 
     def __init__(
@@ -31,6 +35,8 @@ class PagedCache:
         self._format_id = format_id
         self._prefix_cache = prefix_cache
         self._with_mtp = with_mtp
+        self._under_way: frozenset[Sequence] = frozenset()
+        self._given_up: list[list[int]] = []  # blocks of theirs that were freed meanwhile
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -93,9 +99,24 @@ class PagedCache:
 
     def free(self, seq: Sequence) -> None:
         """Give back everything the sequence holds. Its published blocks stay findable until they are evicted."""
-        self.pool.release(seq.blocks)
+        if seq in self._under_way:
+            self._given_up.append(seq.blocks)
+        else:
+            self.pool.release(seq.blocks)
         seq.blocks = []
         seq.num_published = 0
+
+    def hold(self, seqs: Iterable[Sequence]) -> None:
+        """A pass that writes blocks of these sequences is about to be launched."""
+        assert not self._under_way, "one pass at a time is under way"
+        self._under_way = frozenset(seqs)
+
+    def settle(self) -> None:
+        """The pass has ended: what was freed of its sequences can be given to others."""
+        self._under_way = frozenset()
+        for blocks in self._given_up:
+            self.pool.release(blocks)
+        self._given_up = []
 
     def distrust(self, seq: Sequence) -> None:
         """Nobody may find the sequence's blocks any more: their content is in doubt."""

@@ -31,6 +31,7 @@ class Sequence:
     tokens: list[int]
     arrived: float  # engine clock
     deadline: float  # engine clock
+    max_len: int  # tokens when it ends at the latest
     stop_ids: frozenset[int] = frozenset()  # ids that end the sequence
 
     phase: Phase = Phase.WAITING
@@ -56,6 +57,7 @@ class Sequence:
             tokens=tokens,
             arrived=now,
             deadline=now + submit.deadline_s,
+            max_len=submit.num_prompt + submit.sampling.max_tokens,
             num_emitted=len(tokens) - submit.num_prompt,
         )
 

@@ -1,7 +1,7 @@
 """The thread that owns an engine, and the two queues that join it to the asyncio loop.
 
 asyncio thread                                step thread
-  post(command) ── inbox (bounded) ─────────▶  runs every waiting command, then one engine step
+  post(command) ── inbox (bounded) ─────────▶  runs commands while the device computes, then one engine step
   completions, on_step ◀── deliveries ───────  at most two a round; with `max_deliveries` not yet taken the engine waits
 
 Commands run in the order of posting; their completions and the steps' results arrive in the order they happened.
@@ -37,6 +37,17 @@ class Stepper(Protocol[R_co]):
     def step(self) -> R_co | None:
         """Advance everything by one step; None when there is nothing to do."""
 
+    @property
+    def under_way(self) -> bool:
+        """The device computes for the next step, or has done so, since the last one."""
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds for which the device will go on with a pass; a step would only wait for that long."""
+
+    def wait(self) -> None:
+        """Until the device has ended the pass under way, if there is one."""
+
     def load(self) -> Load:
         """Queue and block counts now."""
 
@@ -49,7 +60,7 @@ E = TypeVar("E", bound=Stepper[Any])
 
 @dataclass(frozen=True, slots=True)
 class StepReport(Generic[R]):
-    """One engine step: what it produced and how long it took."""
+    """One engine step: what it produced, and how long it took since there was work for it."""
 
     result: R
     duration_s: float
@@ -83,6 +94,7 @@ class StepLoop(Generic[E, R]):
         self._stopping = False
         self._working_since: float | None = None
         self._next_check = 0.0
+        self._ended = 0.0  # when the last step did
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.failure: asyncio.Future[None] | None = None
@@ -166,6 +178,7 @@ class StepLoop(Generic[E, R]):
             self._on_thread_start()
             while self._round():
                 pass
+            self._engine.wait()  # the owner may close the memory that a pass uses
         except BaseException as exc:
             _log.critical("the step loop failed", exc_info=True)
             self._hand_over(self.fail, exc)
@@ -173,23 +186,25 @@ class StepLoop(Generic[E, R]):
     def _round(self) -> bool:
         """Commands, one step, and what came of them. Sleeps when there was nothing to do. False: stop."""
         self._working_since = time.monotonic()
-        completions = self._run_commands()
-        if completions:
-            self._deliver(completions, None)  # ahead of the step: peers wait for some of these answers
-        started = time.monotonic()
+        self._run_commands()
+        while (rest_s := self._engine.rest_s) > 0 and not self._stopping:
+            self._sleep(rest_s)
+            self._run_commands()
+        self._engine.wait()
+        self._run_commands()  # such as came meanwhile: what they bring takes part in the pass to come
+        started = self._ended if self._engine.under_way else time.monotonic()
         result = self._engine.step()
+        self._ended = time.monotonic()
         if result is not None:
             self._on_result(result)
-        report = None if result is None else StepReport(result, time.monotonic() - started)
+        report = None if result is None else StepReport(result, self._ended - started)
         self.load = self._engine.load()
         if report is not None:
             self._deliver([], report)
         else:
             self._working_since = None
             self._check()
-            with self._wakeup:
-                if not self._inbox and not self._stopping:
-                    self._wakeup.wait(self._idle_s)
+            self._sleep(self._idle_s)
         return not self._stopping
 
     def _check(self) -> None:
@@ -200,13 +215,21 @@ class StepLoop(Generic[E, R]):
         self._engine.check()
         self._next_check = started + 100 * (time.monotonic() - started)
 
-    def _run_commands(self) -> list[Completion]:
+    def _sleep(self, timeout_s: float) -> None:
+        """Until a command comes, at most."""
+        with self._wakeup:
+            if not self._inbox and not self._stopping:
+                self._wakeup.wait(timeout_s)
+
+    def _run_commands(self) -> None:
+        """Those that wait. Their completions go ahead of the step: peers wait for some of the answers."""
         completions = []
         for _ in range(len(self._inbox)):
             completion = self._inbox.popleft()()
             if completion is not None:
                 completions.append(completion)
-        return completions
+        if completions:
+            self._deliver(completions, None)
 
     def _deliver(self, completions: list[Completion], report: StepReport[R] | None) -> None:
         while not self._deliveries.acquire(timeout=0.1):

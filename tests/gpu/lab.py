@@ -70,6 +70,7 @@ class Lab:
         graphs: bool = False,
         on_layer: LayerSink | None = None,
         max_num_seqs: int = 8,
+        ahead: bool | None = None,
         **options: Any,
     ) -> tuple[Driver, KvStore]:
         config = config_of(num_drafts=num_drafts, max_num_seqs=max_num_seqs, **options)
@@ -84,7 +85,7 @@ class Lab:
                 recorded.prepare()
         engine = Engine(
             config, self.model, store, role=role, format_id="lab", on_layer=on_layer, recorded=recorded,
-            race=self.ops.race,
+            race=self.ops.race, ahead=ahead,
         )  # fmt: skip
         return Driver(engine), store
 
@@ -135,7 +136,7 @@ class StagedPair:
         self.failures: list[Exception] = []
         options: Any = {"num_drafts": self.num_drafts, "chunk": self.chunk}
         self.prefill, p_store = self.lab.driver(Role.PREFILL, on_layer=self, **options)
-        self.decode, d_store = self.lab.driver(Role.DECODE, graphs=self.graphs, **options)
+        self.decode, d_store = self.lab.driver(Role.DECODE, graphs=self.graphs, ahead=True, **options)
         ends = [self._end(store) for store in (p_store, d_store)]
         (p_mirror, self._layout, self._p_host), (d_mirror, _, self._d_host) = ends
         self.stager = Stager(p_mirror, self._layout.num_blocks, self.failures.append)

@@ -33,7 +33,8 @@ def outputs(lab: Lab) -> dict[str, list[int]]:
 def test_recorded_passes_in_a_batch_give_the_same_tokens(
     lab: Lab, outputs: dict[str, list[int]], num_drafts: int
 ) -> None:
-    driver, _ = lab.driver(num_drafts=num_drafts, graphs=True, chunk=16, max_num_seqs=2)
+    """Launched ahead, as on a card."""
+    driver, _ = lab.driver(num_drafts=num_drafts, graphs=True, chunk=16, max_num_seqs=2, ahead=True)
     for submit in requests(lab.spec, [19, 3], 3):
         driver.add(submit)
     driver.run()

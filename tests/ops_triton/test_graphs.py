@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm_engine.ops import ForwardBatch, Ops, load_ops
 from llm_engine.ops_triton.lang import INTERPRETED
+from llm_engine.runtime.batch import States
 from llm_engine.runtime.graphs import DecodeGraphs, PassGraphs
 from tests.models.harness import Harness, random_tokens
 
@@ -79,7 +80,7 @@ def test_sequences_with_fewer_rows_leave_places_empty(nano_dir: Path, exact: Ops
         state_width=harness.model.spec.hidden_size,
     )  # fmt: skip
     harness.store.arena.zero_()
-    recorded = ladder.run(batch, states)
+    recorded = ladder.run(batch, States.of_all(states))
     assert recorded is not None
     assert torch.equal(recorded[0], plain)
     assert recorded[1].tolist() == [0, 1, 2, 0, 0, 1]

@@ -14,6 +14,7 @@ from benchmarks import engine
 from benchmarks.engine_floor import Card, decode_bytes, prefill_seconds, target_ms
 from benchmarks.engine_run import BLOCK_TOKENS, Point, Sequences, best
 from benchmarks.engine_slice import DrawnTensors, SliceCaches, drawn_weights, routed, slice_spec
+from benchmarks.engine_worker import DecodingWorker
 from llm_engine.models.deepseek_v32 import build_model
 from llm_engine.models.sizes import size_config
 from llm_engine.models.spec import ModelSpec
@@ -152,3 +153,33 @@ def test_a_trace_needs_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             engine.main(words)
         assert "go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mtp", [0, 3])
+def test_a_worker_decodes(ops: Ops, mtp: int) -> None:
+    """The engine of a decode worker on its step thread; most drafts are right, some are wrong."""
+    points = [Point(batch=3, context=70, mtp=mtp, steps=6, chunk=50)]
+    (result,) = engine.measure(NANO, ops, points, engine.Options(fp8=False), Card(), on_worker=True)
+    assert (result["batch"], result["mtp"], result["through"]) == (3, mtp, "worker")
+    assert 0 < result["device_ms"] < result["step_ms"]
+    assert 0 < result["host_overhead"] < 1
+    assert set(result["host_ms"]) == {"plan", "build", "launch", "commit", "rest"}
+    assert all(spent >= 0 for spent in result["host_ms"].values())
+    assert result["gap_ms"] >= 0
+    assert 1 <= result["tokens_per_step"] <= 1 + mtp
+    assert (result["tokens_per_step"] > 1.5) == (mtp > 0)
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_worker_that_launches_ahead_draws_the_same(ops: Ops) -> None:
+    """And every pass is launched once, so that the tokens of a step come from one pass each."""
+    point = Point(batch=2, context=40, mtp=2, steps=4, chunk=50)
+    outputs = []
+    for ahead in (False, True):
+        with torch.inference_mode():
+            model = build_model(NANO, drawn_weights(NANO, ops, with_mtp=True), ops, 256)
+        worker = DecodingWorker(model, ops, point, fp8=False, ahead=ahead)
+        outputs.append([worker.engine.step() for _ in range(4)])
+        assert worker.engine.under_way == ahead
+    drawn = [[[d.tokens for ds in result.deltas.values() for d in ds] for result in run if result] for run in outputs]
+    assert drawn[0] == drawn[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,41 @@ class FakeModel:
             block, offset = divmod(i, BLOCK)
             if offset != BLOCK - 1:
                 assert store.mtp.latent[table[block], offset, 0] == token + 1, f"draft row {i} is stale"
+
+
+class LateModel(FakeModel):
+    """Its passes may write until they are waited for: `land` writes once more what the last of them wrote.
+
+    To be called before whatever waits for a pass under way. A pass of decode ends with `forward`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._writes: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._launched = True
+
+    def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        hidden = super().forward(batch, store, on_layer)
+        self._note([cache.latent for cache in store.layers], batch)
+        self._launched = True
+        return hidden
+
+    def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor:
+        states = super().mtp(batch, hidden_RH, store)
+        assert store.mtp is not None
+        self._note([store.mtp.latent], batch)
+        return states
+
+    def land(self) -> None:
+        """The pass under way writes for the last time."""
+        for plane, slots, values in self._writes:
+            plane.view(-1)[slots] = values
+
+    def _note(self, planes: list[Tensor], batch: ForwardBatch) -> None:
+        if self._launched:
+            self._writes, self._launched = [], False
+        slots = batch.slots_N.clone()
+        self._writes += [(plane, slots, plane.view(-1)[slots].clone()) for plane in planes]
 
 
 def logits_of(hidden_MH: Tensor) -> Tensor:

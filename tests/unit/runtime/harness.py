@@ -16,7 +16,17 @@ from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.runner import Model
 from llm_engine.runtime.sampler import DrawRows, Sampler
 from llm_engine.sched import Failure, LayerSink, Prefilled, Reservation, Sequence, StepResult
-from tests.unit.runtime.fake_model import BLOCK, EOS, VOCAB, FakeModel, advance, copy_block, logits_of, make_store
+from tests.unit.runtime.fake_model import (
+    BLOCK,
+    EOS,
+    VOCAB,
+    FakeModel,
+    LateModel,
+    advance,
+    copy_block,
+    logits_of,
+    make_store,
+)
 from tests.unit.sched.requests import submit_of
 
 
@@ -45,6 +55,8 @@ class Driver:
     prefilled: list[Prefilled] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
+    late: LateModel | None = None  # the model, if its passes go ahead
+    waited: bool = False  # for the pass under way
 
     def add(self, submit: Submit) -> Sequence:
         seq = self.engine.add(submit)
@@ -52,8 +64,17 @@ class Driver:
         self.outputs.setdefault(submit.request_id, unpack_tokens(submit.tokens)[submit.num_prompt :])
         return seq
 
+    def wait(self) -> None:
+        """Until the pass under way has ended, which writes as late as it can."""
+        if self.late is not None and self.engine.under_way and not self.waited:
+            self.late.land()
+        self.waited = True
+        self.engine.wait()
+
     def step(self) -> StepResult | None:
         """One step, all invariants checked; output indices must leave no gap and never contradict each other."""
+        self.wait()
+        self.waited = False
         result = self.engine.step()
         self.engine.check()
         if result is None:
@@ -88,13 +109,15 @@ def fake_driver(
     store: KvStore | None = None,
     on_layer: LayerSink | None = None,
     clock: Callable[[], float] = lambda: 0.0,
+    ahead: bool = False,
     **options: Any,
 ) -> Driver:
-    """A driver of an engine over the fake model."""
+    """A driver of an engine over the fake model. `ahead`: see `Engine`; passes then end as late as they can."""
     config = config_of(num_drafts=num_drafts, **options)
     store = store if store is not None else make_store(num_blocks, with_mtp=num_drafts > 0)
-    model = model if model is not None else FakeModel()
-    return Driver(Engine(config, model, store, role=role, format_id="fake", on_layer=on_layer, clock=clock))
+    model = model if model is not None else LateModel() if ahead else FakeModel()
+    engine = Engine(config, model, store, role=role, format_id="fake", on_layer=on_layer, ahead=ahead, clock=clock)
+    return Driver(engine, late=model if isinstance(model, LateModel) else None)
 
 
 def expected_output(submit: Submit, max_len: int = 64) -> list[int]:
@@ -141,11 +164,11 @@ def prompt_of(name: str = "r", tokens: list[int] | None = None, **options: Any) 
     return submit_of(tokens or PROMPT, name, **{"max_tokens": 12, "ignore_eos": True, **options})
 
 
-def fake_pair(num_drafts: int = 0) -> tuple[Driver, Driver, list[KvStore]]:
-    """A prefill engine, a decode engine and their stores."""
-    stores = [make_store(32, with_mtp=num_drafts > 0) for _ in range(2)]
+def fake_pair(num_drafts: int = 0, *, num_blocks: int = 32, **options: Any) -> tuple[Driver, Driver, list[KvStore]]:
+    """A prefill engine, a decode engine (with further options) and their stores."""
+    stores = [make_store(num_blocks, with_mtp=num_drafts > 0) for _ in range(2)]
     p = fake_driver(Role.PREFILL, store=stores[0], num_drafts=num_drafts)
-    d = fake_driver(Role.DECODE, store=stores[1], num_drafts=num_drafts)
+    d = fake_driver(Role.DECODE, store=stores[1], num_drafts=num_drafts, **options)
     return p, d, stores
 
 

@@ -18,7 +18,17 @@ from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason, pack_tokens, unpack_tokens
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.sched import Prefilled, Refusal, Reservation, Sequence
-from tests.unit.runtime.fake_model import BLOCK, EOS, NUM_LAYERS, VOCAB, FakeModel, block_bytes, copy_block, make_store
+from tests.unit.runtime.fake_model import (
+    BLOCK,
+    EOS,
+    NUM_LAYERS,
+    VOCAB,
+    FakeModel,
+    LateModel,
+    block_bytes,
+    copy_block,
+    make_store,
+)
 from tests.unit.runtime.harness import blocks_in_use, expected_output, fake_driver
 from tests.unit.sched.requests import submit_of
 
@@ -83,14 +93,16 @@ class Client:
             assert finishes[name] == (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_aggregated(seed: int) -> None:
+def test_aggregated(seed: int, ahead: bool) -> None:
     rng = random.Random(seed)
     driver = fake_driver(
         num_blocks=rng.choice([16, 20, 64]),
         num_drafts=rng.choice([0, 1, 3]),
         chunk=rng.choice([16, 24, 48]),
         max_num_seqs=rng.choice([2, 8]),
+        ahead=ahead,
     )
     client = Client(rng)
     for _ in range(20_000):
@@ -141,12 +153,12 @@ class Sink:
 class Pair:
     """A prefill and a decode engine with a hand-off between them that goes wrong in every way it can."""
 
-    def __init__(self, rng: random.Random, num_drafts: int) -> None:
+    def __init__(self, rng: random.Random, num_drafts: int, ahead: bool) -> None:
         self.rng = rng
         self.num_layers = NUM_LAYERS + (num_drafts > 0)
         self.stores = [make_store(rng.choice([16, 64]), with_mtp=num_drafts > 0) for _ in range(2)]
         self.sink = Sink(self.stores[0])
-        models = [FakeModel(row_tile=tile) for tile in (4, 1)]
+        models = [FakeModel(row_tile=4), LateModel(row_tile=1) if ahead else FakeModel(row_tile=1)]
         options: dict[str, Any] = {"num_drafts": num_drafts, "max_num_seqs": rng.choice([2, 6])}
         self.p = fake_driver(
             Role.PREFILL,
@@ -156,7 +168,7 @@ class Pair:
             chunk=rng.choice([16, 24]),
             **options,
         )
-        self.d = fake_driver(Role.DECODE, store=self.stores[1], model=models[1], **options)
+        self.d = fake_driver(Role.DECODE, store=self.stores[1], model=models[1], ahead=ahead, **options)
         self.d.outputs = self.p.outputs  # both report to the same router
         self.sent: list[Prefilled] = []
         self.landing: list[tuple[Prefilled, Reservation]] = []
@@ -221,19 +233,38 @@ class Pair:
             assert failure.code == "preempted"
             client.retry(failure.seq.request_id)
 
+    def wait(self, client: Client) -> None:
+        """Commands that come before the step find a pass that has ended."""
+        self.d.wait()
+
+    def cancel(self, client: Client) -> None:
+        """A client goes away while a pass computes its token, and hand-offs land in the room that there is."""
+        running = [seq.request_id for seq in self.d.engine._decode.running]
+        if not running or len(client.cancelled) > NUM_REQUESTS // 2:
+            return
+        name = self.rng.choice(running)
+        assert self.d.engine.abort(name, client.attempts[name]) is not None
+        client.cancelled.add(name)
+        for _ in range(3):
+            self.reserve(client)
+            self.land(client)
+
     @property
     def is_idle(self) -> bool:
         return self.p.engine.is_idle and self.d.engine.is_idle and not self.sent
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_disaggregated(seed: int) -> None:
+def test_disaggregated(seed: int, ahead: bool) -> None:
     rng = random.Random(100 + seed)
-    pair, client = Pair(rng, rng.choice([0, 1, 3])), Client(rng)
+    pair, client = Pair(rng, rng.choice([0, 1, 3]), ahead), Client(rng)
+    acts = [pair.prefill, pair.prefill, pair.reserve, pair.land, pair.fence, pair.decode, pair.decode]
+    acts += [pair.cancel, pair.wait] if ahead else []
     for _ in range(40_000):
         if rng.random() < 0.3 and (submit := client.next_submit(pair.p.outputs)) is not None:
             pair.p.add(submit)
-        rng.choice([pair.prefill, pair.prefill, pair.reserve, pair.land, pair.fence, pair.decode, pair.decode])(client)
+        rng.choice(acts)(client)
         if pair.is_idle and not client.to_send:
             break
     client.verify(pair.p.outputs, pair.p.finishes | pair.d.finishes)

@@ -23,7 +23,7 @@ from llm_engine.models.spec import ModelSpec
 from llm_engine.ops.load import load_ops
 from llm_engine.runtime.engine import Engine
 from llm_engine.runtime.kv_store import KvStore, plan_layout
-from llm_engine.runtime.sampler import Drawn, DrawRows, Sampler
+from llm_engine.runtime.sampler import Drawing, Drawn, Sampler
 from llm_engine.runtime.weights import load_weights
 from llm_engine.sched import Reservation, Sequence
 from tests.unit.runtime.harness import Driver, config_of
@@ -40,12 +40,12 @@ class RecordingSampler(Sampler):
         super().__init__(num_slots, model.spec.vocab_size, torch.device("cpu"))
         self.seen: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
 
-    def draw(self, logits_RV: Tensor, rows: DrawRows, *, best_R2: Tensor | None = None) -> Drawn:
-        drawn, row = super().draw(logits_RV, rows, best_R2=best_R2), 0
+    def finish(self, drawing: Drawing) -> Drawn:
+        drawn, rows, row = super().finish(drawing), drawing.rows, 0
         for seq, count, drafts in zip(rows.seqs, rows.counts, drawn.drafts, strict=True):
             assert count == 1 + len(drafts)
             for i in range(count):
-                self.seen[seq.request_id, len(seq.tokens) + i, tuple(drafts[:i])] = logits_RV[row + i].clone()
+                self.seen[seq.request_id, len(seq.tokens) + i, tuple(drafts[:i])] = drawing.logits_RV[row + i].clone()
             row += count
         return drawn
 

@@ -27,6 +27,10 @@ class Counter:
         self.steps = 0
         self.threads: set[int] = set()
         self.during_step: Callable[[], None] = lambda: None
+        self.waits = 0
+        self.during_wait: Callable[[], None] = lambda: None
+        self.under_way = False
+        self.rest_s = 0.0
 
     def step(self) -> int | None:
         self.calls += 1
@@ -36,6 +40,11 @@ class Counter:
         self.steps += 1
         self.during_step()
         return self.steps
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.during_wait()
+        self.rest_s = 0.0
 
     def load(self) -> Load:
         return Load(seq=0, num_running=self.budget - self.steps)
@@ -83,6 +92,58 @@ async def test_the_engine_is_touched_by_one_thread_and_the_results_by_another() 
     assert engine.threads == {ran_on}
     assert takers == {threading.get_ident()}
     assert ran_on not in takers
+
+
+async def test_commands_that_come_while_the_device_computes_are_run_before_the_step() -> None:
+    """At once while it surely goes on, else when it has ended: they do not wait for the pass after it."""
+    engine = Counter()
+    order: list[Any] = []
+    async with running(engine, idle_s=30.0) as loop:
+
+        def under_way(engine: Counter) -> None:
+            engine.under_way, engine.rest_s = True, 30.0
+            engine.during_wait = ended
+            engine.during_step = lambda: order.append("step")
+            engine.grant(1)
+
+        def ended() -> None:
+            order.append("end")
+            engine.during_wait = lambda: None
+            loop.post(lambda e: order.append("after"))
+
+        await loop.call(under_way)
+        assert await asyncio.wait_for(loop.call(lambda e: order.append("while")), 5.0) is None
+        assert order == ["while"]
+        loop.post(lambda e: setattr(e, "rest_s", 0.0))
+        await until(lambda: engine.steps == 1)
+    assert order == ["while", "end", "after", "step"]
+
+
+async def test_a_step_is_timed_from_the_end_of_the_last_one_if_its_pass_was_under_way() -> None:
+    engine = Counter()
+    reports: list[StepReport[int]] = []
+    async with running(engine, reports.append, idle_s=30.0) as loop:
+        await loop.call(lambda e: e.grant(1))
+        await until(lambda: len(reports) == 1)
+        await asyncio.sleep(0.1)
+        loop.post(lambda e: e.grant(1))
+        await until(lambda: len(reports) == 2)
+        await asyncio.sleep(0.1)
+        loop.post(lambda e: (setattr(e, "under_way", True), e.grant(1)))
+        await until(lambda: len(reports) == 3)
+    assert reports[1].duration_s < 0.1 <= reports[2].duration_s
+
+
+async def test_a_loop_that_stops_waits_for_the_pass_under_way() -> None:
+    """Its owner closes the memory that the pass uses."""
+    engine = Counter()
+    async with running(engine) as loop:
+        await loop.call(lambda e: None)
+        engine.during_wait = lambda: setattr(engine, "under_way", False)
+        engine.under_way = True
+        waits = engine.waits
+    assert engine.waits > waits
+    assert not engine.under_way
 
 
 async def test_an_expected_error_is_the_callers_and_the_loop_goes_on() -> None:

@@ -1,0 +1,55 @@
+"""What is known of the next step before the tokens of the last one are: all but the tokens, and who ends with them.
+
+Shapes: S sequences, B blocks of the longest table, X stop ids of the sequence that has most, K drafts of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_engine.runtime.batch import Ints, Tables
+from llm_engine.runtime.sampler import INVALID, Drawn
+from llm_engine.sched.sequence import Sequence
+
+_NO_TOKEN = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Of the sequences of a pass under way. Their blocks hold what it can give and one token more."""
+
+    seqs: list[Sequence]
+    computed_S: Ints  # tokens in the cache, those of the pass left out
+    room_S: Ints  # tokens that each may still get
+    stop_ids_SX: Ints  # padded
+    tables_SB: Tables
+
+    @classmethod
+    def of(cls, seqs: list[Sequence], tables_SB: Tables) -> Outlook:
+        """When a pass over `seqs` has been launched."""
+        width = max(len(seq.stop_ids) for seq in seqs)
+        stops = [[*seq.stop_ids, *([_NO_TOKEN] * (width - len(seq.stop_ids)))] for seq in seqs]
+        return cls(
+            seqs=seqs,
+            computed_S=np.array([seq.num_computed for seq in seqs]),
+            room_S=np.array([seq.max_len - len(seq.tokens) for seq in seqs]),
+            stop_ids_SX=np.array(stops, dtype=np.int64).reshape(len(seqs), width),
+            tables_SB=tables_SB,
+        )
+
+    def going_on(self, drawn: Drawn, here: Seq[bool]) -> npt.NDArray[np.bool_]:
+        """[S]: the sequence is still here, and none of its tokens is its last."""
+        kept_SK, num_S = drawn.kept_SK, drawn.num_kept_S
+        ends_SK = (kept_SK[:, :, None] == self.stop_ids_SX[:, None, :]).any(axis=2) | (kept_SK == INVALID)
+        ends_S = (ends_SK & (np.arange(kept_SK.shape[1]) < num_S[:, None])).any(axis=1) | (num_S >= self.room_S)
+        going_S: npt.NDArray[np.bool_] = np.array(here) & ~ends_S
+        return going_S
+
+
+def joined(first: Ints, further: Seq[int]) -> Ints:
+    """Some values and a few more."""
+    return np.append(first, np.array(further, dtype=np.int64)) if further else first
