@@ -3,8 +3,8 @@
 Pools have DeepSeek V3.2's geometry: 64-token blocks of latent cache and indexer keys for every layer and the MTP layer.
 A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it. Prints for every
 mode: exposed latency (last layer computed → admitted by the receiver; `accepted` adds the way back of its answer),
-total time, bytes, GB/s, what a plain copy of as many bytes reached between the same two processes right before, CPU
-time, and where the time went.
+total time, bytes, GB/s from offer to acceptance, what a plain copy of as many bytes reached between the same two
+processes right before, CPU time, and where the time went.
 
     baton bench handoff --transport shm --tokens 65536 --compute-ms-per-layer 30 --json
 """
@@ -42,6 +42,7 @@ from benchmarks.handoff_rig import (
 from benchmarks.handoff_trace import Trace, wrap
 from benchmarks.machine import cpu_s, machine
 from kv_transfer.memory import Arena
+from kv_transfer.sender import SWITCH_S
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout
@@ -84,14 +85,15 @@ class Writer:
         jobs = []
         for _ in range(mode.concurrent):
             parcel = Parcel(next(self._numbers), mode.cached_tokens, mode.scattered)
-            jobs.append(self._hand_off(mode, parcel, pick(free, count, scattered=mode.scattered, seed=parcel.number)))
+            blocks = pick(free, count, scattered=mode.scattered, seed=parcel.number)
+            jobs.append(self._hand_off(mode, parcel, self._submit(mode, parcel), blocks))
         return list(await asyncio.gather(*jobs))
 
     def close(self) -> None:
         self._steps.shutdown()
 
-    async def _hand_off(self, mode: Mode, parcel: Parcel, blocks: list[int]) -> Sample:
-        submit = Submit(
+    def _submit(self, mode: Mode, parcel: Parcel) -> Submit:
+        return Submit(
             request_id=parcel.request_id,
             attempt=0,
             router_id="",
@@ -101,6 +103,8 @@ class Writer:
             deadline_s=600.0,
             decode=self._peer,
         )
+
+    async def _hand_off(self, mode: Mode, parcel: Parcel, submit: Submit, blocks: list[int]) -> Sample:
         started = time.monotonic()
         handoff = self._client.offer(submit, mode.tokens, "0")
         loop = asyncio.get_running_loop()
@@ -219,9 +223,10 @@ async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int, rec
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
     for _ in range(mode.rounds):
         run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
-        started, cpu, far_cpu = time.monotonic(), time.process_time(), cpu_s(receiver)
-        run.samples += await writer.round(mode)
-        run.round_s.append(time.monotonic() - started)
+        cpu, far_cpu = time.process_time(), cpu_s(receiver)
+        samples = await writer.round(mode)
+        run.samples += samples
+        run.round_s.append(max(s.ended for s in samples) - min(s.started for s in samples))
         run.cpu_s.append(time.process_time() - cpu)
         run.receiver_cpu_s.append(cpu_s(receiver) - far_cpu)
 
@@ -253,6 +258,7 @@ async def _receiver(words: Sequence[str]) -> AsyncIterator[tuple[asyncio.subproc
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     args = parse(argv, __doc__)
+    sys.setswitchinterval(SWITCH_S)
     layout = make_layout(args.layers, max(32, -(-args.tokens // BLOCK_TOKENS)), args.kv_format)
     if reason := cannot(args, layout.arena_bytes):
         print(f"baton bench: {reason}", file=sys.stderr)

@@ -95,6 +95,7 @@ def pick(free: list[int], count: int, *, scattered: bool, seed: int) -> list[int
 
 @dataclass(slots=True, eq=False)
 class _Reservation:
+    number: int
     have_tokens: int
     blocks: Sequence[int]
 
@@ -112,15 +113,14 @@ class _Blocks:
         if count > len(self._free):
             return None
         blocks = pick(self._free, count, scattered=parcel.scattered, seed=parcel.number + 1)
-        return _Reservation(parcel.cached_tokens, blocks)
+        return _Reservation(parcel.number, parcel.cached_tokens, blocks)
 
     async def reserve_probe(self) -> _Reservation | None:
         return None
 
     async def admit(self, submit: Submit, reservation: _Reservation, first: FirstToken, report: HandoffReport) -> None:
-        number = Parcel.parse(submit.request_id).number
         # Both ends read one clock, that of the host.
-        self.reports[number] = {"verify_s": report.verify_s, "admitted_at": time.monotonic()}
+        self.reports[reservation.number] = {"verify_s": report.verify_s, "admitted_at": time.monotonic()}
         self.release(reservation)
 
     def release(self, reservation: _Reservation) -> None:

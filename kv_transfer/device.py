@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,6 +26,7 @@ from llm_engine.api.handoff import KvLayout
 
 WORD_BYTES = 8
 _ENGINE_RUN_BYTES = 4 << 20  # runs at least so long on average are left to the copy engines
+_KEPT_MARKS = 1024
 _KEPT = 32  # concurrent hand-offs, times two ends
 T = TypeVar("T")
 Mark: TypeAlias = "torch.cuda.Event | None"
@@ -70,6 +72,7 @@ class DeviceRegion:
         self.device = memory.device
         self.stream = _stream(memory)
         self._check_stream = _stream(memory)
+        self._marks: deque[torch.cuda.Event] = deque(maxlen=_KEPT_MARKS)
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._runs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Run]] = {}
@@ -103,9 +106,19 @@ class DeviceRegion:
         """Everything enqueued so far on the caller's stream. Step thread."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return self._record(torch.cuda.current_stream(self.device))
+
+    def copied(self) -> Mark:
+        """Every copy enqueued so far."""
+        return self._record(self.stream)
+
+    def checked(self) -> Mark:
+        """Every checksum enqueued so far."""
+        return self._record(self._check_stream)
+
+    def recycle(self, marks: Iterable[Mark]) -> None:
+        """Nobody will ask for these any more; what was enqueued behind them stays so."""
+        self._marks.extend(mark for mark in marks if mark is not None)
 
     def reached(self, mark: Mark) -> bool:
         """Whether the device has passed `mark`."""
@@ -123,6 +136,11 @@ class DeviceRegion:
         """Wait, without the interpreter's lock, until every copy has been done. Checksums may still be running."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def wait(self, mark: Mark) -> None:
+        """The same until the device has passed `mark`."""
+        if mark is not None:
+            mark.synchronize()
 
     def tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
         """Numbers on the device, for work on both streams. Waits for the checksums enqueued so far, not for copies."""
@@ -146,6 +164,16 @@ class DeviceRegion:
         """What `make` puts on the device, the first time that it is asked for."""
         value: T = self._keep(self._once, key, make)
         return value
+
+    def _record(self, stream: torch.cuda.Stream | None) -> Mark:
+        if stream is None:
+            return None
+        try:
+            event = self._marks.pop()
+        except IndexError:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
 
     def _keep(self, kept: dict[Any, T], key: object, make: Callable[[], T]) -> T:
         with self._lock:

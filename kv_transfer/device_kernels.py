@@ -17,7 +17,7 @@ import triton.language as tl
 Ptr: TypeAlias = tl.tensor
 Val: TypeAlias = tl.tensor
 
-COPY_TILE: Final = 1024
+COPY_TILE: Final = 512
 DIGEST_TILE: Final = 1024
 SAMPLE_TILE: Final = 256
 

@@ -5,6 +5,7 @@ A *cell* is one block of one layer of one plane: the unit that is sent, counted 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Blocks(tuple[int, ...]):
             return self._hash
 
 
+@functools.lru_cache(maxsize=64)
 def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
     """For each layer as the engine counts them (main layers, then MTP layers) the plane rows that it fills."""
     planes = list(enumerate(layout.planes))
@@ -89,6 +91,7 @@ class CopyPlan:
         self.source = source
         self.target = target
         self.layers = layer_planes(source)
+        self.most_layer_bytes = max(sum(source.planes[row.plane].block_bytes for row in rows) for rows in self.layers)
 
     def copies(self, row: PlaneLayer, runs: Sequence[Run]) -> Iterator[Copy]:
         """Copies of one plane row in run order, none longer than PIECE_BYTES unless a single block is."""

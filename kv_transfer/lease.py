@@ -17,6 +17,7 @@ RECEIVING to FREE that does not pass through a proof, and no transition that the
 from __future__ import annotations
 
 import enum
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,16 +89,15 @@ class LeaseTable:
         what it does not own.
         """
         taken = tuple(blocks)
-        held = [block for block in taken if block in self._holder]
-        if held or len(set(taken)) != len(taken):
+        if not self._holder.keys().isdisjoint(taken) or len(set(taken)) != len(taken):
+            held = [block for block in taken if block in self._holder]
             raise ValueError(f"blocks {held or taken}: reserved twice")
-        epoch = 1 + max((self._epochs.get(block, 0) for block in taken), default=0)
+        epoch = 1 + max(map(self._epochs.get, taken, itertools.repeat(0)), default=0)
         lease = Lease(LeaseKey(self._next_id, epoch), request_id, attempt, owner, taken)
         self._next_id += 1
         self._leases[lease.key.lease_id] = lease
-        for block in taken:
-            self._holder[block] = lease.key.lease_id
-            self._epochs[block] = epoch
+        self._holder.update(dict.fromkeys(taken, lease.key.lease_id))
+        self._epochs.update(dict.fromkeys(taken, epoch))
         return lease
 
     def grant(self, lease: Lease) -> None:

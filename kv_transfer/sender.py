@@ -11,6 +11,9 @@ from kv_transfer.link import Link
 Job = Callable[[Link], bool]  # True: once more, behind the others
 
 _JOIN_S = 5.0
+SWITCH_S = (
+    200e-6  # for sys.setswitchinterval: what loop, sender and step thread of a process wait for each other at most
+)
 
 
 class Sender:
@@ -26,6 +29,10 @@ class Sender:
     def submit(self, job: Job) -> None:
         """Any thread."""
         self._jobs.put(job)
+
+    def has_jobs(self) -> bool:
+        """Whether others wait for their turn."""
+        return not self._jobs.empty()
 
     def stop(self) -> None:
         """End after the jobs queued so far; close the link first, so that they end quickly."""
