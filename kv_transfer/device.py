@@ -15,12 +15,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.host import host_id
-from kv_transfer.layout import Blocks, PlaneLayer, Run, merge_runs
+from kv_transfer.layout import Blocks, PlaneLayer, Run, count_runs, merge_runs
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import KvLayout
 
@@ -75,7 +77,7 @@ class DeviceRegion:
         self._marks: deque[torch.cuda.Event] = deque(maxlen=_KEPT_MARKS)
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
-        self._runs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Run]] = {}
+        self._runs: dict[tuple[Blocks, Blocks, int], list[Run]] = {}
         self._once: dict[object, Any] = {}
 
     @property
@@ -142,10 +144,10 @@ class DeviceRegion:
         if mark is not None:
             mark.synchronize()
 
-    def tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+    def tensor(self, values: npt.NDArray[Any]) -> Tensor:
         """Numbers on the device, for work on both streams. Waits for the checksums enqueued so far, not for copies."""
         with self.checking():
-            made = torch.tensor(values, dtype=dtype, device=self.device)
+            made = torch.from_numpy(values).to(self.device, copy=True)
         if self.stream is not None:
             made.record_stream(self.stream)
         return made
@@ -153,12 +155,17 @@ class DeviceRegion:
     def table(self, blocks: Sequence[int]) -> Tensor:
         """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
         key = Blocks.of(blocks)
-        return self._keep(self._tables, key, lambda: self.tensor(key, torch.int32))
+        return self._keep(self._tables, key, lambda: self.tensor(np.array(key, np.int32)))
 
-    def runs(self, sources: Sequence[int], targets: Sequence[int]) -> list[Run]:
-        """Neighbours on both ends; kept like tables."""
-        key = (Blocks.of(sources), Blocks.of(targets))
-        return self._keep(self._runs, key, lambda: merge_runs(sources, targets))
+    def long_runs(self, sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> list[Run]:
+        """Neighbours on both ends, if they are long enough on average for the copy engines; kept like tables."""
+        key = (Blocks.of(sources), Blocks.of(targets), block_bytes)
+
+        def find() -> list[Run]:
+            few = are_long(count_runs(*key[:2]), len(sources), block_bytes)
+            return merge_runs(*key[:2]) if few else []
+
+        return self._keep(self._runs, key, find)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` puts on the device, the first time that it is asked for."""
@@ -238,6 +245,6 @@ def alignment(*num_bytes: int) -> int:
     return 2 if all(size % 16 == 0 for size in num_bytes) else 1
 
 
-def are_long(runs: Sequence[Run], num_blocks: int, block_bytes: int) -> bool:
+def are_long(num_runs: int, num_blocks: int, block_bytes: int) -> bool:
     """Whether runs of such blocks are long enough, on average, for the copy engines."""
-    return num_blocks * block_bytes >= _ENGINE_RUN_BYTES * len(runs)
+    return num_blocks * block_bytes >= _ENGINE_RUN_BYTES * num_runs

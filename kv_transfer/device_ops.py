@@ -7,11 +7,12 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
-from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, are_long, row_start
+from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
 from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, copy_cells, digest_cells
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
@@ -51,8 +52,8 @@ def push_blocks(
     """
     rows = [row for layer in layers for row in plan.layers[layer]]
     sizes = [plan.source.planes[row.plane].block_bytes for row in rows]
-    runs = region.runs(sources, targets)
-    if region.stream is not None and are_long(runs, len(sources), min(sizes)):
+    runs = region.long_runs(sources, targets, min(sizes))
+    if region.stream is not None and runs:
         if ready is not None:
             region.stream.wait_event(ready)
         cuda = driver()
@@ -121,7 +122,7 @@ def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
     align = alignment(*(size for entry in entries for size in entry))
     words = [[size // WORD_BYTES for size in entry] for entry in entries]
     most_words = max(size for _, _, size in words)
-    return _CopyRows(region.tensor(words, torch.int64), row_starts(plan.source), align, most_words)
+    return _CopyRows(region.tensor(np.array(words, np.int64)), row_starts(plan.source), align, most_words)
 
 
 def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
@@ -131,7 +132,7 @@ def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
         size = layout.planes[row.plane].block_bytes
         start = row_start(layout, row) // WORD_BYTES
         entries.append((start, size // WORD_BYTES, numbers[row], int(size > PAGE_BYTES)))
-    return region.tensor(entries, torch.int64)
+    return region.tensor(np.array(entries, np.int64))
 
 
 class DeviceDigests:

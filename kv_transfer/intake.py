@@ -15,6 +15,7 @@ from kv_transfer.offers import Attempts, OfferQueue, Waiting
 from kv_transfer.pairs import Pair
 from kv_transfer.probes import Probes
 from kv_transfer.reserver import BlockReserver, R
+from kv_transfer.tasks import start
 from kv_transfer.verifier import AnyLanding, new_verifier
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ServingError, TransferError
@@ -169,9 +170,9 @@ class Intakes(Generic[R]):
         if commit.manifest is not None:
             active.written = True
             landed = self.custody.shut(active.held)
-            self._tasks.create_task(self._conclude(active, commit, commit.manifest, landed))
+            start(self._tasks, self._conclude(active, commit, commit.manifest, landed))
         elif active.verified:
-            self._tasks.create_task(self._admit(active, commit, time.monotonic()))
+            start(self._tasks, self._admit(active, commit, time.monotonic()))
 
     def on_withdraw(self, pair: Pair, message: Withdraw) -> None:
         """The writer has stopped for good."""

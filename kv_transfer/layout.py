@@ -84,6 +84,12 @@ def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> li
     return [Run(int(sources[first]), int(targets[first]), last - first) for first, last in itertools.pairwise(bounds)]
 
 
+def count_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> int:
+    """How many runs `merge_runs` would find."""
+    sources, targets = np.asarray(source_blocks, np.int64), np.asarray(target_blocks, np.int64)
+    return 1 + int(np.count_nonzero((np.diff(sources) != 1) | (np.diff(targets) != 1))) if len(sources) else 0
+
+
 class CopyPlan:
     """How blocks of `source` reach `target`. Built once per pair; both layouts hold the same planes."""
 
