@@ -38,11 +38,11 @@ from benchmarks.handoff_rig import (
     make_layout,
     pick,
     receive,
+    settle,
 )
 from benchmarks.handoff_trace import Trace, wrap
 from benchmarks.machine import cpu_s, machine
 from kv_transfer.memory import Arena
-from kv_transfer.sender import SWITCH_S
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout
@@ -164,6 +164,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         writer = Writer(args, layout, client, peer, compute, trace)
         await writer.round(Mode("warm-up", args.tokens, 1))
         await writer.round(Mode("warm-up", args.tokens, 1, scattered=True))
+        settle()
         if args.trace:
             trace.on = True
             await writer.round(Mode("trace", args.tokens, 1))
@@ -258,7 +259,6 @@ async def _receiver(words: Sequence[str]) -> AsyncIterator[tuple[asyncio.subproc
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns the exit code."""
     args = parse(argv, __doc__)
-    sys.setswitchinterval(SWITCH_S)
     layout = make_layout(args.layers, max(32, -(-args.tokens // BLOCK_TOKENS)), args.kv_format)
     if reason := cannot(args, layout.arena_bytes):
         print(f"baton bench: {reason}", file=sys.stderr)

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -155,7 +154,7 @@ class DeviceRegion:
     def table(self, blocks: Sequence[int]) -> Tensor:
         """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
         key = Blocks.of(blocks)
-        return self._keep(self._tables, key, lambda: self.tensor(np.array(key, np.int32)))
+        return self._keep(self._tables, key, lambda: self.tensor(key.array))
 
     def long_runs(self, sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> list[Run]:
         """Neighbours on both ends, if they are long enough on average for the copy engines; kept like tables."""

@@ -66,10 +66,11 @@ class DeviceOutbox(Outbox):
         self._sums: DeviceManifest | None = None
         self._flying: deque[_Slice] = deque()
         self._landed_at = 0.0  # the last slice
+        self._built: Manifest | None = None
 
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
-        return self._checksums().build(self.num_tokens, self.num_sent_blocks)
+        return self._built or self._checksums().build(self.num_tokens, self.num_sent_blocks)
 
     def _begin(self, policy: Policy, lease: LeaseKey) -> None:
         self._policy = policy
@@ -88,6 +89,8 @@ class DeviceOutbox(Outbox):
             while self._fill(device, cost, granted, turn):
                 if self._left > 0:
                     self._tell(turn, _PROGRESS_BYTES)
+                if self._unsent() == 0 and len(self._flying) == 1:  # checksums are there before the copies
+                    self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
                 device.finish(self._flying[0].done)
                 self._land(cost)
                 if not self._flying and turn.others_wait():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
@@ -36,12 +37,21 @@ class Run(NamedTuple):
 
 
 class Blocks(tuple[int, ...]):
-    """Block ids that are looked up for every layer: hashed once."""
+    """Block ids that are looked up for every layer: hashed, and made an array, once."""
 
     @classmethod
     def of(cls, blocks: Sequence[int]) -> Blocks:
         """The same object if it is one already."""
         return blocks if isinstance(blocks, Blocks) else cls(blocks)
+
+    @property
+    def array(self) -> npt.NDArray[np.int32]:
+        """The same numbers; not to be changed."""
+        try:
+            return self._array
+        except AttributeError:
+            self._array: npt.NDArray[np.int32] = np.array(self, np.int32)
+            return self._array
 
     def __hash__(self) -> int:
         try:
@@ -74,7 +84,7 @@ def plane_rows(layout: KvLayout) -> Iterator[PlaneLayer]:
 
 def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[Run]:
     """Pair the blocks up in order; neighbours on both ends become one run."""
-    sources, targets = np.asarray(source_blocks, np.int64), np.asarray(target_blocks, np.int64)
+    sources, targets = Blocks.of(source_blocks).array, Blocks.of(target_blocks).array
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} blocks here, {len(targets)} there")
     if not len(sources):
@@ -86,7 +96,7 @@ def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> li
 
 def count_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> int:
     """How many runs `merge_runs` would find."""
-    sources, targets = np.asarray(source_blocks, np.int64), np.asarray(target_blocks, np.int64)
+    sources, targets = Blocks.of(source_blocks).array, Blocks.of(target_blocks).array
     return 1 + int(np.count_nonzero((np.diff(sources) != 1) | (np.diff(targets) != 1))) if len(sources) else 0
 
 
