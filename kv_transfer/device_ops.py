@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
-from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, copy_cells, digest_cells
+from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, SLOTS, copy_cells, digest_cells
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
@@ -147,7 +147,7 @@ class DeviceDigests:
         self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
         self._lock = threading.Lock()
         with region.checking():
-            self._sums = torch.zeros(len(self._rows), dtype=torch.int64, device=region.device)
+            self._sums = torch.zeros((SLOTS, len(self._rows)), dtype=torch.int64, device=region.device)
         self._fetched: tuple[Tensor, Mark] | None = None  # sums on the host, once the card has passed the mark
 
     def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
@@ -164,8 +164,10 @@ class DeviceDigests:
                     self._rows[begin:end],
                     table,
                     self._sums,
+                    len(self._rows),
                     first,
                     0 if self._phase is None else self._phase // WORD_BYTES,
+                    SLOTS=SLOTS,
                     SAMPLED=self._phase is not None,
                     TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
                     num_warps=4,
@@ -175,7 +177,7 @@ class DeviceDigests:
         """Everything was added: enqueue the way of the checksums to the host."""
         with self._lock, self._region.checking():
             on_card = self._sums.is_cuda
-            values = torch.empty(len(self._sums), dtype=torch.int64, pin_memory=on_card)
+            values = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=on_card)
             values.copy_(self._sums, non_blocking=on_card)
             self._fetched = values, self._region.checked()
 
@@ -186,7 +188,7 @@ class DeviceDigests:
         assert self._fetched is not None
         on_host, mark = self._fetched
         self._region.wait(mark)
-        flat = [value % (1 << 64) for value in on_host.tolist()]
+        flat = on_host.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
         values, start = [], 0
         for plane in self._planes:
             values.append(flat[start : start + plane.num_layers])

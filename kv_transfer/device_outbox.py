@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from llm_engine.api.handoff import KvLayout, Manifest
 START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
 _IN_FLIGHT = 2  # slices: the card has the next one when it ends one
 _LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver checks the last one when all is written
+_AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
 _PROGRESS_BYTES = 32 << 20  # less is checked by the receiver at the end, in one go
 
 
@@ -62,11 +64,14 @@ class DeviceOutbox(Outbox):
     def __init__(self, layout: KvLayout, region: DeviceRegion, num_tokens: int) -> None:
         super().__init__(layout, memoryview(b""), num_tokens)
         self._region = region
+        self._layer_bytes = layout.bytes_per_block() // len(self._next)  # of a block, on average
         self._policy: Policy = "full"
         self._sums: DeviceManifest | None = None
         self._flying: deque[_Slice] = deque()
         self._landed_at = 0.0  # the last slice
         self._built: Manifest | None = None
+        self._layer_s = math.inf  # what the card takes to compute a layer, as far as known
+        self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
@@ -117,12 +122,26 @@ class DeviceOutbox(Outbox):
             pair = (chunk.sources, chunk.targets)
             num_bytes = device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
         self._flying.append(_Slice(group, chunk, num_bytes, device.mark(), ahead))
-        begun = time.monotonic()
         if chunk.sources:
-            self._checksums().add(layers, chunk.sources, chunk.start, ready)
-            if self._unsent() == 0:
-                self._checksums().seal()
-        self.hash_s += time.monotonic() - begun
+            begun = time.monotonic()
+            self._sum(layers, chunk, ready)
+            self.hash_s += time.monotonic() - begun
+
+    def _sum(self, layers: range, chunk: Chunk, ready: Mark) -> None:
+        """Enqueue checksums: of small layers that follow each other in one go."""
+        is_last, before = self._unsent() == 0, self._unsummed
+        if before is not None:
+            if before[1] is chunk and before[0].stop == layers.start:
+                layers = range(before[0].start, layers.stop)
+            else:
+                self._checksums().add(before[0], before[1].sources, before[1].start, ready)
+            self._unsummed = None
+        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _PROGRESS_BYTES:
+            self._unsummed = layers, chunk
+            return
+        self._checksums().add(layers, chunk.sources, chunk.start, ready)
+        if is_last:
+            self._checksums().seal()
 
     def _land(self, cost: CostMeter) -> None:
         """The oldest slice has landed."""
@@ -130,7 +149,9 @@ class DeviceOutbox(Outbox):
         for item in piece.group:
             self._count(item.layer, piece.chunk)
         self.num_bytes += piece.num_bytes
-        if piece.num_bytes and not piece.ahead:  # else the card's own time is in it
+        if piece.ahead:
+            self._layer_s = max(1e-6, self._landed_at - before) / len(piece.group)
+        elif piece.num_bytes:
             cost.measured(piece.num_bytes, self._landed_at - before)
         self._region.recycle([piece.done, *(cast(Mark, item.ready) for item in piece.group)])
 
@@ -144,20 +165,22 @@ class DeviceOutbox(Outbox):
         return max(min(cost.batching.turn_bytes, left) // 2, int(_LEAST_SLICE_S * cost.curve.bytes_per_s))
 
     def _take_group(self, room: int, granted: Granted) -> list[Item]:
-        """The next item, and those after it that are the same blocks of the next layers, as far as computed."""
+        """The next item, and those after it that are the same blocks of the next layers: as far as computed, or, if
+        they are computed quickly, a few at a time."""
         first = self._take()
         if first is None:
             return []
         group = [first]
         most = room // max(1, len(first.blocks) * granted.plan.most_layer_bytes)
-        if most < 2 or not self._region.reached(cast(Mark, first.ready)):
-            return group
+        ahead = not self._region.reached(cast(Mark, first.ready))
+        if ahead:
+            most = min(most, int(_AHEAD_S / self._layer_s), self._unsent() // (2 * max(1, len(first.blocks))))
         with self._lock:
             while self._items and len(group) < most:
                 item, last = self._items[0], group[-1]
                 if (item.layer, item.first) != (last.layer + 1, last.first):
                     break
-                if item.blocks is not last.blocks or not self._region.reached(cast(Mark, item.ready)):
+                if item.blocks is not last.blocks or not (ahead or self._region.reached(cast(Mark, item.ready))):
                     break
                 group.append(self._items.popleft())
         return group

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from kv_transfer.device import DeviceRegion
 from kv_transfer.device_ops import DeviceDigests
@@ -30,19 +29,16 @@ class DeviceLanding:
         policy: Policy,
         lease: LeaseKey,
         blocks: Sequence[int],
-        submit: Callable[[Callable[[], None]], object],
     ) -> None:
         self.layout = layout
         self.blocks = Blocks.of(blocks)
         self.policy = policy
-        self._submit = submit
         self._row_bytes = [] if policy == "count" else _layer_bytes(layout)
         self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
         self._asked = [0] * len(self._row_bytes)  # loop only
         self._done = [0] * len(self._row_bytes)
         self._left_bytes = len(blocks) * sum(self._row_bytes)
         self._lock = threading.Lock()
-        self._values: list[list[int]] | None = None  # once everything was hashed
         self._over = False
 
     @property
@@ -59,7 +55,7 @@ class DeviceLanding:
                 self._asked[layer] = wanted
                 due.append((layer, wanted))
         if due:
-            self._submit(partial(self._enqueue, due))
+            self._enqueue(due)  # launches only: less than a hop to a thread takes
 
     def on_landed(self, cells: Sequence[Cells]) -> None:
         """Peers store here unseen."""
@@ -78,9 +74,9 @@ class DeviceLanding:
             return None
         count = len(self.blocks)
         self._enqueue([(layer, count) for layer, done in enumerate(self._done) if done < count])
-        values = self._values
-        if values is None:
+        if self._left_bytes:
             return "the lease ended while its blocks were being verified"
+        values = self._digests.values()
         for claim, own, plane in zip(manifest.planes, values, self.layout.planes, strict=True):
             if list(claim.checksums) != own:
                 layer = next(layer for layer, found in enumerate(own) if claim.checksums[layer] != found)
@@ -102,9 +98,8 @@ class DeviceLanding:
                 self._digests.add(range(first, last + 1), blocks, done)
                 self._done[first : last + 1] = [count] * len(taken)
                 self._left_bytes -= (count - done) * sum(self._row_bytes[first : last + 1])
-            if self._values is None and self._left_bytes == 0:
+            if new and self._left_bytes == 0:
                 self._digests.fetch()
-                self._values = self._digests.values()
 
 
 def _layer_bytes(layout: KvLayout) -> list[int]:
@@ -113,7 +108,7 @@ def _layer_bytes(layout: KvLayout) -> list[int]:
 
 
 class DeviceVerifier:
-    """A `verifier.Verifier` over device memory. One thread: work on the card is ordered by its stream anyway."""
+    """A `verifier.Verifier` over device memory. One thread, for what waits for the card long."""
 
     def __init__(self, layout: KvLayout, region: DeviceRegion) -> None:
         self._layout = layout
@@ -127,7 +122,7 @@ class DeviceVerifier:
 
     def land(self, lease: LeaseKey, blocks: Sequence[int], policy: Policy) -> DeviceLanding:
         """Begin to receive these blocks."""
-        return DeviceLanding(self._layout, self._region, policy, lease, tuple(blocks), self._thread.submit)
+        return DeviceLanding(self._layout, self._region, policy, lease, tuple(blocks))
 
     async def check(self, manifest: Manifest, landing: AnyLanding, num_tokens: int) -> str | None:
         """See Verifier.check."""

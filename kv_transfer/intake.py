@@ -218,18 +218,22 @@ class Intakes(Generic[R]):
             on_over=lambda: self._active.pop(request_id).landing.end(),
         )
         key = held.lease.key
-        landing = self._verifier.land(key, held.lease.blocks, pair.policy)
-        self._active[request_id] = _Active(waiting, held, landing)
-        pair.inlet.watch(key, landing.on_landed)
         grant = Grant(
             request_id=request_id,
             attempt=attempt,
             lease_id=key.lease_id,
             epoch=key.epoch,
             have_tokens=reservation.have_tokens,
-            blocks=tuple(reservation.blocks),
+            blocks=held.lease.blocks,
         )
-        self.send(pair, grant)
+        unseen = pair.inlet.landed(key) is None
+        if unseen:  # nothing is missed meanwhile
+            self.send(pair, grant)
+        landing = self._verifier.land(key, held.lease.blocks, pair.policy)
+        self._active[request_id] = _Active(waiting, held, landing)
+        pair.inlet.watch(key, landing.on_landed)
+        if not unseen:
+            self.send(pair, grant)
 
     async def _conclude(self, active: _Active[R], commit: Commit, manifest: Manifest, landed: Landed | None) -> None:
         """Verify what was written; admit, if the first token is here."""

@@ -11,9 +11,7 @@ from kv_transfer.link import Link
 Job = Callable[[Link], bool]  # True: once more, behind the others
 
 _JOIN_S = 5.0
-SWITCH_S = (
-    200e-6  # for sys.setswitchinterval: what loop, sender and step thread of a process wait for each other at most
-)
+SWITCH_S = 50e-6  # for sys.setswitchinterval: what the loop and the sender wait for a busy thread of their process
 
 
 class Sender:
