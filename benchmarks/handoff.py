@@ -3,8 +3,8 @@
 Pools have DeepSeek V3.2's geometry: 64-token blocks of latent cache and indexer keys for every layer and the MTP layer.
 A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it. Prints for every
 mode: exposed latency (last layer computed → admitted by the receiver; `accepted` adds the way back of its answer),
-total time, bytes, GB/s, what a plain copy of as many bytes reached between the same two processes right before, CPU
-time, and where the time went.
+total time, bytes, GB/s from offer to acceptance, what a plain copy of as many bytes reached between the same two
+processes right before, CPU time, and where the time went.
 
     baton bench handoff --transport shm --tokens 65536 --compute-ms-per-layer 30 --json
 """
@@ -38,6 +38,7 @@ from benchmarks.handoff_rig import (
     make_layout,
     pick,
     receive,
+    settle,
 )
 from benchmarks.handoff_trace import Trace, wrap
 from benchmarks.machine import cpu_s, machine
@@ -84,14 +85,15 @@ class Writer:
         jobs = []
         for _ in range(mode.concurrent):
             parcel = Parcel(next(self._numbers), mode.cached_tokens, mode.scattered)
-            jobs.append(self._hand_off(mode, parcel, pick(free, count, scattered=mode.scattered, seed=parcel.number)))
+            blocks = pick(free, count, scattered=mode.scattered, seed=parcel.number)
+            jobs.append(self._hand_off(mode, parcel, self._submit(mode, parcel), blocks))
         return list(await asyncio.gather(*jobs))
 
     def close(self) -> None:
         self._steps.shutdown()
 
-    async def _hand_off(self, mode: Mode, parcel: Parcel, blocks: list[int]) -> Sample:
-        submit = Submit(
+    def _submit(self, mode: Mode, parcel: Parcel) -> Submit:
+        return Submit(
             request_id=parcel.request_id,
             attempt=0,
             router_id="",
@@ -101,6 +103,8 @@ class Writer:
             deadline_s=600.0,
             decode=self._peer,
         )
+
+    async def _hand_off(self, mode: Mode, parcel: Parcel, submit: Submit, blocks: list[int]) -> Sample:
         started = time.monotonic()
         handoff = self._client.offer(submit, mode.tokens, "0")
         loop = asyncio.get_running_loop()
@@ -160,6 +164,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         writer = Writer(args, layout, client, peer, compute, trace)
         await writer.round(Mode("warm-up", args.tokens, 1))
         await writer.round(Mode("warm-up", args.tokens, 1, scattered=True))
+        settle()
         if args.trace:
             trace.on = True
             await writer.round(Mode("trace", args.tokens, 1))
@@ -219,9 +224,10 @@ async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int, rec
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
     for _ in range(mode.rounds):
         run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
-        started, cpu, far_cpu = time.monotonic(), time.process_time(), cpu_s(receiver)
-        run.samples += await writer.round(mode)
-        run.round_s.append(time.monotonic() - started)
+        cpu, far_cpu = time.process_time(), cpu_s(receiver)
+        samples = await writer.round(mode)
+        run.samples += samples
+        run.round_s.append(max(s.ended for s in samples) - min(s.started for s in samples))
         run.cpu_s.append(time.process_time() - cpu)
         run.receiver_cpu_s.append(cpu_s(receiver) - far_cpu)
 

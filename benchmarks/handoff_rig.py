@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
+import gc
+import itertools
 import json
 import os
 import random
@@ -20,6 +23,7 @@ from benchmarks.handoff_limits import SocketSink
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.receiver import HandoffServer
+from kv_transfer.sender import SWITCH_S
 from kv_transfer.transports import Memory
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout, Plane
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 KEY = b"benchmark" * 4
 BLOCK_TOKENS = 64
 MTP_LAYERS = 1
+_ORDERS = 64  # more than the caches of block tables hold
 # Bytes a token and layer: latent with rope, and the indexer's key.
 FORMATS = {"bf16": (1152, 256), "fp8": (656, 132)}
 
@@ -49,6 +54,14 @@ class Parcel(NamedTuple):
     @classmethod
     def parse(cls, request_id: str) -> Parcel:
         return cls(*json.loads(request_id))
+
+
+def settle() -> None:
+    """As workers do once they have started: what is here stays, and no thread holds the interpreter for long."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries look for leaks at the end
+    sys.setswitchinterval(SWITCH_S)
 
 
 def make_layout(num_layers: int, num_blocks: int, kv_format: str) -> KvLayout:
@@ -95,6 +108,7 @@ def pick(free: list[int], count: int, *, scattered: bool, seed: int) -> list[int
 
 @dataclass(slots=True, eq=False)
 class _Reservation:
+    number: int
     have_tokens: int
     blocks: Sequence[int]
 
@@ -104,27 +118,31 @@ class _Blocks:
 
     def __init__(self, num_blocks: int) -> None:
         self.reports: dict[int, dict[str, float]] = {}
-        self._free = list(range(num_blocks))
+        self._free = set(range(num_blocks))
+        self._ordered = range(num_blocks)
+        # Mixed beforehand: a block pool takes what is free, it does not shuffle while somebody waits.
+        self._mixed = [random.Random(seed).sample(self._ordered, num_blocks) for seed in range(_ORDERS)]
 
     async def reserve(self, submit: Submit, num_tokens: int) -> _Reservation | None:
         parcel = Parcel.parse(submit.request_id)
         count = -(-num_tokens // BLOCK_TOKENS) - parcel.cached_tokens // BLOCK_TOKENS
         if count > len(self._free):
             return None
-        blocks = pick(self._free, count, scattered=parcel.scattered, seed=parcel.number + 1)
-        return _Reservation(parcel.cached_tokens, blocks)
+        order = self._mixed[parcel.number % _ORDERS] if parcel.scattered else self._ordered
+        blocks = list(itertools.islice(filter(self._free.__contains__, order), count))
+        self._free.difference_update(blocks)
+        return _Reservation(parcel.number, parcel.cached_tokens, blocks)
 
     async def reserve_probe(self) -> _Reservation | None:
         return None
 
     async def admit(self, submit: Submit, reservation: _Reservation, first: FirstToken, report: HandoffReport) -> None:
-        number = Parcel.parse(submit.request_id).number
         # Both ends read one clock, that of the host.
-        self.reports[number] = {"verify_s": report.verify_s, "admitted_at": time.monotonic()}
+        self.reports[reservation.number] = {"verify_s": report.verify_s, "admitted_at": time.monotonic()}
         self.release(reservation)
 
     def release(self, reservation: _Reservation) -> None:
-        self._free.extend(reservation.blocks)
+        self._free.update(reservation.blocks)
 
     quarantine = free = release
 
@@ -145,6 +163,7 @@ async def receive(args: argparse.Namespace, layout: KvLayout, config: TransferCo
     server = HandoffServer(config=config, key=KEY, layout=layout, arena=arena, reserver=pool)
     address = hello["address"] = server.bind("127.0.0.1")
     running = asyncio.create_task(server.run(make_info("d", Role.DECODE, layout, address)))
+    settle()
     print(json.dumps(hello), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.close()

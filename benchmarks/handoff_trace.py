@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -73,12 +74,13 @@ class TracingLink:
         self.transport: str = inner.transport
         self.confirm: Callable[[LeaseKey], Future[int | None]] = inner.confirm
         self.close: Callable[[], None] = inner.close
+        self.mark: Callable[[], Any] = getattr(inner, "mark", lambda: None)
         self._inner = inner
         self._trace = trace
         self._cells = CellMap(layout)
         layer_of = {row: layer for layer, rows in enumerate(layer_planes(layout)) for row in rows}
         self._layer = [layer_of[row] for row in plane_rows(layout)]
-        self._pushed = threading.local()
+        self._threads = threading.local()
 
     def write(
         self,
@@ -103,19 +105,27 @@ class TracingLink:
         ready: Any,
         stopped: Callable[[], bool],
     ) -> int:
-        """See CudaIpcLink.push; the span ends with `finish`, and begins when the card has computed the layer."""
-        if ready is not None:
-            ready.synchronize()
-        self._pushed.since = (layers, time.monotonic())
+        """See CudaIpcLink.push; the span ends with `finish`, and begins when the card has computed the layers."""
+        self._of_thread().append((layers, ready))
         return int(self._inner.push(lease, plan, layers, blocks, ready, stopped))
 
-    def finish(self) -> None:
-        """See CudaIpcLink.finish."""
-        self._inner.finish()
-        layers, started = getattr(self._pushed, "since", (range(0), 0.0))
-        if layers:
+    def finish(self, mark: Any = None) -> None:
+        """See CudaIpcLink.finish; slices end in the order of their pushes."""
+        pushed = self._of_thread()
+        ending = [pushed.popleft() for _ in range(min(len(pushed), 1 if mark is not None else len(pushed)))]
+        for _, ready in ending:
+            if ready is not None:
+                ready.synchronize()
+        started = time.monotonic()
+        self._inner.finish(mark)
+        for layers, _ in ending:
             self._add(layers, started)
-        self._pushed.since = (range(0), 0.0)
+
+    def _of_thread(self) -> deque[tuple[range, Any]]:
+        if not hasattr(self._threads, "pushed"):
+            self._threads.pushed = deque()
+        pushed: deque[tuple[range, Any]] = self._threads.pushed
+        return pushed
 
     def _add(self, layers: range, started: float) -> None:
         which = f"{layers.start}" if len(layers) == 1 else f"{layers.start} to {layers.stop - 1}"

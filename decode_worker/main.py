@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
+from kv_transfer.sender import SWITCH_S
 from llm_engine.api.config import ClusterConfig
 from llm_engine.serving import process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal; returns the exit code."""
+    sys.setswitchinterval(SWITCH_S)
     options = process.parser(
         "decode_worker", "Takes KV caches over from prefill workers and draws the remaining tokens."
     )

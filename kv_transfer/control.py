@@ -42,9 +42,10 @@ class Channel:
         self._unsent_bytes = 0
         self._end = ""  # why the connection is over
         self._max_frame = _STRANGER_FRAME_BYTES
-        self._incoming = bytearray()
+        self._incoming = bytearray(_READ_BYTES)
+        self._filled = 0  # bytes of it
         self._frames: deque[bytes] = deque()
-        self._handle: Callable[[bytes], object] | None = None
+        self._handle: Callable[[memoryview], object] | None = None
         self._failure: Exception | None = None  # of `_handle`
         self._waiter: asyncio.Future[None] | None = None
         self._reading = False
@@ -78,28 +79,29 @@ class Channel:
 
         Raises TransferError when the connection is over or the peer has not read for too long.
         """
-        data = _LENGTH.pack(len(frame)) + frame
+        head = _LENGTH.pack(len(frame))
         with self._lock:
             if self._end:
                 raise TransferError(f"control channel: {self._end}")
             if self._unsent_bytes:
                 if self._unsent_bytes > _QUEUE_BYTES:
                     raise TransferError(f"control channel: the peer has left {self._unsent_bytes} bytes unread")
-                self._queue(memoryview(data))
+                self._queue(memoryview(head + frame))
                 return
-            sent = self._write(data)
-            if sent < len(data):
-                self._queue(memoryview(data)[sent:])
+            sent = self._write(head, frame)
+            if sent < len(head) + len(frame):
+                self._queue(memoryview(head + frame)[sent:])
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to send it
                     self._loop.call_soon_threadsafe(self._send_on)
 
-    async def serve(self, handle: Callable[[bytes], object]) -> None:
+    async def serve(self, handle: Callable[[memoryview], object]) -> None:
         """Pass every frame to `handle` in the very callback that read it, until the connection is over.
 
-        Raises TransferError then, or what `handle` raises.
+        The frame's memory is used again when `handle` has returned. Raises TransferError at the end, or what `handle`
+        raises.
         """
         while self._frames:  # read before
-            handle(self._frames.popleft())
+            handle(memoryview(self._frames.popleft()))
         self._read_on()
         self._handle = handle
         try:
@@ -132,47 +134,60 @@ class Channel:
 
     def _on_readable(self) -> None:
         try:
-            data = self._sock.recv(_READ_BYTES)
+            count = self._sock.recv_into(memoryview(self._incoming)[self._filled :])
         except BlockingIOError:
             return
         except OSError as exc:
             self._lose(exc.strerror or str(exc))
             return
-        if not data:
+        if not count:
             self._lose("closed by the peer")
             return
-        self._incoming += data
-        self._split()
+        self._filled += count
+        try:
+            self._split()
+        except Exception as exc:  # whoever awaits `serve` gets it
+            self._failure = exc
+            self._lose("a frame could not be handled")
+            return
         if self._handle is not None:
-            self._handle_frames(self._handle)
             return
         if len(self._frames) > _QUEUE_FRAMES and not self._end:
             self._loop.remove_reader(self._sock)
             self._reading = False
         self._wake()
 
-    def _handle_frames(self, handle: Callable[[bytes], object]) -> None:
-        try:
-            while self._frames:
-                handle(self._frames.popleft())
-        except Exception as exc:  # whoever awaits `serve` gets it
-            self._failure = exc
-            self._lose("a frame could not be handled")
-
     def _split(self) -> None:
-        """Cut what has arrived into frames."""
-        first, end = 0, len(self._incoming)
-        while end - first >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._incoming, first)
+        """Cut what has arrived into frames; handle or queue them."""
+        first, view = 0, memoryview(self._incoming)
+        needed = _LENGTH.size
+        while self._filled - first >= _LENGTH.size and not self._end:
+            (length,) = _LENGTH.unpack_from(view, first)
             if length > self._max_frame:
                 self._lose(f"a frame of {length} bytes, at most {self._max_frame} expected")
                 return
-            if end - first < _LENGTH.size + length:
+            needed = _LENGTH.size + length
+            if self._filled - first < needed:
                 break
-            first += _LENGTH.size
-            self._frames.append(bytes(memoryview(self._incoming)[first : first + length]))
-            first += length
-        del self._incoming[:first]
+            frame = view[first + _LENGTH.size : first + needed]
+            if self._handle is not None:
+                self._handle(frame)
+            else:
+                self._frames.append(bytes(frame))
+            first += needed
+            needed = _LENGTH.size
+        self._make_room(first, needed)
+
+    def _make_room(self, first: int, needed: int) -> None:
+        """Keep what has arrived from byte `first` on: the beginning of a frame that takes `needed` bytes."""
+        left = self._filled - first
+        if needed > len(self._incoming) or (needed <= _READ_BYTES < len(self._incoming)):
+            incoming = bytearray(max(needed, _READ_BYTES))
+            incoming[:left] = memoryview(self._incoming)[first : self._filled]
+            self._incoming = incoming
+        elif first and left:
+            self._incoming[:left] = self._incoming[first : self._filled]
+        self._filled = left
 
     async def _wait(self) -> None:
         """Until a frame is queued or the connection is over."""
@@ -220,10 +235,10 @@ class Channel:
         self._unsent.append(data)
         self._unsent_bytes += len(data)
 
-    def _write(self, data: bytes | memoryview) -> int:
-        """Any thread, with the lock held."""
+    def _write(self, *data: bytes | memoryview) -> int:
+        """Any thread, with the lock held. How many bytes the kernel has taken."""
         try:
-            return self._sock.send(data)
+            return self._sock.sendmsg(data)
         except BlockingIOError:
             return 0
         except OSError as exc:

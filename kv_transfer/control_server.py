@@ -27,7 +27,7 @@ class ControlServer:
         host: str,
         port: int,
         *,
-        handle: Callable[[Channel, bytes], bool],
+        handle: Callable[[Channel, bytes | memoryview], bool],
         lost: Callable[[Channel], None],
         refused: Callable[[str], None],
     ) -> None:

@@ -33,6 +33,8 @@ class Driver:
         except OSError as exc:
             raise TransferError(f"NVIDIA's driver is not installed ({exc})") from exc
         self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._copy = self._lib.cuMemcpyDtoDAsync_v2
+        self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
         self._call("cuInit", 0)
         version = ctypes.c_int()
         self._call("cuDriverGetVersion", ctypes.byref(version))
@@ -69,16 +71,12 @@ class Driver:
     def copy(self, runs: Sequence[tuple[int, int, int]], stream: int) -> None:
         """Enqueue copies, each (to address, from address, bytes), both ends on devices."""
         for target, source, num_bytes in runs:
-            self._call(
-                "cuMemcpyDtoDAsync_v2",
-                ctypes.c_uint64(target),
-                ctypes.c_uint64(source),
-                ctypes.c_size_t(num_bytes),
-                ctypes.c_void_p(stream),
-            )
+            self._check("cuMemcpyDtoDAsync_v2", self._copy(target, source, num_bytes, stream))
 
     def _call(self, name: str, *args: object) -> None:
-        code = getattr(self._lib, name)(*args)
+        self._check(name, getattr(self._lib, name)(*args))
+
+    def _check(self, name: str, code: int) -> None:
         if code != 0:
             text = ctypes.c_char_p()
             self._lib.cuGetErrorString(code, ctypes.byref(text))

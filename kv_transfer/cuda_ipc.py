@@ -113,16 +113,24 @@ class CudaIpcLink:
     ) -> int:
         """Enqueue copies of `blocks` (here, there) of some layers, once the card has reached `ready`; their bytes.
 
-        `finish` waits for them. Raises LeaseRevoked once `stopped()` is true, TransferError when the link is broken.
+        `finish` waits for them, or for those before a `mark`. Raises LeaseRevoked once `stopped()` is true,
+        TransferError when the link is broken.
         """
         with self._lock:
             self._check_open(lease, stopped)
             return push_blocks(self._region, self._target, plan, layers, *blocks, ready)
 
-    def finish(self) -> None:
-        """Wait until everything that was enqueued has landed. Raises TransferError if the card failed."""
+    def mark(self) -> Mark:
+        """The end of everything that was enqueued so far."""
+        return self._region.copied()
+
+    def finish(self, mark: Mark = None) -> None:
+        """Wait until everything enqueued (before `mark`) has landed. Raises TransferError if the card failed."""
         try:
-            self._region.synchronize()
+            if mark is None:
+                self._region.synchronize()
+            else:
+                self._region.wait(mark)
         except RuntimeError as exc:
             raise TransferError(f"cuda_ipc link broken: {exc}") from exc
 

@@ -34,7 +34,7 @@ class Held(Generic[R]):
     reservation: R
     timer: asyncio.TimerHandle
     on_over: Callable[[], object]
-    sealed: bool = False  # the writer says that everything is written
+    sealed: bool = False  # the writer has said all: nothing more of it is needed
     writer_gone: bool = False  # proven by the end of its connection
 
     @property
@@ -91,9 +91,8 @@ class Custody(Generic[R]):
         self.leases.grant(lease)
         return held
 
-    def seal(self, held: Held[R]) -> Landed | None:
+    def shut(self, held: Held[R]) -> Landed | None:
         """The writer says that it has written everything: what has landed. Where the link can, it takes no more."""
-        held.sealed = True
         landed = held.pair.inlet.landed(held.lease.key)
         held.pair.inlet.end_lease(held.lease.key)
         return landed
@@ -157,7 +156,7 @@ class Custody(Generic[R]):
     def on_connection_lost(self, connection: int, proven: bool) -> None:
         """A data connection is over. `proven`: its writer can't write any more.
 
-        A lease whose commit is being verified goes on: everything it needs is here.
+        A lease that is sealed goes on: everything it needs is here.
         """
         for lease in self.leases.owned_by(connection):
             held = self._held[lease.key.lease_id]

@@ -9,22 +9,25 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.host import host_id
-from kv_transfer.layout import Blocks, PlaneLayer, Run, merge_runs
+from kv_transfer.layout import Blocks, PlaneLayer, Run, count_runs, merge_runs
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import KvLayout
 
 WORD_BYTES = 8
 _ENGINE_RUN_BYTES = 4 << 20  # runs at least so long on average are left to the copy engines
+_KEPT_MARKS = 1024
 _KEPT = 32  # concurrent hand-offs, times two ends
 T = TypeVar("T")
 Mark: TypeAlias = "torch.cuda.Event | None"
@@ -70,9 +73,10 @@ class DeviceRegion:
         self.device = memory.device
         self.stream = _stream(memory)
         self._check_stream = _stream(memory)
+        self._marks: deque[torch.cuda.Event] = deque(maxlen=_KEPT_MARKS)
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
-        self._runs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Run]] = {}
+        self._runs: dict[tuple[Blocks, Blocks, int], list[Run]] = {}
         self._once: dict[object, Any] = {}
 
     @property
@@ -103,9 +107,19 @@ class DeviceRegion:
         """Everything enqueued so far on the caller's stream. Step thread."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return self._record(torch.cuda.current_stream(self.device))
+
+    def copied(self) -> Mark:
+        """Every copy enqueued so far."""
+        return self._record(self.stream)
+
+    def checked(self) -> Mark:
+        """Every checksum enqueued so far."""
+        return self._record(self._check_stream)
+
+    def recycle(self, marks: Iterable[Mark]) -> None:
+        """Nobody will ask for these any more; what was enqueued behind them stays so."""
+        self._marks.extend(mark for mark in marks if mark is not None)
 
     def reached(self, mark: Mark) -> bool:
         """Whether the device has passed `mark`."""
@@ -124,10 +138,15 @@ class DeviceRegion:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+    def wait(self, mark: Mark) -> None:
+        """The same until the device has passed `mark`."""
+        if mark is not None:
+            mark.synchronize()
+
+    def tensor(self, values: npt.NDArray[Any]) -> Tensor:
         """Numbers on the device, for work on both streams. Waits for the checksums enqueued so far, not for copies."""
         with self.checking():
-            made = torch.tensor(values, dtype=dtype, device=self.device)
+            made = torch.from_numpy(values).to(self.device, copy=True)
         if self.stream is not None:
             made.record_stream(self.stream)
         return made
@@ -135,17 +154,32 @@ class DeviceRegion:
     def table(self, blocks: Sequence[int]) -> Tensor:
         """Block ids on the device; the last few are kept, because every layer of a chunk asks for the same."""
         key = Blocks.of(blocks)
-        return self._keep(self._tables, key, lambda: self.tensor(key, torch.int32))
+        return self._keep(self._tables, key, lambda: self.tensor(key.array))
 
-    def runs(self, sources: Sequence[int], targets: Sequence[int]) -> list[Run]:
-        """Neighbours on both ends; kept like tables."""
-        key = (Blocks.of(sources), Blocks.of(targets))
-        return self._keep(self._runs, key, lambda: merge_runs(sources, targets))
+    def long_runs(self, sources: Sequence[int], targets: Sequence[int], block_bytes: int) -> list[Run]:
+        """Neighbours on both ends, if they are long enough on average for the copy engines; kept like tables."""
+        key = (Blocks.of(sources), Blocks.of(targets), block_bytes)
+
+        def find() -> list[Run]:
+            few = are_long(count_runs(*key[:2]), len(sources), block_bytes)
+            return merge_runs(*key[:2]) if few else []
+
+        return self._keep(self._runs, key, find)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What `make` puts on the device, the first time that it is asked for."""
         value: T = self._keep(self._once, key, make)
         return value
+
+    def _record(self, stream: torch.cuda.Stream | None) -> Mark:
+        if stream is None:
+            return None
+        try:
+            event = self._marks.pop()
+        except IndexError:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
 
     def _keep(self, kept: dict[Any, T], key: object, make: Callable[[], T]) -> T:
         with self._lock:
@@ -210,6 +244,6 @@ def alignment(*num_bytes: int) -> int:
     return 2 if all(size % 16 == 0 for size in num_bytes) else 1
 
 
-def are_long(runs: Sequence[Run], num_blocks: int, block_bytes: int) -> bool:
+def are_long(num_runs: int, num_blocks: int, block_bytes: int) -> bool:
     """Whether runs of such blocks are long enough, on average, for the copy engines."""
-    return num_blocks * block_bytes >= _ENGINE_RUN_BYTES * len(runs)
+    return num_blocks * block_bytes >= _ENGINE_RUN_BYTES * num_runs

@@ -17,9 +17,10 @@ import triton.language as tl
 Ptr: TypeAlias = tl.tensor
 Val: TypeAlias = tl.tensor
 
-COPY_TILE: Final = 1024
+COPY_TILE: Final = 512
 DIGEST_TILE: Final = 1024
 SAMPLE_TILE: Final = 256
+SLOTS: Final = 32
 
 
 class Kernel(Protocol):
@@ -62,9 +63,11 @@ def digest_cells(
     memory: Ptr,  # int64 words
     rows: Ptr,  # int64[r, 4]: first word of the row, words of a cell, running number, whether its pages are sampled
     blocks: Ptr,  # int32[n]
-    sums: Ptr,  # int64[rows of the layout]: the checksums so far
+    sums: Ptr,  # int64[SLOTS, rows of the layout]: the checksums so far, in parts to be added up
+    num_rows: int,  # of the layout
     num_first: int,  # position of blocks[0] in the lease
     num_phase: int,  # first sampled word of every page
+    SLOTS: tl.constexpr,  # additions to one address wait for each other
     SAMPLED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -93,4 +96,5 @@ def digest_cells(
     one = tl.zeros([1], dtype=tl.int64)  # a tile of one: products of whole numbers wrap around in tiles
     place = one + num_first + cell + 1
     placed = ((one + tl.sum(total, axis=0)) ^ (place * 0x5DB3D742C265539D)) * 0x4F1BBCDCBFA53E0B
-    tl.atomic_add(sums + tl.load(row + 2) + tl.arange(0, 1), placed ^ (placed >> 29))
+    slot = sums + cell % SLOTS * num_rows + tl.load(row + 2)
+    tl.atomic_add(slot + tl.arange(0, 1), placed ^ (placed >> 29))

@@ -12,18 +12,11 @@ from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest
 
 
 class DeviceManifest:
-    """Collects the checksums on the sending side. Sender thread; `build` any thread afterwards."""
+    """Collects the checksums on the sending side. Sender thread."""
 
     def __init__(self, region: DeviceRegion, layout: KvLayout, policy: Policy, lease: LeaseKey) -> None:
-        self.policy = policy
         self._layout = layout
         self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
-        self._values: list[list[int]] = []
-
-    @property
-    def hashes(self) -> bool:
-        """Whether `add` costs anything."""
-        return self._digests is not None
 
     def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
         """Blocks of consecutive layers, from position `first` of the lease on, complete at `ready`. Enqueues."""
@@ -31,18 +24,19 @@ class DeviceManifest:
             self._digests.add(layers, blocks, first, ready)
 
     def seal(self) -> None:
-        """Everything was added: fetch the checksums. Waits for the device."""
+        """Everything was added: `build` will find the checksums on the host. Enqueues."""
         if self._digests is not None:
-            self._values = self._digests.values()
+            self._digests.fetch()
 
     def build(self, num_tokens: int, num_blocks: int) -> Manifest:
-        """The manifest of `num_blocks` sent blocks of a sequence of `num_tokens` tokens; after `seal`."""
+        """The manifest of `num_blocks` sent blocks of a sequence of `num_tokens` tokens. Waits for the device."""
+        values = self._digests.values() if self._digests is not None else []
         planes = [
             PlaneManifest(
                 plane=plane.name,
                 num_blocks=num_blocks,
                 num_bytes=num_blocks * plane.num_layers * plane.block_bytes,
-                checksums=tuple(self._values[index]) if self._values else (),
+                checksums=tuple(values[index]) if values else (),
             )
             for index, plane in enumerate(self._layout.planes)
         ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kv_transfer.cuda import driver
-from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, are_long, row_start
-from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, copy_cells, digest_cells
-from kv_transfer.layout import CopyPlan, PlaneLayer, layer_planes, plane_rows
+from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
+from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, SLOTS, copy_cells, digest_cells
+from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
 
@@ -50,20 +52,37 @@ def push_blocks(
     """
     rows = [row for layer in layers for row in plan.layers[layer]]
     sizes = [plan.source.planes[row.plane].block_bytes for row in rows]
-    runs = region.runs(sources, targets)
-    if region.stream is not None and are_long(runs, len(sources), min(sizes)):
-        base, stream = region.memory.data_ptr(), region.stream.cuda_stream
+    runs = region.long_runs(sources, targets, min(sizes))
+    if region.stream is not None and runs:
+        if ready is not None:
+            region.stream.wait_event(ready)
         cuda = driver()
         cuda.bind(region.ordinal)
-        with region.copying(ready):
-            for row, size in zip(rows, sizes, strict=True):
-                from_, to = base + row_start(plan.source, row), target.data_ptr() + row_start(plan.target, row)
-                cuda.copy(
-                    [(to + run.target * size, from_ + run.source * size, run.num_blocks * size) for run in runs], stream
-                )
+        cuda.copy(_engine_copies(region, target, plan, rows, runs), region.stream.cuda_stream)
     else:
         _scatter(region, target, plan, layers, sources, targets, ready)
     return len(sources) * sum(sizes)
+
+
+def _engine_copies(
+    region: DeviceRegion, target: Target, plan: CopyPlan, rows: Sequence[PlaneLayer], runs: Sequence[Run]
+) -> list[tuple[int, int, int]]:
+    """(to, from, bytes), plane by plane: where runs fill whole rows on both ends, rows that touch are one copy."""
+    from_base, to_base = region.memory.data_ptr(), target.data_ptr()
+    copies: list[tuple[int, int, int]] = []
+    last_to = last_from = -1  # ends of the last copy
+    for row in sorted(rows):
+        size = plan.source.planes[row.plane].block_bytes
+        to_row, from_row = to_base + row_start(plan.target, row), from_base + row_start(plan.source, row)
+        for run in runs:
+            to, from_, length = to_row + run.target * size, from_row + run.source * size, run.num_blocks * size
+            if (to, from_) == (last_to, last_from):
+                first_to, first_from, so_far = copies.pop()
+                copies.append((first_to, first_from, so_far + length))
+            else:
+                copies.append((to, from_, length))
+            last_to, last_from = to + length, from_ + length
+    return copies
 
 
 def _scatter(
@@ -75,22 +94,23 @@ def _scatter(
     targets: Sequence[int],
     ready: Mark,
 ) -> None:
-    table = region.once(("copy", plan.source, plan.target), lambda: _copy_rows(region, plan))
+    table = region.once(plan, lambda: _copy_rows(region, plan))
     tables = region.table(sources), region.table(targets)
-    first, last = row_bounds(plan.layers, layers)
-    largest = max(plane.block_bytes for plane in plan.source.planes) // WORD_BYTES
-    tile = min(COPY_TILE, 1 << (largest - 1).bit_length())
+    first, last = table.starts[layers.start], table.starts[layers.stop]
+    tile = min(COPY_TILE, 1 << (table.most_words - 1).bit_length())
     with region.copying(ready):
-        copy_cells[(len(sources), -(-largest // tile), last - first)](
+        copy_cells[(len(sources), -(-table.most_words // tile), last - first)](
             region.words, target, table.rows[first:last], *tables, ALIGN=table.align, TILE=tile, num_warps=_WARPS
         )
 
 
 class _CopyRows(NamedTuple):
-    """Plane rows on the device in the order of layers, and the words that divide all their starts and cells."""
+    """Plane rows on the device in the order of layers."""
 
     rows: Tensor
-    align: int
+    starts: Sequence[int]  # see row_starts
+    align: int  # words that divide all their starts and cells
+    most_words: int  # of a cell
 
 
 def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
@@ -101,7 +121,8 @@ def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
     ]
     align = alignment(*(size for entry in entries for size in entry))
     words = [[size // WORD_BYTES for size in entry] for entry in entries]
-    return _CopyRows(region.tensor(words, torch.int64), align)
+    most_words = max(size for _, _, size in words)
+    return _CopyRows(region.tensor(np.array(words, np.int64)), row_starts(plan.source), align, most_words)
 
 
 def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
@@ -111,7 +132,7 @@ def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
         size = layout.planes[row.plane].block_bytes
         start = row_start(layout, row) // WORD_BYTES
         entries.append((start, size // WORD_BYTES, numbers[row], int(size > PAGE_BYTES)))
-    return region.tensor(entries, torch.int64)
+    return region.tensor(np.array(entries, np.int64))
 
 
 class DeviceDigests:
@@ -120,20 +141,21 @@ class DeviceDigests:
     def __init__(self, region: DeviceRegion, layout: KvLayout, phase: int | None) -> None:
         """`phase`: see manifest.sample_phase."""
         self._region = region
-        self._layout = layout
-        self._layers = layer_planes(layout)
+        self._planes = layout.planes
+        self._starts = row_starts(layout)
         self._phase = phase
         self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
         self._lock = threading.Lock()
         with region.checking():
-            self._sums = torch.zeros(len(self._rows), dtype=torch.int64, device=region.device)
+            self._sums = torch.zeros((SLOTS, len(self._rows)), dtype=torch.int64, device=region.device)
+        self._fetched: tuple[Tensor, Mark] | None = None  # sums on the host, once the card has passed the mark
 
     def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
         """Enqueue, for consecutive layers: `blocks` are the lease's blocks from position `first` on.
 
         They are read when the device has passed `ready`.
         """
-        begin, end = row_bounds(self._layers, layers)
+        begin, end = self._starts[layers.start], self._starts[layers.stop]
         with self._lock:
             table = self._region.table(blocks)
             with self._region.checking(ready):
@@ -142,25 +164,38 @@ class DeviceDigests:
                     self._rows[begin:end],
                     table,
                     self._sums,
+                    len(self._rows),
                     first,
                     0 if self._phase is None else self._phase // WORD_BYTES,
+                    SLOTS=SLOTS,
                     SAMPLED=self._phase is not None,
                     TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
                     num_warps=4,
                 )
 
+    def fetch(self) -> None:
+        """Everything was added: enqueue the way of the checksums to the host."""
+        with self._lock, self._region.checking():
+            on_card = self._sums.is_cuda
+            values = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=on_card)
+            values.copy_(self._sums, non_blocking=on_card)
+            self._fetched = values, self._region.checked()
+
     def values(self) -> list[list[int]]:
         """Of every plane's layers, as unsigned numbers. Waits for what was added on this region."""
-        with self._lock, self._region.checking():
-            flat = [value % (1 << 64) for value in self._sums.tolist()]
+        if self._fetched is None:
+            self.fetch()
+        assert self._fetched is not None
+        on_host, mark = self._fetched
+        self._region.wait(mark)
+        flat = on_host.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
         values, start = [], 0
-        for plane in self._layout.planes:
+        for plane in self._planes:
             values.append(flat[start : start + plane.num_layers])
             start += plane.num_layers
         return values
 
 
-def row_bounds(layers: Sequence[Sequence[PlaneLayer]], wanted: range) -> tuple[int, int]:
-    """Where the rows of consecutive layers lie among all rows in the order of layers."""
-    first = sum(len(rows) for rows in layers[: wanted.start])
-    return first, first + sum(len(rows) for rows in layers[wanted.start : wanted.stop])
+def row_starts(layout: KvLayout) -> tuple[int, ...]:
+    """Where the rows of each layer begin among all rows in the order of layers; after the last, their number."""
+    return tuple(itertools.accumulate((len(rows) for rows in layer_planes(layout)), initial=0))

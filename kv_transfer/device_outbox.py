@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from kv_transfer.cost import CostCurve, CostMeter
 from kv_transfer.device import DeviceRegion, Mark
@@ -12,10 +14,14 @@ from kv_transfer.device_manifest import DeviceManifest
 from kv_transfer.layout import CopyPlan
 from kv_transfer.link import LeaseKey, Link
 from kv_transfer.manifest import Policy
-from kv_transfer.outbox import Granted, Item, Outbox
-from llm_engine.api.handoff import Grant, KvLayout, Manifest
+from kv_transfer.outbox import Chunk, Granted, Item, Outbox, Turn
+from llm_engine.api.handoff import KvLayout, Manifest
 
 START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
+_IN_FLIGHT = 2  # slices: the card has the next one when it ends one
+_LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver checks the last one when all is written
+_AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
+_PROGRESS_BYTES = 32 << 20  # less is checked by the receiver at the end, in one go
 
 
 class DeviceLink(Protocol):
@@ -33,9 +39,23 @@ class DeviceLink(Protocol):
         """Enqueue."""
         ...
 
-    def finish(self) -> None:
-        """Wait for what was enqueued."""
+    def mark(self) -> Mark:
+        """The end of what was enqueued so far."""
         ...
+
+    def finish(self, mark: Mark = None) -> None:
+        """Wait for what was enqueued (before `mark`)."""
+        ...
+
+
+class _Slice(NamedTuple):
+    """Layers of a chunk whose copies are enqueued."""
+
+    group: list[Item]
+    chunk: Chunk
+    num_bytes: int
+    done: Mark
+    ahead: bool  # enqueued while the card was still computing it
 
 
 class DeviceOutbox(Outbox):
@@ -44,65 +64,130 @@ class DeviceOutbox(Outbox):
     def __init__(self, layout: KvLayout, region: DeviceRegion, num_tokens: int) -> None:
         super().__init__(layout, memoryview(b""), num_tokens)
         self._region = region
-        self._sums: DeviceManifest
-
-    def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
-        """See Outbox.open."""
-        super().open(grant, plan, policy)
-        self._sums = DeviceManifest(self._region, self._layout, policy, LeaseKey(grant.lease_id, grant.epoch))
+        self._layer_bytes = layout.bytes_per_block() // len(self._next)  # of a block, on average
+        self._policy: Policy = "full"
+        self._sums: DeviceManifest | None = None
+        self._flying: deque[_Slice] = deque()
+        self._landed_at = 0.0  # the last slice
+        self._built: Manifest | None = None
+        self._layer_s = math.inf  # what the card takes to compute a layer, as far as known
+        self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
-        return self._sums.build(self.num_tokens, self.num_sent_blocks)
+        return self._built or self._checksums().build(self.num_tokens, self.num_sent_blocks)
+
+    def _begin(self, policy: Policy, lease: LeaseKey) -> None:
+        self._policy = policy
 
     def _mark(self) -> Mark:
         return self._region.mark()
 
-    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted) -> None:
-        """What the card has computed goes out at once; one layer that it is still computing is enqueued behind it."""
+    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted, turn: Turn) -> None:
+        """As long as there is something to write and nobody else waits.
+
+        What the card has computed goes out slice by slice; a layer that it is still computing is enqueued behind it.
+        """
         device = cast(DeviceLink, link)
-        turn_bytes, limit = 0, cost.batching.turn_bytes
-        started = time.monotonic()
-        ahead = False
+        self._landed_at = time.monotonic()
         try:
-            while turn_bytes < limit and not ahead and (group := self._take_group(limit - turn_bytes, granted)):
-                item = group[0]
-                chunk = self._chunk_of(item, granted)
-                if chunk.sources:
-                    ready = cast(Mark, group[-1].ready)
-                    ahead = not self._region.reached(ready)
-                    layers = range(item.layer, item.layer + len(group))
-                    pair = (chunk.sources, chunk.targets)
-                    turn_bytes += device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
-                    begun = time.monotonic()
-                    self._sums.add(layers, chunk.sources, chunk.start, ready)
-                    self.hash_s += time.monotonic() - begun
-                for each in group:
-                    self._count(each.layer, chunk)
-            if self._left == 0:
-                self._sums.seal()
+            while self._fill(device, cost, granted, turn):
+                if self._left > 0:
+                    self._tell(turn, _PROGRESS_BYTES)
+                if self._unsent() == 0 and len(self._flying) == 1:  # checksums are there before the copies
+                    self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
+                device.finish(self._flying[0].done)
+                self._land(cost)
+                if not self._flying and turn.others_wait():
+                    break
         finally:
             device.finish()  # the gate says "nothing in flight" when this turn is over
-        if turn_bytes and not ahead:  # else the card's own time is in it
-            cost.measured(turn_bytes, time.monotonic() - started)
-        self.num_bytes += turn_bytes
+            while self._flying:
+                self._land(cost)
+
+    def _fill(self, device: DeviceLink, cost: CostMeter, granted: Granted, turn: Turn) -> bool:
+        """Enqueue slices until enough are in flight. False: none is, because there is nothing to write."""
+        while len(self._flying) < _IN_FLIGHT and not (self._flying and turn.others_wait()):
+            group = self._take_group(self._room(cost, granted), granted)
+            if not group:
+                break
+            self._push(device, granted, group)
+        return bool(self._flying)
+
+    def _push(self, device: DeviceLink, granted: Granted, group: list[Item]) -> None:
+        chunk, ready = self._chunk_of(group[0], granted), cast(Mark, group[-1].ready)
+        layers, num_bytes = range(group[0].layer, group[0].layer + len(group)), 0
+        ahead = not self._region.reached(ready)
+        if chunk.sources:
+            pair = (chunk.sources, chunk.targets)
+            num_bytes = device.push(granted.lease, granted.plan, layers, pair, ready, self.gate.stopped)
+        self._flying.append(_Slice(group, chunk, num_bytes, device.mark(), ahead))
+        if chunk.sources:
+            begun = time.monotonic()
+            self._sum(layers, chunk, ready)
+            self.hash_s += time.monotonic() - begun
+
+    def _sum(self, layers: range, chunk: Chunk, ready: Mark) -> None:
+        """Enqueue checksums: of small layers that follow each other in one go."""
+        is_last, before = self._unsent() == 0, self._unsummed
+        if before is not None:
+            if before[1] is chunk and before[0].stop == layers.start:
+                layers = range(before[0].start, layers.stop)
+            else:
+                self._checksums().add(before[0], before[1].sources, before[1].start, ready)
+            self._unsummed = None
+        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _PROGRESS_BYTES:
+            self._unsummed = layers, chunk
+            return
+        self._checksums().add(layers, chunk.sources, chunk.start, ready)
+        if is_last:
+            self._checksums().seal()
+
+    def _land(self, cost: CostMeter) -> None:
+        """The oldest slice has landed."""
+        piece, before, self._landed_at = self._flying.popleft(), self._landed_at, time.monotonic()
+        for item in piece.group:
+            self._count(item.layer, piece.chunk)
+        self.num_bytes += piece.num_bytes
+        if piece.ahead:
+            self._layer_s = max(1e-6, self._landed_at - before) / len(piece.group)
+        elif piece.num_bytes:
+            cost.measured(piece.num_bytes, self._landed_at - before)
+        self._region.recycle([piece.done, *(cast(Mark, item.ready) for item in piece.group)])
+
+    def _unsent(self) -> int:
+        """(layer, block) pairs that are not even enqueued."""
+        return self._left - sum(len(piece.group) * len(piece.chunk.sources) for piece in self._flying)
+
+    def _room(self, cost: CostMeter, granted: Granted) -> int:
+        """Bytes of the next slice: half a turn, or half of what is left."""
+        left = self._unsent() * granted.plan.most_layer_bytes
+        return max(min(cost.batching.turn_bytes, left) // 2, int(_LEAST_SLICE_S * cost.curve.bytes_per_s))
 
     def _take_group(self, room: int, granted: Granted) -> list[Item]:
-        """The next item, and those after it that are the same blocks of the next layers, as far as computed."""
+        """The next item, and those after it that are the same blocks of the next layers: as far as computed, or, if
+        they are computed quickly, a few at a time."""
         first = self._take()
         if first is None:
             return []
         group = [first]
-        per_layer = len(first.blocks) * max(
-            sum(self._layout.planes[row.plane].block_bytes for row in rows) for rows in granted.plan.layers
-        )
-        while (len(group) + 1) * per_layer <= room and self._region.reached(cast(Mark, group[-1].ready)):
-            with self._lock:
-                item = self._items[0] if self._items else None
-                last = group[-1]
-                if item is None or (item.layer, item.first) != (last.layer + 1, last.first):
+        most = room // max(1, len(first.blocks) * granted.plan.most_layer_bytes)
+        ahead = not self._region.reached(cast(Mark, first.ready))
+        if ahead:
+            most = min(most, int(_AHEAD_S / self._layer_s), self._unsent() // (2 * max(1, len(first.blocks))))
+        with self._lock:
+            while self._items and len(group) < most:
+                item, last = self._items[0], group[-1]
+                if (item.layer, item.first) != (last.layer + 1, last.first):
                     break
-                if item.blocks is not last.blocks or not self._region.reached(cast(Mark, item.ready)):
+                if item.blocks is not last.blocks or not (ahead or self._region.reached(cast(Mark, item.ready))):
                     break
                 group.append(self._items.popleft())
         return group
+
+    def _checksums(self) -> DeviceManifest:
+        """Made behind the first copies, not before them."""
+        if self._sums is None:
+            assert self._granted is not None
+            self._sums = DeviceManifest(self._region, self._layout, self._policy, self._granted.lease)
+        return self._sums

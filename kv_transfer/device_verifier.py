@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from kv_transfer.device import DeviceRegion
 from kv_transfer.device_ops import DeviceDigests
-from kv_transfer.layout import layer_planes, plane_rows
+from kv_transfer.layout import Blocks, layer_planes, plane_rows
 from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import Policy, check_counts, checksum, sample_phase
 from kv_transfer.verifier import AnyLanding
 from llm_engine.api.handoff import KvLayout, Manifest
 
-_INLINE_BYTES = 256 << 20  # a card hashes less than this in less time than a hop to a thread and back takes
+_INLINE_BYTES = 1 << 30  # a card hashes less than this in less time than a hop to a thread and back takes
 
 
 class DeviceLanding:
@@ -30,35 +29,33 @@ class DeviceLanding:
         policy: Policy,
         lease: LeaseKey,
         blocks: Sequence[int],
-        submit: Callable[[Callable[[], None]], object],
     ) -> None:
         self.layout = layout
-        self.blocks = blocks
+        self.blocks = Blocks.of(blocks)
         self.policy = policy
-        self._submit = submit
-        self._layers = [] if policy == "count" else list(layer_planes(layout))
+        self._row_bytes = [] if policy == "count" else _layer_bytes(layout)
         self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
-        self._asked = [0] * len(self._layers)  # loop only
-        self._done = [0] * len(self._layers)
+        self._asked = [0] * len(self._row_bytes)  # loop only
+        self._done = [0] * len(self._row_bytes)
+        self._left_bytes = len(blocks) * sum(self._row_bytes)
         self._lock = threading.Lock()
-        self._values: list[list[int]] | None = None  # once everything was hashed
         self._over = False
 
     @property
     def num_layers(self) -> int:
         """Layers that are hashed at all."""
-        return len(self._layers)
+        return len(self._row_bytes)
 
     def advance(self, layers: Iterable[tuple[int, int]]) -> None:
         """See Landing.advance."""
         due: list[tuple[int, int]] = []
         for layer, num_blocks in layers:
             wanted = min(num_blocks, len(self.blocks))
-            if 0 <= layer < len(self._layers) and wanted > self._asked[layer]:
+            if 0 <= layer < len(self._asked) and wanted > self._asked[layer]:
                 self._asked[layer] = wanted
                 due.append((layer, wanted))
         if due:
-            self._submit(partial(self._enqueue, due))
+            self._enqueue(due)  # launches only: less than a hop to a thread takes
 
     def on_landed(self, cells: Sequence[Cells]) -> None:
         """Peers store here unseen."""
@@ -69,25 +66,21 @@ class DeviceLanding:
 
     def left_bytes(self) -> int:
         """What has not been hashed yet."""
-        if self._values is not None:
-            return 0
-        return sum(
-            (len(self.blocks) - done) * sum(self.layout.planes[row.plane].block_bytes for row in rows)
-            for rows, done in zip(self._layers, self._done, strict=True)
-        )
+        return self._left_bytes
 
     def finish(self, manifest: Manifest) -> str | None:
         """Hash the rest and compare. None: it holds; otherwise what is wrong. Waits for the device."""
         if self._digests is None:
             return None
-        self._enqueue([(layer, len(self.blocks)) for layer in range(len(self._layers))])
-        values = self._values
-        if values is None:
+        count = len(self.blocks)
+        self._enqueue([(layer, count) for layer, done in enumerate(self._done) if done < count])
+        if self._left_bytes:
             return "the lease ended while its blocks were being verified"
+        values = self._digests.values()
         for claim, own, plane in zip(manifest.planes, values, self.layout.planes, strict=True):
-            for layer, (claimed, found) in enumerate(zip(claim.checksums, own, strict=True)):
-                if claimed != found:
-                    return f"plane {plane.name}, layer {layer}: the bytes here are not the bytes that were sent"
+            if list(claim.checksums) != own:
+                layer = next(layer for layer, found in enumerate(own) if claim.checksums[layer] != found)
+                return f"plane {plane.name}, layer {layer}: the bytes here are not the bytes that were sent"
         return None
 
     def _enqueue(self, due: Sequence[tuple[int, int]]) -> None:
@@ -100,14 +93,22 @@ class DeviceLanding:
             for _, group in itertools.groupby(enumerate(new), lambda item: (item[1][0] - item[0], *item[1][1:])):
                 taken = [entry for _, entry in group]
                 (first, done, count), (last, _, _) = taken[0], taken[-1]
-                self._digests.add(range(first, last + 1), self.blocks[done:count], done)
+                whole = count - done == len(self.blocks)
+                blocks = self.blocks if whole else self.blocks[done:count]
+                self._digests.add(range(first, last + 1), blocks, done)
                 self._done[first : last + 1] = [count] * len(taken)
-            if self._values is None and min(self._done) == len(self.blocks):
-                self._values = self._digests.values()
+                self._left_bytes -= (count - done) * sum(self._row_bytes[first : last + 1])
+            if new and self._left_bytes == 0:
+                self._digests.fetch()
+
+
+def _layer_bytes(layout: KvLayout) -> list[int]:
+    """Of one block, for every layer."""
+    return [sum(layout.planes[row.plane].block_bytes for row in rows) for rows in layer_planes(layout)]
 
 
 class DeviceVerifier:
-    """A `verifier.Verifier` over device memory. One thread: work on the card is ordered by its stream anyway."""
+    """A `verifier.Verifier` over device memory. One thread, for what waits for the card long."""
 
     def __init__(self, layout: KvLayout, region: DeviceRegion) -> None:
         self._layout = layout
@@ -121,7 +122,7 @@ class DeviceVerifier:
 
     def land(self, lease: LeaseKey, blocks: Sequence[int], policy: Policy) -> DeviceLanding:
         """Begin to receive these blocks."""
-        return DeviceLanding(self._layout, self._region, policy, lease, tuple(blocks), self._thread.submit)
+        return DeviceLanding(self._layout, self._region, policy, lease, tuple(blocks))
 
     async def check(self, manifest: Manifest, landing: AnyLanding, num_tokens: int) -> str | None:
         """See Verifier.check."""

@@ -1,9 +1,9 @@
 """One hand-off on the writer's side: from the offer to the verdict.
 
 Runs on the event loop, except `layer_ready` and `complete` (any thread) and the copying (the session's sender thread).
-Commit leaves in the thread that had to be waited for: the one that completed the prompt, or the one that learned that
-everything has landed. A hand-off is over when `ended` is set: then no write is in flight and the receiver has been
-told, or has accepted, or is gone.
+Each part of Commit leaves in the thread that had to be waited for: the one that completed the prompt, or the one that
+learned that everything has landed. A hand-off is over when `ended` is set: then no write is in flight and the receiver
+has been told, or has accepted, or is gone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.link import Link
 from kv_transfer.metrics import HandoffReport
-from kv_transfer.outbox import Pumped
+from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
@@ -67,11 +67,11 @@ class Handoff:
         self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
-        # Held while the hand-off fails and while Commit is sent: a hand-off that has failed sends none any more.
+        # Held while the hand-off fails and while Commit is sent: one that has failed sends no part of it any more.
         self._lock = threading.Lock()
         self._completed: tuple[FirstToken, float] | None = None  # with the end of compute
         self._manifest: Manifest | None = None  # once everything has landed
-        self._committed = False
+        self._told_first = self._told_manifest = False
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
@@ -96,7 +96,7 @@ class Handoff:
             session.sender.submit(self._pump)
 
     def complete(self, first: FirstToken, *, compute_end: float) -> None:
-        """The prompt is computed: the manifest goes out now, or as soon as everything has landed. Thread-safe.
+        """The prompt is computed: the first token goes out now, or as soon as there is a lease. Thread-safe.
 
         Never blocks. For the thread that computes, before it tells the loop, which awaits `commit`; ignored when it
         comes twice, or after the end. `compute_end`: `time.monotonic()` at the end of the last prefill kernel.
@@ -104,7 +104,7 @@ class Handoff:
         with self._lock:
             if self._completed is None:
                 self._completed = first, compute_end
-                self._commit_if_due()
+                self._say_what_is_known()
 
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
         """`complete`, then wait until everything was written and for the receiver's verdict.
@@ -120,7 +120,7 @@ class Handoff:
             async with asyncio.timeout(self._context.config.commit_timeout_s):
                 await self._reached(self._verdict)
         except TimeoutError:
-            step = "verdict" if self._committed else "write"
+            step = "verdict" if self._told_manifest else "write"
             self.fail("commit_timeout", TransferTimeout(self._say(f"no {step} in time"), request_id=self.request_id))
         except TransferError as exc:
             self.fail("link", exc)
@@ -162,6 +162,8 @@ class Handoff:
         self._grant_timer.cancel()
         self._granted.set()
         self._session.sender.submit(self._pump)
+        with self._lock:
+            self._say_what_is_known()
 
     def on_defer(self, message: Defer) -> None:
         """The offer waits at the receiver."""
@@ -207,18 +209,16 @@ class Handoff:
         lease, session = self._outbox.lease, self._session
         if lease is None or session is None:
             return False
-        pumped = self._outbox.pump(link, session.cost)
-        if pumped is Pumped.WRITTEN:
-            # The engine is still computing (what follows the last cache rows): the receiver need not wait for Commit.
-            news = () if self._completed is not None else self._outbox.news(pumped)
-            if news:
-                link.confirm(lease).add_done_callback(partial(self._on_progress, news))
-            link.confirm(lease).add_done_callback(self._on_confirmed)
-        elif pumped is not Pumped.STOPPED and (news := self._outbox.news(pumped)):
+
+        def tell(news: News) -> None:
             link.confirm(lease).add_done_callback(partial(self._on_progress, news))
+
+        pumped = self._outbox.pump(link, session.cost, Turn(session.sender.has_jobs, tell))
+        if pumped is Pumped.WRITTEN:
+            link.confirm(lease).add_done_callback(self._on_confirmed)
         return pumped is Pumped.MORE
 
-    def _on_progress(self, layers: tuple[tuple[int, int], ...], done: Future[int | None]) -> None:
+    def _on_progress(self, layers: News, done: Future[int | None]) -> None:
         """Link's thread. What was written has landed: the receiver may hash it."""
         lease = self._outbox.lease
         if done.exception() is None and self._error is None and lease is not None and self._session is not None:
@@ -237,28 +237,27 @@ class Handoff:
             manifest = self._outbox.manifest()
             with self._lock:
                 self._manifest = manifest
-                self._commit_if_due()
+                self._say_what_is_known()
         except Exception as exc:  # a future swallows what its callbacks raise
             self._context.post(self._context.crash, exc)
 
-    def _commit_if_due(self) -> None:
-        """Any thread, with the lock held: send Commit once, when both the prompt and the writing are complete."""
-        lease, session = self._outbox.lease, self._session
-        if self._completed is None or self._manifest is None or self._committed or self._error is not None:
+    def _say_what_is_known(self) -> None:
+        """Any thread, with the lock held: send each part of Commit once, under the lease."""
+        lease, session, completed = self._outbox.lease, self._session, self._completed
+        has_first = completed is not None and not self._told_first
+        has_manifest = self._manifest is not None and not self._told_manifest
+        if not (has_first or has_manifest) or lease is None or session is None or self._error is not None:
             return
-        assert lease is not None
-        assert session is not None
-        first, compute_end = self._completed
-        self._committed = True
+        self._told_first, self._told_manifest = self._told_first or has_first, self._told_manifest or has_manifest
         message = Commit(
             request_id=self.request_id,
             attempt=self.attempt,
             lease_id=lease.lease_id,
             epoch=lease.epoch,
-            manifest=self._manifest,
-            first=first,
             weight_version=self._weight_version,
-            compute_end_age_s=max(0.0, time.monotonic() - compute_end),
+            manifest=self._manifest if has_manifest else None,
+            first=completed[0] if completed is not None and has_first else None,
+            compute_end_age_s=max(0.0, time.monotonic() - completed[1]) if completed is not None else 0.0,
         )
         try:
             session.send(message)

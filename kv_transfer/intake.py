@@ -15,6 +15,7 @@ from kv_transfer.offers import Attempts, OfferQueue, Waiting
 from kv_transfer.pairs import Pair
 from kv_transfer.probes import Probes
 from kv_transfer.reserver import BlockReserver, R
+from kv_transfer.tasks import start
 from kv_transfer.verifier import AnyLanding, new_verifier
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ServingError, TransferError
@@ -24,6 +25,7 @@ from llm_engine.api.handoff import (
     Fenced,
     Grant,
     KvLayout,
+    Manifest,
     Offer,
     Probe,
     ProbeCommit,
@@ -39,11 +41,15 @@ if TYPE_CHECKING:  # needs torch
 
 @dataclass(slots=True, eq=False)
 class _Active(Generic[R]):
-    """A granted hand-off."""
+    """A granted hand-off. Commit comes in one part or in two: see there."""
 
     waiting: Waiting
     held: Held[R]
     landing: AnyLanding
+    written: bool = False  # the part with the manifest is here
+    verified: bool = False
+    last: Commit | None = None  # the part with the first token
+    last_at: float = 0.0  # when it came
 
 
 class Intakes(Generic[R]):
@@ -67,7 +73,7 @@ class Intakes(Generic[R]):
         )
         self.custody.on_freed = self.offers.wake
         self._max_pending = config.max_pending
-        self._layout = layout
+        self._block_bytes = layout.bytes_per_block()
         self._reserver = reserver
         self._send_or_raise = send
         self._tally = tally
@@ -145,21 +151,28 @@ class Intakes(Generic[R]):
     def on_progress(self, pair: Pair, progress: Progress) -> None:
         """Hash what has landed. A claim under any other lease than this writer's own, still open, is ignored."""
         held = self.custody.find(pair, progress.lease_id)
-        if held is None or held.lease.key.epoch != progress.epoch or not held.receiving or held.sealed:
+        if held is None or held.lease.key.epoch != progress.epoch or not held.receiving:
             return
         active = self._active.get(held.lease.request_id)
-        if active is not None and active.held is held:
+        if active is not None and active.held is held and not active.written:
             active.landing.advance(progress.layers)
 
     def on_commit(self, pair: Pair, commit: Commit) -> None:
-        """Verify and admit in a task of its own."""
+        """Verify when the manifest is here, admit when the rest is; in a task of its own."""
         active = self._active.get(commit.request_id)
-        if active is None or not _names(commit, active.held, pair):
+        if active is None or not _is_due(commit, active, pair):
             self._tally.failed["stale_commit"] += 1
             self._reject(pair, commit, "the lease is gone")
             return
-        landed = self.custody.seal(active.held)
-        self._tasks.create_task(self._conclude(active, commit, landed, time.monotonic()))
+        if commit.first is not None:
+            active.last, active.last_at = commit, time.monotonic()
+        active.held.sealed = active.last is not None and (active.written or commit.manifest is not None)
+        if commit.manifest is not None:
+            active.written = True
+            landed = self.custody.shut(active.held)
+            start(self._tasks, self._conclude(active, commit, commit.manifest, landed))
+        elif active.verified:
+            start(self._tasks, self._admit(active, commit, time.monotonic()))
 
     def on_withdraw(self, pair: Pair, message: Withdraw) -> None:
         """The writer has stopped for good."""
@@ -205,69 +218,94 @@ class Intakes(Generic[R]):
             on_over=lambda: self._active.pop(request_id).landing.end(),
         )
         key = held.lease.key
-        landing = self._verifier.land(key, held.lease.blocks, pair.policy)
-        self._active[request_id] = _Active(waiting, held, landing)
-        pair.inlet.watch(key, landing.on_landed)
         grant = Grant(
             request_id=request_id,
             attempt=attempt,
             lease_id=key.lease_id,
             epoch=key.epoch,
             have_tokens=reservation.have_tokens,
-            blocks=tuple(reservation.blocks),
+            blocks=held.lease.blocks,
         )
-        self.send(pair, grant)
+        unseen = pair.inlet.landed(key) is None
+        if unseen:  # nothing is missed meanwhile
+            self.send(pair, grant)
+        landing = self._verifier.land(key, held.lease.blocks, pair.policy)
+        self._active[request_id] = _Active(waiting, held, landing)
+        pair.inlet.watch(key, landing.on_landed)
+        if not unseen:
+            self.send(pair, grant)
 
-    async def _conclude(self, active: _Active[R], commit: Commit, landed: Landed | None, received_at: float) -> None:
-        held, offer = active.held, active.waiting.offer
-        reason = await self._verify(active, commit, landed, offer.num_tokens)
+    async def _conclude(self, active: _Active[R], commit: Commit, manifest: Manifest, landed: Landed | None) -> None:
+        """Verify what was written; admit, if the first token is here."""
+        held, received_at = active.held, time.monotonic()
+        reason = self._wrong_counts(active, commit, landed)
+        if reason is None:
+            num_tokens = active.waiting.offer.num_tokens
+            reason = await self._verifier.check(manifest, active.landing, num_tokens)
         if not held.receiving:  # revoked while we were hashing: fence or withdrawal deal with it
             self._reject(held.pair, commit, "the lease was revoked")
+        elif reason is not None:
+            self._give_up(active, commit, reason)
+        elif active.last is not None:
+            await self._admit(active, active.last, max(received_at, active.last_at))
+        else:
+            active.verified = True
+
+    async def _admit(self, active: _Active[R], last: Commit, complete_at: float) -> None:
+        """Everything is here since `complete_at`, and verified."""
+        held, submit = active.held, active.waiting.offer.submit
+        if not held.receiving:
+            self._reject(held.pair, last, "the lease was revoked")
             return
-        if reason is not None:
-            self._tally.failed["rejected"] += 1
-            self.custody.end(held)
-            self._reject(held.pair, commit, reason)
+        if last.weight_version != self.weight_version:
+            self._give_up(active, last, self._other_weights(last.weight_version))
             return
-        report = self._report(active, commit, received_at)
+        assert last.first is not None
+        report = self._report(active, last, complete_at)
         reservation = self.custody.commit(held)
         self._admitting += 1
         try:
-            await self._reserver.admit(offer.submit, reservation, commit.first, report)
+            await self._reserver.admit(submit, reservation, last.first, report)
         except ServingError as exc:
             self._tally.failed["not_admitted"] += 1
             self._reserver.release(reservation)
-            self._reject(held.pair, commit, str(exc))
+            self._reject(held.pair, last, str(exc))
             return
         finally:
             self._admitting -= 1
-        self._tally.count_accepted(report)
-        accepted = Accepted(request_id=commit.request_id, attempt=commit.attempt, lease_id=commit.lease_id)
+        accepted = Accepted(request_id=submit.request_id, attempt=submit.attempt, lease_id=last.lease_id)
         self.send(held.pair, accepted)
+        self._tally.count_accepted(report)
 
-    async def _verify(self, active: _Active[R], commit: Commit, landed: Landed | None, num_tokens: int) -> str | None:
+    def _give_up(self, active: _Active[R], commit: Commit, reason: str) -> None:
+        """The writer has written everything, but nothing of it is used."""
+        self._tally.failed["rejected"] += 1
+        self.custody.end(active.held)
+        self._reject(active.held.pair, commit, reason)
+
+    def _wrong_counts(self, active: _Active[R], commit: Commit, landed: Landed | None) -> str | None:
         if commit.weight_version != self.weight_version:
             return self._other_weights(commit.weight_version)
         expected = self._verifier.num_rows * len(active.held.lease.blocks)
         if landed is not None and landed.num_cells != expected:
             return f"{landed.num_cells} of {expected} blocks of layers arrived"
-        return await self._verifier.check(commit.manifest, active.landing, num_tokens)
+        return None
 
-    def _report(self, active: _Active[R], commit: Commit, received_at: float) -> HandoffReport:
+    def _report(self, active: _Active[R], last: Commit, complete_at: float) -> HandoffReport:
         now = time.monotonic()
         held, num_blocks = active.held, len(active.held.lease.blocks)
         return HandoffReport(
-            request_id=commit.request_id,
-            attempt=commit.attempt,
+            request_id=last.request_id,
+            attempt=last.attempt,
             peer=held.pair.name,
             transport=held.pair.inlet.transport,
             num_tokens=active.waiting.offer.num_tokens,
             have_tokens=held.reservation.have_tokens,
             num_blocks=num_blocks,
-            num_bytes=num_blocks * self._layout.bytes_per_block(),
+            num_bytes=num_blocks * self._block_bytes,
             handoff_s=now - active.waiting.received_at,
-            exposed_s=commit.compute_end_age_s + now - received_at,
-            verify_s=now - received_at,
+            exposed_s=last.compute_end_age_s + now - active.last_at,
+            verify_s=now - complete_at,
         )
 
     def _reject(self, pair: Pair, commit: Commit, reason: str) -> None:
@@ -278,8 +316,10 @@ class Intakes(Generic[R]):
         return f"computed with weights {version}, served are {self.weight_version}"
 
 
-def _names(commit: Commit, held: Held[R], pair: Pair) -> bool:
-    """Whether a commit is the first of this writer for exactly this lease."""
-    lease = held.lease
-    named = (commit.attempt, commit.lease_id, commit.epoch) == (lease.attempt, *lease.key)
-    return named and held.pair is pair and not held.sealed
+def _is_due(commit: Commit, active: _Active[R], pair: Pair) -> bool:
+    """Whether a commit is this writer's for exactly this lease, and brings parts that are not here yet."""
+    lease = active.held.lease
+    if (commit.attempt, commit.lease_id, commit.epoch) != (lease.attempt, *lease.key) or active.held.pair is not pair:
+        return False
+    again = (commit.manifest is not None and active.written) or (commit.first is not None and active.last is not None)
+    return not again and (commit.manifest is not None or commit.first is not None)

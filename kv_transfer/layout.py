@@ -5,11 +5,13 @@ A *cell* is one block of one layer of one plane: the unit that is sent, counted 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kv_transfer.link import Cells, Copy
 from llm_engine.api.errors import LayoutMismatch, ProtocolError
@@ -35,12 +37,21 @@ class Run(NamedTuple):
 
 
 class Blocks(tuple[int, ...]):
-    """Block ids that are looked up for every layer: hashed once."""
+    """Block ids that are looked up for every layer: hashed, and made an array, once."""
 
     @classmethod
     def of(cls, blocks: Sequence[int]) -> Blocks:
         """The same object if it is one already."""
         return blocks if isinstance(blocks, Blocks) else cls(blocks)
+
+    @property
+    def array(self) -> npt.NDArray[np.int32]:
+        """The same numbers; not to be changed."""
+        try:
+            return self._array
+        except AttributeError:
+            self._array: npt.NDArray[np.int32] = np.array(self, np.int32)
+            return self._array
 
     def __hash__(self) -> int:
         try:
@@ -50,6 +61,7 @@ class Blocks(tuple[int, ...]):
             return self._hash
 
 
+@functools.lru_cache(maxsize=64)
 def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
     """For each layer as the engine counts them (main layers, then MTP layers) the plane rows that it fills."""
     planes = list(enumerate(layout.planes))
@@ -72,7 +84,7 @@ def plane_rows(layout: KvLayout) -> Iterator[PlaneLayer]:
 
 def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[Run]:
     """Pair the blocks up in order; neighbours on both ends become one run."""
-    sources, targets = np.asarray(source_blocks, np.int64), np.asarray(target_blocks, np.int64)
+    sources, targets = Blocks.of(source_blocks).array, Blocks.of(target_blocks).array
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} blocks here, {len(targets)} there")
     if not len(sources):
@@ -82,6 +94,12 @@ def merge_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> li
     return [Run(int(sources[first]), int(targets[first]), last - first) for first, last in itertools.pairwise(bounds)]
 
 
+def count_runs(source_blocks: Sequence[int], target_blocks: Sequence[int]) -> int:
+    """How many runs `merge_runs` would find."""
+    sources, targets = Blocks.of(source_blocks).array, Blocks.of(target_blocks).array
+    return 1 + int(np.count_nonzero((np.diff(sources) != 1) | (np.diff(targets) != 1))) if len(sources) else 0
+
+
 class CopyPlan:
     """How blocks of `source` reach `target`. Built once per pair; both layouts hold the same planes."""
 
@@ -89,6 +107,7 @@ class CopyPlan:
         self.source = source
         self.target = target
         self.layers = layer_planes(source)
+        self.most_layer_bytes = max(sum(source.planes[row.plane].block_bytes for row in rows) for rows in self.layers)
 
     def copies(self, row: PlaneLayer, runs: Sequence[Run]) -> Iterator[Copy]:
         """Copies of one plane row in run order, none longer than PIECE_BYTES unless a single block is."""

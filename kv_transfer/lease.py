@@ -49,17 +49,17 @@ class Lease:
 
 
 class LeaseTable:
-    """Every lease that is not concluded, and the epoch of every block ever leased.
+    """Every lease that is not concluded.
 
-    A lease's epoch is higher than that of every earlier lease of any of its blocks. Ids start at random, so that a
-    frame recorded against another receiver, or an earlier life of this one, names no lease here.
+    A lease's epoch is higher than that of every earlier lease, so than those of its blocks' earlier ones. Ids start at
+    random, so that a frame recorded against another receiver, or an earlier life of this one, names no lease here.
     """
 
     def __init__(self, region: str) -> None:
         self.region = region
         self._leases: dict[int, Lease] = {}
-        self._holder: dict[int, int] = {}  # block → id of the lease that holds it
-        self._epochs: dict[int, int] = {}
+        self._held: set[int] = set()  # blocks of all these leases
+        self._epoch = 0  # the last
         self._next_id = secrets.randbits(48)
 
     def __len__(self) -> int:
@@ -88,16 +88,13 @@ class LeaseTable:
         what it does not own.
         """
         taken = tuple(blocks)
-        held = [block for block in taken if block in self._holder]
-        if held or len(set(taken)) != len(taken):
-            raise ValueError(f"blocks {held or taken}: reserved twice")
-        epoch = 1 + max((self._epochs.get(block, 0) for block in taken), default=0)
-        lease = Lease(LeaseKey(self._next_id, epoch), request_id, attempt, owner, taken)
+        if not self._held.isdisjoint(taken) or len(set(taken)) != len(taken):
+            raise ValueError(f"blocks {sorted(self._held.intersection(taken)) or taken}: reserved twice")
+        self._epoch += 1
+        lease = Lease(LeaseKey(self._next_id, self._epoch), request_id, attempt, owner, taken)
         self._next_id += 1
         self._leases[lease.key.lease_id] = lease
-        for block in taken:
-            self._holder[block] = lease.key.lease_id
-            self._epochs[block] = epoch
+        self._held.update(taken)
         return lease
 
     def grant(self, lease: Lease) -> None:
@@ -135,15 +132,16 @@ class LeaseTable:
             and lease.state is LeaseState.RECEIVING
             and lease.key == key
             and lease.owner == owner
-            and self._holder.get(block) == key.lease_id
+            and block in lease.blocks
         )
 
     def check(self) -> None:
-        """Every block of every unconcluded lease is held by that lease and carries its epoch."""
-        held = {block: lease for lease in self._leases.values() for block in lease.blocks}
-        assert {block: lease.key.lease_id for block, lease in held.items()} == self._holder
-        assert len(held) == sum(len(lease.blocks) for lease in self._leases.values())
-        assert all(self._epochs[block] == lease.key.epoch for block, lease in held.items())
+        """Every held block belongs to exactly one unconcluded lease, and no two leases have one epoch."""
+        blocks = [block for lease in self._leases.values() for block in lease.blocks]
+        assert len(blocks) == len(self._held)
+        assert set(blocks) == self._held
+        assert len({lease.key.epoch for lease in self._leases.values()}) == len(self._leases)
+        assert all(lease.key.epoch <= self._epoch for lease in self._leases.values())
 
     def _move(self, lease: Lease, to: LeaseState, expected: LeaseState) -> None:
         if lease.state is not expected:
@@ -153,5 +151,4 @@ class LeaseTable:
     def _conclude(self, lease: Lease, state: LeaseState) -> None:
         lease.state = state
         del self._leases[lease.key.lease_id]
-        for block in lease.blocks:
-            del self._holder[block]
+        self._held.difference_update(lease.blocks)

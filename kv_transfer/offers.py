@@ -166,7 +166,10 @@ class OfferQueue(Generic[R]):
         batch = list(self._waiting.values())[:_BATCH]
         if time.monotonic() - batch[0].received_at > self._config.grant_timeout_s / 2:
             del batch[1:]
-        results = await asyncio.gather(*(self._reserve(item) for item in batch))
+        if len(batch) == 1:
+            results = [await self._reserve(batch[0])]
+        else:
+            results = await asyncio.gather(*(self._reserve(item) for item in batch))
         if all(results):
             return True
         for item in self._waiting.values():

@@ -10,10 +10,10 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from kv_transfer.cost import CostMeter
 from kv_transfer.gate import WriteGate
@@ -28,6 +28,9 @@ _PROGRESS_BYTES = 1 << 20  # when idle the receiver is told what it may hash alr
 _BUSY_PROGRESS_BYTES = 32 << 20  # and while there is more to write, because telling takes time from the copying
 
 
+News: TypeAlias = tuple[tuple[int, int], ...]  # (layer, blocks of the grant written so far)
+
+
 class Pumped(enum.Enum):
     """What is left after a turn of the sender."""
 
@@ -35,6 +38,13 @@ class Pumped(enum.Enum):
     IDLE = "idle"  # nothing to write now
     STOPPED = "stopped"  # not granted, or the gate is closed
     WRITTEN = "written"  # every block of every layer has been written; reported once
+
+
+class Turn(NamedTuple):
+    """What a turn of the sender needs to know of the world, and may tell it."""
+
+    others_wait: Callable[[], bool]
+    tell: Callable[[News], None]  # this has been written
 
 
 class Item(NamedTuple):
@@ -90,6 +100,7 @@ class Outbox:
         self.hash_s = 0.0
         self._layout = layout
         self._source = source
+        self._hashes = False  # the receiver compares checksums
         self._manifest: ManifestBuilder
         self._written: dict[int, int] = {}  # layer → blocks written, where the receiver has not been told
         self._told_bytes = 0
@@ -99,7 +110,7 @@ class Outbox:
         self._checked: tuple[int, ...] = ()
         self._chunk: Chunk | None = None  # the sender's last
         self._granted: Granted | None = None
-        self._queued = False  # the sender has been woken and has not begun its turn
+        self._queued = False  # the sender has been woken; until its turn has ended
         self._left = -1  # (layer, block) pairs still to be written; -1 before the grant
 
     def put(self, layer: int, first: int, blocks: Sequence[int]) -> bool:
@@ -109,6 +120,7 @@ class Outbox:
         """
         if self.gate.stopped():
             return False
+        ready = self._mark()
         with self._lock:
             if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
                 last = first + len(blocks) - 1
@@ -120,7 +132,7 @@ class Outbox:
                     raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
                 self._checked = tuple(blocks)
             self._next[layer] = first + len(blocks)
-            self._items.append(Item(layer, first, self._checked, self._mark()))
+            self._items.append(Item(layer, first, self._checked, ready))
             return self._wake()
 
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
@@ -131,11 +143,12 @@ class Outbox:
             raise ProtocolError(
                 f"grant of {len(grant.blocks)} blocks after {grant.have_tokens} tokens for {self.num_tokens} tokens"
             )
-        in_range = all(0 <= block < plan.target.num_blocks for block in grant.blocks)
+        in_range = not expected or (min(grant.blocks) >= 0 and max(grant.blocks) < plan.target.num_blocks)
         if not in_range or len(set(grant.blocks)) != expected:
             raise ProtocolError(f"grant names blocks twice or outside 0..{plan.target.num_blocks - 1}")
         lease = LeaseKey(grant.lease_id, grant.epoch)
-        self._manifest = ManifestBuilder(self._layout, policy, lease)
+        self._hashes = policy != "count"
+        self._begin(policy, lease)
         with self._lock:
             self._granted = Granted(lease, plan, skip, tuple(grant.blocks))
             self._left = len(self._next) * expected
@@ -160,28 +173,17 @@ class Outbox:
         """Of everything written; call it after WRITTEN."""
         return self._manifest.build(self.num_tokens, self.num_sent_blocks)
 
-    def news(self, pumped: Pumped) -> tuple[tuple[int, int], ...]:
-        """Sender thread, after `pump`: (layer, blocks written so far) if that is worth a message, else nothing."""
-        least = {Pumped.MORE: _BUSY_PROGRESS_BYTES, Pumped.WRITTEN: 1}.get(pumped, _PROGRESS_BYTES)
-        if self.num_bytes - self._told_bytes < least or not self._manifest.hashes:
-            return ()
-        self._told_bytes = self.num_bytes
-        written, self._written = self._written, {}
-        return tuple(written.items())
-
-    def pump(self, link: Link, cost: CostMeter) -> Pumped:
+    def pump(self, link: Link, cost: CostMeter, turn: Turn) -> Pumped:
         """Sender thread: write what is ready, for one turn. Raises TransferError when the link is broken.
 
         `cost`: what the link's calls take; decides how much goes into one, and into a turn.
         """
-        with self._lock:
-            self._queued = False
-            granted = self._granted
+        granted = self._granted
         if granted is None or not self.gate.enter():
             return Pumped.STOPPED
         started = time.monotonic()
         try:
-            self._write_turn(link, cost, granted)
+            self._write_turn(link, cost, granted, turn)
         except LeaseRevoked:  # by our own gate
             return Pumped.STOPPED
         finally:
@@ -191,9 +193,18 @@ class Outbox:
             if self._left == 0:
                 self._left = -1
                 return Pumped.WRITTEN
-            return Pumped.MORE if self._wake() else Pumped.IDLE
+            more = self._queued = bool(self._items)
+        self._tell(turn, _BUSY_PROGRESS_BYTES if more else _PROGRESS_BYTES)
+        return Pumped.MORE if more else Pumped.IDLE
 
-    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted) -> None:
+    def _tell(self, turn: Turn, least: int) -> None:
+        """Sender thread: say what was written, if it is as much as `least` bytes."""
+        if self._hashes and self.num_bytes - self._told_bytes >= least:
+            self._told_bytes = self.num_bytes
+            written, self._written = self._written, {}
+            turn.tell(tuple(written.items()))
+
+    def _write_turn(self, link: Link, cost: CostMeter, granted: Granted, turn: Turn) -> None:
         batch: list[tuple[PlaneLayer, Copy]] = []
         batch_bytes = turn_bytes = 0
         call_bytes, limit = cost.batching
@@ -242,6 +253,10 @@ class Outbox:
         started = time.monotonic()
         self._manifest.add(row, self._source[begin:end])
         self.hash_s += time.monotonic() - started
+
+    def _begin(self, policy: Policy, lease: LeaseKey) -> None:
+        """The policy is known."""
+        self._manifest = ManifestBuilder(self._layout, policy, lease)
 
     def _mark(self) -> object:
         """Host memory holds what it holds when it is reported."""

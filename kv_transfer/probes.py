@@ -47,7 +47,8 @@ class Probes(Generic[R]):
             detail = "the probe's lease is gone"
             self._send(pair, ProbeResult(nonce=message.nonce, ok=False, detail=detail))
             return
-        self._custody.seal(held)
+        held.sealed = True
+        self._custody.shut(held)
         tasks.create_task(self._conclude(held, message))
 
     async def _grant(self, pair: Pair, probe: Probe) -> None:

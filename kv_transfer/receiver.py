@@ -221,7 +221,7 @@ class HandoffServer(Generic[R]):
         for name in names:
             self._inlets[name] = open_inlet(name, end)
 
-    def _handle(self, channel: Channel, frame: bytes) -> bool:
+    def _handle(self, channel: Channel, frame: bytes | memoryview) -> bool:
         """See ControlServer."""
         try:
             self._dispatch(channel, self._codec.decode(frame))

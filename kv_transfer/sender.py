@@ -11,6 +11,7 @@ from kv_transfer.link import Link
 Job = Callable[[Link], bool]  # True: once more, behind the others
 
 _JOIN_S = 5.0
+SWITCH_S = 50e-6  # for sys.setswitchinterval: what the loop and the sender wait for a busy thread of their process
 
 
 class Sender:
@@ -26,6 +27,10 @@ class Sender:
     def submit(self, job: Job) -> None:
         """Any thread."""
         self._jobs.put(job)
+
+    def has_jobs(self) -> bool:
+        """Whether others wait for their turn."""
+        return not self._jobs.empty()
 
     def stop(self) -> None:
         """End after the jobs queued so far; close the link first, so that they end quickly."""

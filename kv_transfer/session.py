@@ -248,7 +248,7 @@ class Session:
         except TransferError as exc:
             self.cut(exc)
 
-    def _on_frame(self, frame: bytes) -> None:
+    def _on_frame(self, frame: memoryview) -> None:
         if (message := self._decode(frame)) is not None:
             self._dispatch(message)
 
@@ -258,7 +258,7 @@ class Session:
             if (message := self._decode(await self._channel.recv())) is not None:
                 return message
 
-    def _decode(self, frame: bytes) -> ReceiverMessage | None:
+    def _decode(self, frame: bytes | memoryview) -> ReceiverMessage | None:
         try:
             return self.context.codec.decode(frame)
         except ProtocolError:

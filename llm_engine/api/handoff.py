@@ -7,7 +7,8 @@ writer                                   receiver
          ◀─────────────────────────────── Grant{lease, epoch, blocks} | Defer | Refused
   data plane: blocks, layer by layer
   Progress{blocks of each layer} ────────▶  hashes what has landed while the rest is computed
-  Commit{manifest, first token, hidden} ─▶  verifies, admits
+  Commit{manifest} ──────────────────────▶  verifies; both parts of Commit travel as soon as they
+  Commit{first token, hidden} ───────────▶  are known, in either order, or together; admits
          ◀─────────────────────────────── Accepted | Rejected
   Withdraw (any time before Commit) ─────▶  the writer has stopped: blocks are free at once
          ◀─────────────────────────────── Fence{lease, epoch}  (revocation)
@@ -23,7 +24,7 @@ import msgspec
 from llm_engine.api.messages import Message, Submit, WorkerInfo
 from llm_engine.api.request import TokenLogprobs
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,16 +163,19 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True, tag="commit"):
-    """All writes under the lease are done; no further write will follow."""
+    """What concludes a hand-off, in one message or in two: each part is sent as soon as it is known, once.
+
+    `manifest`: all writes under the lease are done, no further write will follow. `first`: the prompt is computed.
+    """
 
     request_id: str
     attempt: int
     lease_id: int
     epoch: int
-    manifest: Manifest
-    first: FirstToken
     weight_version: str
-    compute_end_age_s: float  # seconds between the end of the last prefill kernel and the sending of this message
+    manifest: Manifest | None = None
+    first: FirstToken | None = None
+    compute_end_age_s: float = 0.0  # with `first`: seconds from the end of the last prefill kernel to this message
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):

@@ -1,13 +1,12 @@
 """The request plane: messages between routers and workers, and the authenticated codec that carries every message.
 
-Frames are `mac ‖ msgpack`: a keyed blake2b over the body, then one tagged struct. Nothing is pickled; an unknown tag,
-a wrong type, a bad mac or an oversized frame raises ProtocolError and the frame is dropped.
+Frames are `mac ‖ msgpack`: the head of an HMAC-SHA256 over the body, then one tagged struct. Nothing is pickled; an
+unknown tag, a wrong type, a bad mac or an oversized frame raises ProtocolError and the frame is dropped.
 """
 
 from __future__ import annotations
 
 import enum
-import hashlib
 import hmac
 from typing import Any, Generic, TypeVar
 
@@ -188,13 +187,13 @@ class Codec(Generic[T]):
     """Encodes any message; decodes those of one union (`Codec(key, RouterMessage)`)."""
 
     def __init__(self, key: bytes, kind: Any) -> None:
-        self._keyed, *self._others = [hashlib.blake2b(key=k, digest_size=_MAC_BYTES) for k in accepted(key)]
+        self._key, *self._others = accepted(key)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
 
     def encode(self, message: Message) -> bytes:
         body = self._encoder.encode(message)
-        return _mac(self._keyed, body) + body
+        return _mac(self._key, body) + body
 
     def decode(self, frame: bytes | memoryview) -> T:
         """Raises ProtocolError on anything but an authentic, well-formed message of the union."""
@@ -202,7 +201,7 @@ class Codec(Generic[T]):
             raise ProtocolError(f"frame of {len(frame)} bytes: expected {_MAC_BYTES + 1} to {MAX_FRAME_BYTES}")
         body = memoryview(frame)[_MAC_BYTES:]
         mac = bytes(frame[:_MAC_BYTES])
-        if not hmac.compare_digest(_mac(self._keyed, body), mac) and not any(
+        if not hmac.compare_digest(_mac(self._key, body), mac) and not any(
             hmac.compare_digest(_mac(other, body), mac) for other in self._others
         ):
             raise ProtocolError("frame is not authentic: peers must share one BATON_SECRET")
@@ -212,7 +211,5 @@ class Codec(Generic[T]):
             raise ProtocolError(f"malformed message: {exc}") from exc
 
 
-def _mac(keyed: hashlib.blake2b, body: bytes | memoryview) -> bytes:
-    mac = keyed.copy()
-    mac.update(body)
-    return mac.digest()
+def _mac(key: bytes, body: bytes | memoryview) -> bytes:
+    return hmac.digest(key, body, "sha256")[:_MAC_BYTES]

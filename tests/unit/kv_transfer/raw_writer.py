@@ -85,7 +85,7 @@ class RawWriter:
         rig.sent[grant.request_id, grant.attempt] = list(range(len(grant.blocks)))
         return builder.build(len(grant.blocks) * 4, len(grant.blocks))
 
-    def commit(self, grant: Grant, manifest: Manifest, **changes: Any) -> Commit:
+    def commit(self, grant: Grant, manifest: Manifest | None, **changes: Any) -> Commit:
         fields: dict[str, Any] = {
             "request_id": grant.request_id,
             "attempt": grant.attempt,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kv_transfer.layout import Run, merge_runs
+from kv_transfer.layout import Run, count_runs, merge_runs
 from kv_transfer.negotiate import choose
 from kv_transfer.transports import usable
 from llm_engine.api.config import TransferConfig
@@ -154,8 +154,8 @@ def test_a_descriptor_that_leaves_its_allocation_is_refused(changes: dict[str, A
 
 
 def test_long_runs_go_to_the_copy_engines() -> None:
-    assert are_long(merge_runs(range(64), range(64)), 64, 72 << 10)
-    assert not are_long(merge_runs(range(0, 128, 2), range(64)), 64, 72 << 10)
+    assert are_long(count_runs(range(64), range(64)), 64, 72 << 10)
+    assert not are_long(count_runs(range(0, 128, 2), range(64)), 64, 72 << 10)
     assert merge_runs([1, 2, 3, 9], [4, 5, 6, 7]) == [Run(1, 4, 3), Run(9, 7, 1)]
     assert alignment(32, 48) == 2
     assert alignment(32, 40) == 1

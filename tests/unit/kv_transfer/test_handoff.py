@@ -289,7 +289,7 @@ async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) ->
         await until(lambda: rig.client.bad_peers() == ["d0"])
         rig.pool.all.clear()  # the server's leases died with it
         rig.server._intakes.custody.leases._leases.clear()
-        rig.server._intakes.custody.leases._holder.clear()
+        rig.server._intakes.custody.leases._held.clear()
         rig.server._intakes._active.clear()
 
 

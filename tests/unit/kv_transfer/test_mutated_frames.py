@@ -123,15 +123,12 @@ class Attacker:
         yield self.hello
         yield msgspec.structs.replace(self.offer, submit=new)
         yield Progress(layers=((0, 1), (1, 2)), **lease)
-        yield Commit(
-            request_id=grant.request_id,
-            attempt=0,
-            manifest=Manifest(num_tokens=16, planes=()),
-            first=FIRST,
-            weight_version="w1",
-            compute_end_age_s=0.0,
-            **lease,
-        )
+        commit = Commit(request_id=grant.request_id, attempt=0, weight_version="w1", **lease)
+        manifest = Manifest(num_tokens=16, planes=())
+        yield commit
+        yield msgspec.structs.replace(commit, first=FIRST)
+        yield msgspec.structs.replace(commit, manifest=manifest)
+        yield msgspec.structs.replace(commit, manifest=manifest, first=FIRST)
         yield Withdraw(request_id=f"n{self.number - 1}", attempt=0)
         yield Fenced(**lease)
         yield Probe(nonce=self.number)
