@@ -29,7 +29,7 @@ from llm_engine.ops_triton.lang import (
     to_e4m3,
     ue8m0,
 )
-from llm_engine.ops_triton.orders import ALIGNED, as_order
+from llm_engine.ops_triton.orders import as_order
 from llm_engine.ops_triton.plan import GROUP_ROWS, TritonPlan
 from llm_engine.ops_triton.tiles import Numerics
 from llm_engine.ops_triton.topk import choose
@@ -37,6 +37,8 @@ from llm_engine.ops_triton.topk import choose
 _WANTED_PROGRAMS: Final = 528  # four for every processor
 _MOST_TILES: Final = 32  # steps of one program
 _SCORE_BYTES: Final = 256 << 20
+_KEYS: Final = 64  # of a tile, which is a block where blocks are as usual
+_LINE: Final = 64  # scores; rows begin at whole lines of memory
 
 
 def index_topk(
@@ -54,8 +56,8 @@ def index_topk(
         return None
     turned_NhD, g_Nh = _turned(query_RhD, g_Rh, plan, interleaved, fp8=is_fp8(plane_BPD))
     sel_NK = query_RhD.new_empty(plan.num_rows, k, dtype=torch.int32)
-    width = ceil_div(plan.max_visible, ALIGNED) * ALIGNED
-    most = max(_SCORE_BYTES // (4 * width), GROUP_ROWS)
+    width = ceil_div(plan.max_visible, _LINE) * _LINE
+    most = ceil_div(_SCORE_BYTES, 4 * width * GROUP_ROWS) * GROUP_ROWS
     orders_MT = turned_NhD.new_empty(min(most, plan.num_rows), width, dtype=torch.int32)
     group, groups = 0, len(plan.group_starts) - 1
     while group < groups:
@@ -98,14 +100,15 @@ def _launch_scores(
     columns, count = orders_MT.shape[1], groups.stop - groups.start
     # The fastest on an H200. A row's sum over its heads takes one form with `exact`: that of whole groups.
     alone = numerics == "fast" and count == int(plan.group_starts[groups.stop] - plan.group_starts[groups.start])
-    rows, keys, stages = (1, 128, 3) if alone else (GROUP_ROWS, 64, 2)
-    tiles = ceil_div(columns, keys)
-    share = min(max(tiles * count // _WANTED_PROGRAMS, 1), _MOST_TILES)
+    fp8 = is_fp8(plane)
+    rows, warps, stages = (1, 4, 3) if alone else (GROUP_ROWS, 8, 3) if fp8 else (GROUP_ROWS, 4, 2)
+    tiles = ceil_div(columns, _KEYS)
+    share = min(ceil_div(tiles * count, _WANTED_PROGRAMS), _MOST_TILES)
     _scores[(ceil_div(tiles, share), count)](
         turned_NhD, g_Nh, plane, plan.group_starts_G[groups], plan.group_sizes_G[groups], plan.seqs_N, plan.visible_N,
         plan.tables_SB, orders_MT, first, plan.tables_SB.stride(0), columns, share,
-        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, rows, keys, ALIGNED, is_fp8(plane),
-        num_warps=4, num_stages=stages,
+        heads, tile_size(heads, 16), width, tile_size(width, 16), plan.block_tokens, rows, _KEYS, fp8,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -183,7 +186,6 @@ def _scores(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    ALIGNED: tl.constexpr,
     FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -194,9 +196,10 @@ def _scores(
     last_visible = tl.load(visible + end - 1)  # of the group's last row, which sees most
     begin = tl.program_id(0) * num_share * KEYS
     stop = tl.minimum(begin + num_share * KEYS, last_visible)
+    table = tables + tl.load(seqs + first).to(tl.int64) * num_blocks
+    block = tl.load(table + begin // P, mask=begin // P < num_blocks, other=0)
     if begin >= stop:
         return
-    table = tables + tl.load(seqs + first).to(tl.int64) * num_blocks
     column = tl.arange(0, D_TILE)
     wide = tl.arange(0, ROWS * HEAD_TILE)  # heads of one row, then those of the next
     row, head = (first + wide // HEAD_TILE).to(tl.int64), wide % HEAD_TILE
@@ -206,23 +209,28 @@ def _scores(
     weight = tl.load(g + row * HEADS + head, mask=there, other=0.0)
     member = first + tl.arange(0, ROWS)
     own = tl.load(visible + member, mask=member < end, other=0)
-    out = orders + (member - num_skipped).to(tl.int64)[None, :] * num_columns
+    offset = tl.arange(0, KEYS)
+    out = orders + (member - num_skipped).to(tl.int64)[None, :] * num_columns + offset[:, None]
+    size: tl.constexpr = P * (D + 4) if FP8 else P * D  # of a block: keys, then their scales
     for start in range(begin, stop, KEYS):
-        position = start + tl.arange(0, KEYS)
-        seen = position < last_visible
-        slot = row_slots(table, position, seen, P)
+        if KEYS == P:
+            # A tile is a block: its keys need no addresses of their own, and its number is known a step ahead.
+            page, within, seen = plane + block.to(tl.int64) * size, offset, offset < P
+            block = tl.load(table + start // P + 1, mask=start + P < stop, other=0)
+        else:
+            seen = start + offset < last_visible
+            slot = row_slots(table, start + offset, seen, P)
+            page, within = plane + slot // P * size, slot % P
+        key_at = (page + within * D)[:, None] + column[None, :]
         key_mask = seen[:, None] & (column[None, :] < D)
         if FP8:
-            page = plane + (slot // P) * (P * (D + 4))
-            key = tl.load(e4m3_ptr(page + (slot % P) * D)[:, None] + column[None, :], mask=key_mask, other=0.0)
-            scale = tl.load((page + P * D).to(tl.pointer_type(tl.float32)) + slot % P, mask=seen, other=0.0)
+            key = tl.load(e4m3_ptr(key_at), mask=key_mask, other=0.0)
+            scale = tl.load((page + P * D).to(tl.pointer_type(tl.float32)) + within, mask=seen, other=0.0)
         else:
-            key = tl.load(plane + slot[:, None] * D + column[None, :], mask=key_mask, other=0.0)
+            key = tl.load(key_at, mask=key_mask, other=0.0)
             scale = tl.full((KEYS,), 1.0, tl.float32)
         products = dot(key, q, tl.zeros((KEYS, ROWS * HEAD_TILE), tl.float32))
         products = tl.maximum(products, 0.0) * weight[None, :]
         score = tl.sum(tl.reshape(products, (KEYS, ROWS, HEAD_TILE)), 2) * scale[:, None]
-        order = as_order(score)
-        order = tl.where(position[:, None] < own[None, :], order, tl.zeros_like(order))
-        written = position[:, None] < tl.cdiv(own, ALIGNED)[None, :] * ALIGNED
-        tl.store(out + position[:, None], order.to(tl.int32, bitcast=True), mask=written)
+        order = as_order(score).to(tl.int32, bitcast=True)
+        tl.store(out + start, order, mask=offset[:, None] < (own - start)[None, :])
