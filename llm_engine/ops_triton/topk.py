@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_engine.ops_triton.candidates import SAMPLED, bound_of, choose_among, choose_gathered, num_places
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, nvidia_arch, tile_size
 from llm_engine.ops_triton.orders import load_orders, place_all
 from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
 
 _PROGRAMS: Final = 264  # two for every processor
 _WARPS: Final = 8
-_REGISTERS: Final = 128  # of a thread
+_REGISTERS: Final = 128  # of a thread, at most, on Nvidia's cards
 _SHORT_REGISTERS: Final = 80
 _LINES: Final = 64  # placed at a time
 
@@ -56,7 +56,7 @@ def choose_by_rows(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None
     candidates_P2SC = orders_MT.new_empty(0 if short else programs, 2, _WARPS, most // 2)
     # Where rows are many, what counts is how many programs a processor holds.
     many = rows > _PROGRAMS
-    registers = {"maxnreg": _SHORT_REGISTERS if short else _REGISTERS} if many else {}
+    registers = {"maxnreg": _SHORT_REGISTERS if short else _REGISTERS} if many and nvidia_arch() else {}
     lines = min(tile // 32, _LINES) if many else tile // 32
     _choose[(programs,)](
         orders_MT, visible_M, candidates_P2SC, sel_MK, rows, width, k, tile_size(k), short, tile, SAMPLED, _WARPS,

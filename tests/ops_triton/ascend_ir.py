@@ -28,7 +28,7 @@ REFUSED = {  # by triton-ascend 3.2.0 for the 910B, which has no fp8
     "_write_latent_fp8",
     "_attend",
     "_choose",
-    "_count_digit",
+    "_choose_gathered",
     "_write_latent",
 }
 _CASES = ((False, 16, 2), (False, 1, 4096), (True, 16, 2), (True, 1, 4096))  # fp8, sequences, rows of each
