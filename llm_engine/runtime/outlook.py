@@ -22,7 +22,6 @@ _NO_TOKEN = -2
 class Outlook:
     """Of the sequences of a pass under way. Their blocks hold what it can give and one token more."""
 
-    seqs: list[Sequence]
     computed_S: Ints  # tokens in the cache, those of the pass left out
     room_S: Ints  # tokens that each may still get
     stop_ids_SX: Ints  # padded
@@ -34,7 +33,6 @@ class Outlook:
         width = max(len(seq.stop_ids) for seq in seqs)
         stops = [[*seq.stop_ids, *([_NO_TOKEN] * (width - len(seq.stop_ids)))] for seq in seqs]
         return cls(
-            seqs=seqs,
             computed_S=np.array([seq.num_computed for seq in seqs]),
             room_S=np.array([seq.max_len - len(seq.tokens) for seq in seqs]),
             stop_ids_SX=np.array(stops, dtype=np.int64).reshape(len(seqs), width),

@@ -196,11 +196,14 @@ class Runner:
 
     def _step_batch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts) -> ForwardBatch:
         """Rows of each decoding sequence: its last token, then its drafts, which only the device knows."""
-        last_S1 = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)[:, None]
-        places_SK = drafts.places_of(decodes)
-        there = np.concatenate([np.ones_like(last_S1, dtype=bool), places_SK >= 0], axis=1)
-        ids = np.concatenate([last_S1, -1 - places_SK], axis=1)[there]
-        counts, first = there.sum(1), np.array([seq.num_computed for seq in decodes], dtype=np.int64)
+        ids = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)
+        first = np.array([seq.num_computed for seq in decodes], dtype=np.int64)
+        counts = np.ones_like(ids)
+        if len(drafts):
+            places_SK = drafts.places_of(decodes)
+            there = np.concatenate([counts[:, None] > 0, places_SK >= 0], axis=1)
+            ids = np.concatenate([ids[:, None], -1 - places_SK], axis=1)[there]
+            counts = there.sum(1)
         if not chunks:
             return self.batch(decodes, ids, counts, first)
         return self.batch(
