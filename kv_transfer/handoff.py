@@ -40,6 +40,7 @@ from llm_engine.api.messages import Submit
 if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
+_AWAKE_EVERY_S, _AWAKE_S = 0.001, 0.05
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -263,6 +264,22 @@ class Handoff:
             session.send(message)
         except TransferError as exc:
             self._fail_soon("link", str(exc))
+        if not self._told_first:
+            self._context.post(self._stay_awake, time.monotonic() + _AWAKE_S)
+
+    def _stay_awake(self, until: float) -> None:
+        """On the loop, until the first token is there: say nothing, every millisecond.
+
+        A processor that has slept for some milliseconds takes longer to wake up than all that is left to do takes.
+        """
+        asyncio.get_running_loop().call_later(_AWAKE_EVERY_S, self._say_nothing, until)
+
+    def _say_nothing(self, until: float) -> None:
+        lease, session = self._outbox.lease, self._session
+        if self._told_first or self._error is not None or lease is None or session is None or time.monotonic() > until:
+            return
+        session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
+        self._stay_awake(until)
 
     def _fail_soon(self, cause: str, why: str) -> None:
         """Any thread."""

@@ -125,7 +125,7 @@ class Defer(Message, frozen=True, kw_only=True, tag="defer"):
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     """The first `num_blocks` blocks of the grant have landed in these layers: (layer, num_blocks) pairs.
 
-    A hint: it lets the receiver hash early. What counts is the manifest of Commit.
+    A hint: it lets the receiver hash early. What counts is the manifest of Commit. Empty: it keeps the path warm.
     """
 
     lease_id: int
