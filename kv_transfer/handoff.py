@@ -9,6 +9,7 @@ has been told, or has accepted, or is gone.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
 _AWAKE_EVERY_S, _AWAKE_S = 0.001, 0.05
+_MANY_CORES = (os.cpu_count() or 1) >= 8  # on a few, staying awake takes time from those who compute
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -264,7 +266,7 @@ class Handoff:
             session.send(message)
         except TransferError as exc:
             self._fail_soon("link", str(exc))
-        if not self._told_first:
+        if not self._told_first and _MANY_CORES:
             self._context.post(self._stay_awake, time.monotonic() + _AWAKE_S)
 
     def _stay_awake(self, until: float) -> None:
