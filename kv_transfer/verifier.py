@@ -172,8 +172,11 @@ class Landing:
         """Hash the rest of these layers and compare. None: they hold; otherwise what is wrong."""
         for layer in layers:
             for row in self._layers[layer]:
+                claimed = manifest.planes[row.plane].checksums[row.layer]
+                if self._rows[row].value == claimed:  # hashed whole before
+                    continue
                 self._hash(row, len(self.blocks), last=True)
-                if manifest.planes[row.plane].checksums[row.layer] != self._rows[row].digest.value():
+                if claimed != self._rows[row].digest.value():
                     name = self.layout.planes[row.plane].name
                     return f"plane {name}, layer {row.layer}: the bytes here are not the bytes that were sent"
         return None

@@ -133,6 +133,8 @@ async def _play(actions: list[str]) -> None:
             if action in ("progress", "withdraw"):
                 writer.say(_other(grant, action))
                 standing = standing and action == "progress"
+                if not standing:
+                    await until(lambda: rig.server.stats().pending == 0)
                 continue
             commit = _commit(writer, grant, manifest, action)
             writer.say(commit)
