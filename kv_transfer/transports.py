@@ -14,7 +14,8 @@ from kv_transfer.memory import Arena
 from kv_transfer.mooncake import Engine, MooncakeInlet, MooncakeLink
 from kv_transfer.mooncake import missing as mooncake_missing
 from kv_transfer.shm import ShmInlet, ShmLink
-from kv_transfer.tcp import TcpInlet, TcpLink
+from kv_transfer.tcp import TcpLink
+from kv_transfer.tcp_inlet import TcpInlet
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, TransferError
 from llm_engine.api.handoff import Connected, KvLayout, LinkOffer

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kv_transfer import auth, shm
-from kv_transfer import tcp as tcp_module
+from kv_transfer import auth, shm, tcp_inlet
 from kv_transfer.link import Cells, Copy, Inlet, Landed, LeaseKey, Link
 from kv_transfer.memory import Arena
 from kv_transfer.mooncake import Engine
@@ -406,7 +405,7 @@ def test_ending_a_lease_in_the_middle_of_a_frame_is_final(tcp: Bench) -> None:
 
 def test_cells_are_told_while_the_rest_of_their_frame_is_under_way(tcp: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are hashed from the cache of the thread that stored them; half a cell is none."""
-    monkeypatch.setattr(tcp_module, "CACHED_BYTES", 2 * 96)
+    monkeypatch.setattr(tcp_inlet, "CACHED_BYTES", 2 * 96)
     link, lease, told = tcp.connect(), LeaseKey(5, 1), threading.Event()
     tcp.inlet.open_lease(lease, tcp.events.connections[0], [3, 4, 8])
     seen: list[Cells] = []
