@@ -43,7 +43,7 @@ class Peer:
     def offer(self, handoff: Handoff) -> None:
         """Send it now, or as soon as there is a session."""
         self._last_used = time.monotonic()
-        if self._session is not None:
+        if self._session is not None and not self._session.is_over:
             self._session.offer(handoff)
         else:
             self._waiting.append(handoff)
@@ -77,7 +77,6 @@ class Peer:
                 error = await self._run_session()
                 log.warning("hand-off to %s/%s: %s", self.target.name, self.target.incarnation, error)
                 self.healthy, self.detail = False, str(error)
-                self._fail_waiting(error)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(period):
                         await self._wanted.wait()
@@ -85,13 +84,16 @@ class Peer:
             self._fail_waiting(TransferError(self.detail or "shutting down"))
 
     async def _run_session(self) -> TransferError:
+        """Why it is over. Who came after its end waits for the next one."""
         session = Session(self._context, self.target)
         try:
-            await session.open()
+            try:
+                await session.open()
+            except TransferError as exc:
+                self._fail_waiting(exc)
+                return exc
             self._begin(session)
             return await session.run()
-        except TransferError as exc:
-            return exc
         finally:
             self._session = None
             session.close()

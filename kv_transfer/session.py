@@ -180,6 +180,11 @@ class Session:
             del self._handoffs[handoff.request_id, handoff.attempt]
 
     @property
+    def is_over(self) -> bool:
+        """It was lost or closed, and is being taken down."""
+        return self._error is not None
+
+    @property
     def num_pending(self) -> int:
         """Hand-offs under way."""
         return len(self._handoffs)

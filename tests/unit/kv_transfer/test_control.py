@@ -180,3 +180,13 @@ async def test_losing_the_control_channel_fails_its_hand_offs_and_frees_their_bl
         await until(lambda: len(rig.pool.free_blocks) == 32)  # the writer has unmapped, or its connection is cut
         assert rig.pool.admitted == {}
         await rig.hand_off("r2", 40)
+
+
+async def test_an_offer_to_a_session_that_has_just_been_lost_waits_for_the_next_one() -> None:
+    async with Rig("shm") as rig:
+        await rig.hand_off("r1", 40)
+        [peer] = rig.client._peers.values()
+        assert peer._session is not None
+        peer._session.cut(TransferError("lost"))
+        await rig.hand_off("r2", 40)
+        assert set(rig.pool.admitted) == {"r1", "r2"}
