@@ -1,5 +1,5 @@
 """Two small locks with a memory: the writer's gate (may a write start, is one in flight) and the receiver's doors
-(which leases may bytes land under).
+(which leases may bytes land under), with the inlets that are built on doors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from kv_transfer.layout import CellMap
 from kv_transfer.link import Cells, Landed, LeaseKey
 from llm_engine.api.errors import ProtocolError
+from llm_engine.api.handoff import KvLayout
 
 
 class WriteGate:
@@ -134,3 +135,33 @@ class Doors:
         door = self._doors.pop(lease, None)
         if door is not None:
             door.shut()
+
+
+class SeenInlet:
+    """Part of the inlets whose own threads store the bytes: a lease is a door, and shutting it is its own proof."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._doors = Doors(CellMap(layout))
+        self._late = 0
+
+    @property
+    def late_bytes(self) -> int:
+        """Bytes that arrived for leases that were over; none of them was stored."""
+        return self._late
+
+    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
+        """Bytes under this lease are stored from now on."""
+        self._doors.open(lease, connection, blocks)
+
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+        """See Inlet.watch."""
+        self._doors.watch(lease, on_landed)
+
+    def landed(self, lease: LeaseKey) -> Landed | None:
+        """Counted as bytes are stored."""
+        return self._doors.landed(lease)
+
+    def end_lease(self, lease: LeaseKey) -> bool:
+        """Proven at once."""
+        self._doors.shut(lease)
+        return True

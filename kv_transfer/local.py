@@ -9,9 +9,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from kv_transfer.gate import Doors
-from kv_transfer.layout import CellMap
-from kv_transfer.link import Cells, Copy, Landed, LeaseKey, Sent, all_landed, no_news
+from kv_transfer.gate import SeenInlet
+from kv_transfer.link import Copy, LeaseKey, Sent, all_landed, no_news
 from kv_transfer.listener import Events, next_connection
 from kv_transfer.memory import Arena
 from llm_engine.api.errors import LeaseRevoked, TransferError
@@ -88,47 +87,24 @@ class LocalLink:
         self._inlet.detach(self._connection)
 
 
-class LocalInlet:
+class LocalInlet(SeenInlet):
     """Receiver's end."""
 
     transport = "local"
 
     def __init__(self, arena: Arena, layout: KvLayout, events: Events, network: LocalNetwork) -> None:
+        super().__init__(layout)
         self.region = arena.region
         self._memory: memoryview | None = arena.buffer
-        self._doors = Doors(CellMap(layout))
         self._events = events
         self._network = network
         self._lock = threading.Lock()
         self._links: dict[int, LocalLink] = {}
-        self._late = 0
         network.add(self)
-
-    @property
-    def late_bytes(self) -> int:
-        """See Inlet."""
-        return self._late
 
     def offer(self) -> LinkOffer:
         """Reachable through the shared LocalNetwork only."""
         return LinkOffer(transport="local", address=self.region, host_id=self._network.host_id())
-
-    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
-        """Copies under this lease are stored from now on."""
-        self._doors.open(lease, connection, blocks)
-
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """See Inlet.watch."""
-        self._doors.watch(lease, on_landed)
-
-    def landed(self, lease: LeaseKey) -> Landed | None:
-        """Counted as copies are stored."""
-        return self._doors.landed(lease)
-
-    def end_lease(self, lease: LeaseKey) -> bool:
-        """Proven at once."""
-        self._doors.shut(lease)
-        return True
 
     def close(self) -> None:
         """Forget every link; their next write fails."""

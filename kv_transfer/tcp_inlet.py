@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable, Iterator, Sequence
 
-from kv_transfer.gate import Door, Doors
-from kv_transfer.layout import CellMap
-from kv_transfer.link import CACHED_BYTES, Cells, Landed, LeaseKey
+from kv_transfer.gate import Door, SeenInlet
+from kv_transfer.link import LeaseKey
 from kv_transfer.listener import Events, Listener
 from kv_transfer.memory import Arena
 from kv_transfer.sockets import tune
@@ -28,7 +26,7 @@ from llm_engine.api.errors import ConfigError, ProtocolError
 from llm_engine.api.handoff import KvLayout, LinkOffer
 
 
-class TcpInlet(Listener):
+class TcpInlet(SeenInlet, Listener):
     """Receiver's end."""
 
     transport = "tcp"
@@ -36,40 +34,17 @@ class TcpInlet(Listener):
     def __init__(self, arena: Arena, layout: KvLayout, key: bytes, events: Events, host: str) -> None:
         """Listens on a free port of `host`. Raises ConfigError."""
         self._buffer = arena.buffer
-        self._doors = Doors(CellMap(layout))
-        self._late = 0
+        SeenInlet.__init__(self, layout)
         try:
             sock = socket.create_server((host, 0))
         except OSError as exc:
             raise ConfigError(f"worker.host={host}: tcp transport can't listen there: {exc.strerror}") from exc
         self._address = f"{host}:{sock.getsockname()[1]}"
-        super().__init__(sock, key, arena.region, events)
-
-    @property
-    def late_bytes(self) -> int:
-        """Bytes that arrived for leases that were over; none of them was stored."""
-        return self._late
+        Listener.__init__(self, sock, key, arena.region, events)
 
     def offer(self) -> LinkOffer:
         """host:port."""
         return LinkOffer(transport="tcp", address=self._address)
-
-    def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
-        """Frames of this lease are stored from now on."""
-        self._doors.open(lease, connection, blocks)
-
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """See Inlet.watch."""
-        self._doors.watch(lease, on_landed)
-
-    def landed(self, lease: LeaseKey) -> Landed | None:
-        """Counted as frames are stored."""
-        return self._doors.landed(lease)
-
-    def end_lease(self, lease: LeaseKey) -> bool:
-        """Proven at once."""
-        self._doors.shut(lease)
-        return True
 
     def close(self) -> None:
         """See Listener.close."""
@@ -108,31 +83,16 @@ class TcpInlet(Listener):
         if sum(length for _, length in ranges) != num_bytes:
             raise ProtocolError(f"frame announces {num_bytes} bytes, its ranges hold another number")
         door = self._doors.find(lease, connection)
-        stored = 0 if door is None else self._store_frame(sock, poll, door, ranges)
+        cells = self._doors.check(door, ranges) if door is not None else []
+        views = [self._buffer[offset : offset + length] for offset, length in ranges] if door is not None else []
+        stored = self._store(sock, poll, door, views) if door is not None else 0
         if stored is None:
             return False
+        if door is not None and stored == num_bytes:
+            door.record(cells, ranges)
+            return True
         self._late += num_bytes - stored
         return _discard(sock, num_bytes - stored)
-
-    def _store_frame(
-        self, sock: socket.socket, poll: select.poll, door: Door, ranges: Sequence[tuple[int, int]]
-    ) -> int | None:
-        """Fill the ranges while the door is open, and tell of cells as they land; bytes stored, or None at end of file.
-
-        Raises ProtocolError for a range outside the lease, before anything is stored.
-        """
-        cells, stored = self._doors.check(door, ranges), 0
-        for first, last in _batches(ranges):
-            views = [self._buffer[offset : offset + length] for offset, length in ranges[first:last]]
-            wanted = sum(len(view) for view in views)
-            count = self._store(sock, poll, door, views)
-            if count is None:
-                return None
-            stored += count
-            if count < wanted:
-                break
-            door.record(cells[first:last], ranges[first:last])
-        return stored
 
     def _store(self, sock: socket.socket, poll: select.poll, door: Door, views: list[memoryview]) -> int | None:
         """Fill the views while the door is open; bytes stored, or None at end of file."""
@@ -153,17 +113,6 @@ class TcpInlet(Listener):
             else:
                 poll.poll(1000)  # wakes up to look at the door, should the writer stall for good
         return stored
-
-
-def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours of at most CACHED_BYTES together, or one range: it is hashed from the cache when it is there."""
-    first = num_bytes = 0
-    for index, (_, length) in enumerate(ranges):
-        if index > first and num_bytes + length > CACHED_BYTES:
-            yield first, index
-            first, num_bytes = index, 0
-        num_bytes += length
-    yield first, len(ranges)
 
 
 def _discard(sock: socket.socket, num_bytes: int) -> bool:

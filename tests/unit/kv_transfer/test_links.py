@@ -3,110 +3,19 @@
 import contextlib
 import os
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from kv_transfer import auth, shm, tcp_inlet
-from kv_transfer.link import Cells, Copy, Inlet, Landed, LeaseKey, Link
-from kv_transfer.memory import Arena
-from kv_transfer.mooncake import Engine
+from kv_transfer import auth, shm
+from kv_transfer.link import Copy, LeaseKey
 from kv_transfer.tcp import TcpLink
-from kv_transfer.transports import ReceiverEnd, WriterEnd, connect, open_inlet
-from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import LeaseRevoked, ProtocolError, TransferError
-from llm_engine.api.handoff import Connected, KvLayout, LinkOffer
-from tests.unit.kv_transfer.rig import KEY, MOONCAKE, arena_mappings, block_bytes, cells, make_info, make_layout
-
-LAYOUT = make_layout(16)
-TICKET = "good"
-
-
-@dataclass
-class Recorder:
-    """The owner of an inlet: accepts one ticket, writes everything down."""
-
-    connections: list[int] = field(default_factory=list)
-    ended: list[tuple[int, bool]] = field(default_factory=list)
-    causes: list[str] = field(default_factory=list)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def connected(self, connection: int, transport: str, ticket: str) -> str | None:
-        if ticket != TICKET:
-            return "unknown pairing"
-        self._note(self.connections, connection)
-        return None
-
-    def closed(self, connection: int, proven: bool) -> None:
-        self._note(self.ended, (connection, proven))
-
-    def refused(self, cause: str) -> None:
-        self._note(self.causes, cause)
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(condition, 10), f"{self}"
-
-    def _note(self, where: list, what: object) -> None:  # type: ignore[type-arg]
-        with self.changed:
-            where.append(what)
-            self.changed.notify_all()
-
-
-class Bench:
-    """An arena with an inlet of either kind, and links to it."""
-
-    def __init__(self, transport: str) -> None:
-        self.transport = transport
-        self.layout: KvLayout = LAYOUT
-        self.arena = Arena.create(LAYOUT.arena_bytes, shared=True)
-        self.events = Recorder()
-        self.lost: list[TransferError] = []
-        self.links: list[Link] = []
-        self.config = TransferConfig(transport=transport)
-        end = ReceiverEnd(
-            config=self.config,
-            key=KEY,
-            arena=self.arena,
-            layout=LAYOUT,
-            events=self.events,
-            network=None,
-            host="127.0.0.1",
-        )
-        self.inlet: Inlet = open_inlet(transport, end)
-        self.data = memoryview(np.random.default_rng(0).integers(1, 256, 1 << 14, np.uint8).tobytes())
-        self.engine = Engine(self.data, "127.0.0.1", self.config) if transport == "mooncake" else None
-
-    def connect(self, *, key: bytes = KEY, ticket: str = TICKET, region: str | None = None) -> Link:
-        connected = Connected(
-            info=make_info("d", "d1", LAYOUT, "x"),
-            layout=LAYOUT,
-            link=self.inlet.offer(),
-            reason="",
-            region=region or self.arena.region,
-            ticket=ticket,
-        )
-        end = WriterEnd(config=self.config, key=key, network=None, engine=self.engine, device=None)
-        link = connect(connected, end, self.lost.append)
-        self.links.append(link)
-        return link
-
-    def cell(self, block: int, row: int = 0) -> slice:
-        return list(cells(self.layout, block))[row]
-
-    def close(self) -> None:
-        for link in self.links:
-            link.close()
-        self.inlet.close()
-        if self.engine is not None:
-            self.engine.close()
-        self.data.release()
-        self.arena.close()
+from llm_engine.api.handoff import LinkOffer
+from tests.unit.kv_transfer.link_bench import LAYOUT, TICKET, Bench, write
+from tests.unit.kv_transfer.rig import KEY, MOONCAKE, arena_mappings, block_bytes
 
 
 @pytest.fixture(params=["shm", "tcp", MOONCAKE])
@@ -128,16 +37,6 @@ def shm_bench() -> Iterator[Bench]:
     bench = Bench("shm")
     yield bench
     bench.close()
-
-
-def never() -> bool:
-    return False
-
-
-def write(bench: Bench, link: Link, lease: LeaseKey, target: slice | int, length: int | None = None) -> None:
-    start = target if isinstance(target, int) else target.start
-    size = length if length is not None else (target.stop - target.start if isinstance(target, slice) else 0)
-    link.write(lease, bench.data, [Copy(0, start, size)], never)
 
 
 def test_a_written_block_is_there_when_confirmed(bench: Bench) -> None:
@@ -333,128 +232,3 @@ def test_closing_a_link_waits_for_the_copy_that_is_running(shm_bench: Bench) -> 
     shm_bench.events.wait(lambda: len(shm_bench.events.ended) == 1)
     with pytest.raises(TransferError, match="closed"):
         write(shm_bench, link, LeaseKey(1, 1), shm_bench.cell(3))
-
-
-# What only tcp can check, because the bytes pass through the receiver.
-
-
-@pytest.mark.parametrize(
-    ("start", "length"),
-    [
-        ("foreign", 96),  # a block of another lease
-        ("own", 95),  # not a whole block
-        ("own+1", 96),  # not at a block
-        ("own", 3 * 96),  # runs into a block that is not leased
-        ("last", 96),  # outside the region
-        ("own", 0),
-    ],
-)
-def test_a_write_outside_the_lease_cuts_the_connection(tcp: Bench, start: str, length: int) -> None:
-    link = tcp.connect()
-    lease = LeaseKey(5, 1)
-    tcp.inlet.open_lease(lease, tcp.events.connections[0], [3, 4])
-    offsets = {
-        "foreign": tcp.cell(7).start,
-        "own": tcp.cell(3).start,
-        "own+1": tcp.cell(3).start + 1,
-        "last": LAYOUT.arena_bytes,
-    }
-    with contextlib.suppress(TransferError):
-        write(tcp, link, lease, offsets[start], length)
-    tcp.events.wait(lambda: tcp.events.causes == ["bounds"] and len(tcp.events.ended) == 1)
-    assert not any(tcp.arena.buffer)
-
-
-@pytest.mark.parametrize("lease", [LeaseKey(5, 2), LeaseKey(6, 1)])
-def test_a_write_under_another_lease_is_thrown_away(tcp: Bench, lease: LeaseKey) -> None:
-    link, other = tcp.connect(), tcp.connect()
-    tcp.inlet.open_lease(LeaseKey(5, 1), tcp.events.connections[0], [3])
-    write(tcp, link, lease, tcp.cell(3))
-    assert link.confirm(lease).result(5) == 0
-    write(tcp, other, LeaseKey(5, 1), tcp.cell(3))  # the right lease, but somebody else's
-    assert other.confirm(LeaseKey(5, 1)).result(5) == 0
-    assert tcp.inlet.late_bytes == 2 * 96
-    assert not any(tcp.arena.buffer)
-    write(tcp, link, LeaseKey(5, 1), tcp.cell(3))
-    assert link.confirm(LeaseKey(5, 1)).result(5) == 96
-
-
-def test_ending_a_lease_in_the_middle_of_a_frame_is_final(tcp: Bench) -> None:
-    """The writer stalls half way through a block; the lease ends; the rest comes and must not land."""
-    link = tcp.connect()
-    lease = LeaseKey(5, 1)
-    tcp.inlet.open_lease(lease, tcp.events.connections[0], [3])
-    cell = tcp.cell(3)
-    sock = link._sock  # type: ignore[attr-defined]
-    sock.sendall(struct.pack("<BxxxIQQQ", 1, 1, 5, 1, 96) + struct.pack("<QQ", cell.start, 96) + bytes(tcp.data[:40]))
-    while bytes(tcp.arena.buffer[cell][:40]) != bytes(tcp.data[:40]):
-        time.sleep(0.001)
-    started = time.monotonic()
-    assert tcp.inlet.end_lease(lease)
-    assert time.monotonic() - started < 0.5  # the stalled writer does not hold it up
-    tcp.arena.buffer[cell] = b"\x55" * 96  # the new owner
-    sock.sendall(tcp.data[40:96])
-    assert link.confirm(lease).result(5) == 0
-    assert tcp.arena.buffer[cell] == b"\x55" * 96
-    assert tcp.inlet.late_bytes == 56
-    next_lease = LeaseKey(6, 2)
-    tcp.inlet.open_lease(next_lease, tcp.events.connections[0], [3])
-    write(tcp, link, next_lease, cell)  # the stream is still in step
-    assert link.confirm(next_lease).result(5) == 96
-
-
-def test_cells_are_told_while_the_rest_of_their_frame_is_under_way(tcp: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are hashed from the cache of the thread that stored them; half a cell is none."""
-    monkeypatch.setattr(tcp_inlet, "CACHED_BYTES", 2 * 96)
-    link, lease, told = tcp.connect(), LeaseKey(5, 1), threading.Event()
-    tcp.inlet.open_lease(lease, tcp.events.connections[0], [3, 4, 8])
-    seen: list[Cells] = []
-    tcp.inlet.watch(lease, lambda cells: (seen.extend(cells), told.set()))
-    ranges = [(tcp.cell(block).start, 96) for block in (8, 3, 4)]
-    head = struct.pack("<BxxxIQQQ", 1, 3, 5, 1, 3 * 96) + b"".join(struct.pack("<QQ", *each) for each in ranges)
-    sock = link._sock  # type: ignore[attr-defined]
-    sock.sendall(head + bytes(tcp.data[: 2 * 96 + 40]))
-    assert told.wait(5)
-    assert seen == [Cells(0, 8, 1), Cells(0, 3, 1)]
-    assert tcp.inlet.landed(lease) == Landed(2, 2 * 96)
-    sock.sendall(tcp.data[2 * 96 + 40 : 3 * 96])
-    assert link.confirm(lease).result(5) == 3 * 96
-    assert seen[2:] == [Cells(0, 4, 1)]
-
-
-@pytest.mark.parametrize("header", [(9, 1, 96), (1, 0, 96), (1, 5000, 96), (1, 1, 1 << 40), (1, 1, 97)])
-def test_impossible_frames_cut_the_connection(tcp: Bench, header: tuple[int, int, int]) -> None:
-    link = tcp.connect()
-    tcp.inlet.open_lease(LeaseKey(5, 1), tcp.events.connections[0], [3])
-    kind, ranges, size = header
-    table = struct.pack("<QQ", tcp.cell(3).start, 96)
-    link._sock.sendall(struct.pack("<BxxxIQQQ", kind, ranges, 5, 1, size) + table)  # type: ignore[attr-defined]
-    tcp.events.wait(lambda: tcp.events.causes == ["bounds"])
-    assert not any(tcp.arena.buffer)
-
-
-def test_a_receiver_that_does_not_read_breaks_the_link_in_bounded_time() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    threads = threading.Thread(target=_accept_and_ignore, args=(listener, done := threading.Event()))
-    threads.start()
-    offer = LinkOffer(transport="tcp", address=f"127.0.0.1:{listener.getsockname()[1]}")
-    lost: list[TransferError] = []
-    link = TcpLink.connect(offer, KEY, ticket=TICKET, region="r", stall_timeout_s=0.3, on_lost=lost.append)
-    data = memoryview(bytes(64 << 20))
-    started = time.monotonic()
-    with pytest.raises(TransferError, match="no progress"):
-        link.write(LeaseKey(1, 1), data, [Copy(0, 0, len(data))], never)
-    assert time.monotonic() - started < 5
-    done.set()
-    threads.join()
-    link.close()
-    listener.close()
-
-
-def _accept_and_ignore(listener: socket.socket, done: threading.Event) -> None:
-    sock, _ = listener.accept()
-    with sock:
-        shake = auth.Handshake(sock, KEY)
-        shake.challenge(transport="tcp", region="r")
-        shake.conclude(auth.Verdict(ok=True))
-        done.wait(10)
