@@ -19,7 +19,7 @@ class Drafts:
     """The proposals of one step, in the order in which they were drawn."""
 
     def __init__(self) -> None:
-        self._drawn: list[Tensor] = []  # by round: [N, 2] fp64, as `sampler.best_of`
+        self._drawn: list[Tensor] = []  # by round: [N, 2] fp64, as `ranking.best_of`
         self._ids: list[Tensor] = []  # by round: [N] int64
         self._places: dict[Sequence, list[int]] = {}
         self._num = 0

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_engine.runtime.batch import Ints, Tables
-from llm_engine.runtime.sampler import INVALID, Drawn
+from llm_engine.runtime.draws import INVALID, Drawn
 from llm_engine.sched.sequence import Sequence
 
 _NO_TOKEN = -2

@@ -17,8 +17,8 @@ from llm_engine.ops import ForwardBatch, Ops
 from llm_engine.runtime.batch import Ints, States
 from llm_engine.runtime.graphs import Pass, PassGraphs
 from llm_engine.runtime.kv_store import KvStore
+from llm_engine.runtime.ranking import best_of
 from llm_engine.runtime.runner import Model, Passed
-from llm_engine.runtime.sampler import best_of
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.ops.spec import Race
 from llm_engine.runtime.batch import BlockTables, Ints, States, Tables, batch_of, fill_in
 from llm_engine.runtime.drafts import Drafts
+from llm_engine.runtime.draws import Drawing, Drawn, DrawRows
 from llm_engine.runtime.kv_store import KvStore
-from llm_engine.runtime.sampler import Drawing, Drawn, DrawRows, Sampler
+from llm_engine.runtime.sampler import Sampler
 from llm_engine.sched.plan import Chunk
 from llm_engine.sched.sequence import Sequence
 
@@ -44,7 +45,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What a pass gives for N rows. Logits [N, V] and `sampler.best_of` them where they were computed along.
+    """What a pass gives for N rows. Logits [N, V] and `ranking.best_of` them where they were computed along.
 
     Valid until the next pass, unless it was launched kernel by kernel.
     """

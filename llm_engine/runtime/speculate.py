@@ -20,8 +20,8 @@ from torch import Tensor
 from llm_engine.ops import to_device
 from llm_engine.runtime.batch import Ints, States, Tables
 from llm_engine.runtime.drafts import Drafts
+from llm_engine.runtime.draws import DrawRows
 from llm_engine.runtime.runner import Passed, Runner
-from llm_engine.runtime.sampler import DrawRows
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Sequence
 

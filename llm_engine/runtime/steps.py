@@ -17,12 +17,12 @@ from llm_engine.api.request import FinishReason
 from llm_engine.ops import ForwardBatch, to_device
 from llm_engine.runtime.batch import States
 from llm_engine.runtime.drafts import Drafts
+from llm_engine.runtime.draws import INVALID, Drawn
 from llm_engine.runtime.layer_feed import LayerFeed, Span
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.outlook import Outlook, joined
 from llm_engine.runtime.roster import Roster
 from llm_engine.runtime.runner import Launched, Passed, Runner, StepOutput
-from llm_engine.runtime.sampler import INVALID, Drawn
 from llm_engine.runtime.speculate import Speculator, VerifiedRows
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache

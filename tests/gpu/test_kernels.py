@@ -16,7 +16,7 @@ from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.race import race
 from llm_engine.ops_triton.topk import choose_by_rows
 from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
-from llm_engine.runtime.sampler import best_of
+from llm_engine.runtime.ranking import best_of
 from tests.gpu.conftest import Note
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]

@@ -13,7 +13,8 @@ from torch import Tensor
 from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.ops_triton.lang import Ptr, kernel
 from llm_engine.ops_triton.race import NOISE, exponential, race
-from llm_engine.runtime.sampler import INVALID, Drawn, DrawRows, Sampler
+from llm_engine.runtime.draws import INVALID, Drawn, DrawRows
+from llm_engine.runtime.sampler import Sampler
 from llm_engine.sched.sequence import Sequence
 from tests.unit.sched.requests import sequence_of
 

@@ -11,10 +11,11 @@ import torch
 from llm_engine.api.config import ClusterConfig, build
 from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason, TokenDelta, unpack_tokens
+from llm_engine.runtime.draws import DrawRows
 from llm_engine.runtime.engine import Engine
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.runner import Model
-from llm_engine.runtime.sampler import DrawRows, Sampler
+from llm_engine.runtime.sampler import Sampler
 from llm_engine.sched import Failure, LayerSink, Prefilled, Reservation, Sequence, StepResult
 from tests.unit.runtime.fake_model import (
     BLOCK,

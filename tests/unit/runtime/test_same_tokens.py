@@ -21,9 +21,10 @@ from llm_engine.api.request import pack_tokens
 from llm_engine.models.deepseek_v32 import CausalLM, build_model
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops.load import load_ops
+from llm_engine.runtime.draws import Drawing, Drawn
 from llm_engine.runtime.engine import Engine
 from llm_engine.runtime.kv_store import KvStore, plan_layout
-from llm_engine.runtime.sampler import Drawing, Drawn, Sampler
+from llm_engine.runtime.sampler import Sampler
 from llm_engine.runtime.weights import load_weights
 from llm_engine.sched import Reservation, Sequence
 from tests.unit.runtime.harness import Driver, config_of

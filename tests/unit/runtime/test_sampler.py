@@ -13,7 +13,9 @@ from torch import Tensor
 from llm_engine.api.request import TokenLogprobs
 from llm_engine.ops.noise import ExponentialNoise, mix_seed, position_keys
 from llm_engine.runtime.drafts import Drafts
-from llm_engine.runtime.sampler import INVALID, Drawn, DrawRows, Sampler, keep_most_likely
+from llm_engine.runtime.draws import INVALID, Drawn, DrawRows
+from llm_engine.runtime.ranking import keep_most_likely
+from llm_engine.runtime.sampler import Sampler
 from llm_engine.sched.sequence import Sequence
 from tests.unit.sched.requests import sequence_of
 
