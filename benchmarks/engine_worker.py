@@ -98,8 +98,9 @@ class Watch:
         engine, wait = self._engine, Readback.wait
         steps = engine._steps
         watched = [
-            (engine, "step", "step"), (engine, "wait", "waited"), (steps, "wait", "wait"), (steps, "commit", "commit"),
-            (engine._decode, "plan", "plan"), (steps, "go_on", "launch"), (steps, "launch", "launch"),
+            (engine, "step", "step"), (engine, "wait", "waited"), (engine._decode, "plan", "plan"),
+            (steps, "go_on", "launch"), (steps, "launch", "launch"), (steps, "wait", "wait"),
+            (engine._commits, "commit", "commit"),
         ]  # fmt: skip
         for owner, name, part in watched:
             setattr(owner, name, self._timed(getattr(owner, name), part))
@@ -120,9 +121,9 @@ class Watch:
                 delattr(owner, name)
 
     def _timed(self, original: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
-            result = original(*args)
+            result = original(*args, **options)
             self._spent[part] += time.perf_counter() - started
             if part == "step":
                 self._end_step()

@@ -19,14 +19,17 @@ from llm_engine.api.config import ClusterConfig
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import KvSnapshot, Load, Role, Submit
 from llm_engine.ops.spec import Race
-from llm_engine.runtime.intake import Limits, accept
+from llm_engine.runtime.admission import Admission
+from llm_engine.runtime.commits import Commits
+from llm_engine.runtime.departures import Departures
+from llm_engine.runtime.intake import Limits
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.layer_feed import LayerFeed
 from llm_engine.runtime.outbox import Outbox
 from llm_engine.runtime.roster import Roster
 from llm_engine.runtime.runner import Model, RecordedPasses, Runner
 from llm_engine.runtime.speculate import Speculator
-from llm_engine.runtime.steps import Steps, state_from_bytes
+from llm_engine.runtime.steps import Steps
 from llm_engine.sched import LayerSink, Phase, Refusal, Reservation, Sequence, StepResult
 from llm_engine.sched.decode import DecodeScheduler
 from llm_engine.sched.paged_cache import PagedCache
@@ -69,55 +72,50 @@ class Engine:
         self._ahead = role is not Role.PREFILL and (store.device.type != "cpu" if ahead is None else ahead)
         self._clock = clock
         self._max_num_seqs = config.scheduler.max_num_seqs
-        self._limits = Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids)
-        self._hidden = (model.spec.hidden_size, model.dtype, store.device)
-        self._cache = PagedCache(
+        self._num_evicted = 0
+        self._cache = cache = PagedCache(
             store.num_blocks,
             store.block_tokens,
             format_id=format_id,
             prefix_cache=config.kv.prefix_cache,
             with_mtp=speculates,
         )
-        self._prefill = PrefillScheduler(
-            self._cache,
+        self._prefill = prefill = PrefillScheduler(
+            cache,
             max_step_tokens=config.scheduler.max_step_tokens,
             max_waiting=config.scheduler.max_waiting,
         )
-        self._decode = DecodeScheduler(
-            self._cache,
+        self._decode = decode = DecodeScheduler(
+            cache,
             num_drafts=config.engine.num_drafts if speculates else 0,
             max_len=self.max_len,
             reclaim=self._reclaim,
         )
-        runner = Runner(model, store, self._max_num_seqs, recorded, race)
-        self._speculator = Speculator(runner, self._cache) if speculates else None
-        self._runner = runner
-        self._outbox = Outbox()
+        self._reservations = Reservations(cache)
+        self._outbox = outbox = Outbox()
+        self._runner = runner = Runner(model, store, self._max_num_seqs, recorded, race)
+        speculator = Speculator(runner, cache) if speculates else None
         hands_off = role is Role.PREFILL
-        self._roster = Roster(
-            self._cache, self._prefill, self._decode, runner, self._speculator, self._outbox, pins=hands_off
-        )
+        self._roster = roster = Roster(cache, prefill, decode, runner, speculator, outbox, pins=hands_off)
         feed = None
         if on_layer is not None:
             feed = LayerFeed(
                 on_layer, num_layers=model.spec.num_layers, with_mtp=speculates, block_tokens=store.block_tokens
             )
-        self._steps = Steps(
-            self._cache,
-            self._prefill,
-            self._decode,
+        self._departures = Departures(speculator, feed, roster, outbox, clock) if hands_off else None
+        self._steps = Steps(cache, runner, speculator, feed, outbox, ahead=self._ahead, clock=clock)
+        self._commits = Commits(cache, prefill, decode, speculator, self._departures, roster, outbox, clock)
+        self._admission = Admission(
+            prefill,
+            decode,
+            self._reservations,
             runner,
-            self._speculator,
-            feed,
-            self._roster,
-            self._outbox,
-            hands_off=hands_off,
-            ahead=self._ahead,
+            speculator,
+            roster,
+            limits=Limits(self.max_len, model.spec.vocab_size, model.spec.eos_ids),
+            max_num_seqs=self._max_num_seqs,
             clock=clock,
         )
-        self._reservations = Reservations(self._cache)
-        self._draining = False
-        self._num_evicted = 0
 
     # -- prefill and aggregated ---------------------------------------------------------------------------------------
 
@@ -128,18 +126,7 @@ class Engine:
         """
         if self._role is Role.DECODE:
             raise ValueError("a decode engine takes sequences by reserve and admit")
-        refusal = self._turned_away(submit)
-        if refusal is not None:
-            return refusal
-        seq = accept(submit, self._limits, self._clock())
-        if isinstance(seq, Refusal):
-            return seq
-        refusal = self._prefill.add(seq)
-        if refusal is not None:
-            return refusal
-        self._roster.supersede(submit.request_id)
-        self._roster.enter(seq)
-        return seq
+        return self._admission.add(submit)
 
     def release_sent(self, seq: Sequence) -> None:
         """Unpin the blocks of a sequence that has left a prefill engine: after Accepted, Withdraw, failure or abort.
@@ -158,20 +145,7 @@ class Engine:
         The engine's own prefix hits are pinned and count as received. Refusal: it can never be taken here, or a newer
         attempt is known. An older attempt that is still running ends (a Failure `stale`).
         """
-        refusal = self._turned_away(submit)
-        if refusal is not None:
-            return refusal
-        seq = self._reservations.recall(submit.request_id, submit.attempt)
-        accepted = seq if seq is not None else accept(submit, self._limits, self._clock())
-        if isinstance(accepted, Refusal):
-            return accepted
-        if not 0 < num_tokens <= len(accepted.tokens):
-            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {len(accepted.tokens)}", retryable=False)
-        self._roster.supersede(submit.request_id)
-        if len(self._decode.running) + self._reservations.num_reserved >= self._max_num_seqs:
-            self._reservations.remember(accepted)
-            return None
-        return self._reservations.take(accepted, num_tokens, headroom=len(self._decode.running))
+        return self._admission.reserve(submit, num_tokens)
 
     def release_reservation(self, reservation: Reservation, *, quarantine: bool) -> None:
         """Give a reservation up.
@@ -189,23 +163,7 @@ class Engine:
 
         Raises ValueError, and changes nothing, when the parts do not fit each other or a newer attempt is here.
         """
-        self._reservations.expect(reservation, "reserved")
-        seq = accept(submit, self._limits, self._clock())
-        if isinstance(seq, Refusal):
-            raise ValueError(seq.reason)
-        if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
-            raise ValueError(f"{submit.request_id}: attempt {submit.attempt} is stale")
-        if (reservation.request_id, reservation.attempt) != (submit.request_id, submit.attempt):
-            raise ValueError(f"{submit.request_id}: the reservation is for {reservation.request_id}")
-        if reservation.num_tokens != len(seq.tokens):
-            raise ValueError(f"{reservation.num_tokens} tokens were handed over, the request has {len(seq.tokens)}")
-        if not 0 <= first.token < self._limits.vocab_size:
-            raise ValueError(f"first token {first.token} is not in the vocabulary")
-        state_1H = None if self._speculator is None else state_from_bytes(first.hidden, *self._hidden)
-        self._roster.supersede(submit.request_id)
-        self._reservations.adopt(seq, reservation)
-        self._enter_decode(seq, reservation, first, state_1H)
-        return seq
+        return self._admission.admit(submit, reservation, first)
 
     # -- any role -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +184,7 @@ class Engine:
 
         `hand_back`: the next step also fails every waiting, prefilling and decoding sequence with `draining`.
         """
-        self._draining = True
+        self._admission.draining = True
         for seq in self._roster if hand_back else ():
             if seq.phase is not Phase.PREFILLED:
                 self._roster.fail(seq, "draining", "this worker is being drained", retryable=True)
@@ -242,10 +200,12 @@ class Engine:
             self._begin(self._clock())
         self._steps.wait()
         now = self._clock()
-        if self._ahead and not self._prefills_next() and not self._roster.is_due(now):
+        if self._goes_ahead() and not self._roster.is_due(now):
             self._steps.go_on(self._decode.running)
-        self._steps.commit()
-        if self._steps.went_on or (self._ahead and not self._prefills_next()):
+        landed = self._steps.take()
+        if landed is not None:
+            self._commits.commit(landed, went_on=self._steps.went_on)
+        if self._steps.went_on or self._goes_ahead():
             self._begin(now)
         evicted = self._cache.pool.num_evicted
         self._outbox.stats.evicted_blocks += evicted - self._num_evicted
@@ -279,7 +239,7 @@ class Engine:
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._admission.draining
 
     def load(self) -> Load:
         """Counts for the router. `seq`, the step clocks, `pending_handoffs` and the health fields are the worker's."""
@@ -295,8 +255,8 @@ class Engine:
             blocks_live=blocks.live,
             blocks_leased=blocks.leased,
             blocks_quarantined=blocks.quarantined,
-            prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
-            draining=self._draining,
+            prefill_tokens_per_s=self._commits.prefill_tokens_per_s,
+            draining=self.draining,
         )
 
     def kv_snapshot(self) -> KvSnapshot:
@@ -317,7 +277,7 @@ class Engine:
     def _begin(self, now: float) -> None:
         """Plan and launch a pass, if there is anything to compute; or the rest of one that has gone on."""
         self._roster.expire(now)
-        if self._steps.finish_prefills():
+        if self._departures is not None and self._departures.catch_up():
             return
         plan = self._decode.plan()
         for seq in plan.preempted:
@@ -329,35 +289,10 @@ class Engine:
         if plan.seqs or chunks:
             self._steps.launch(plan, chunks)
 
-    def _prefills_next(self) -> bool:
-        """The next pass may hold chunks of prompts."""
+    def _goes_ahead(self) -> bool:
+        """The next pass may be launched before this step's results are reported: it has no chunks of prompts."""
         may_start = self._prefill.waiting and len(self._decode.running) < self._max_num_seqs
-        return bool(self._prefill.active or may_start)
-
-    def _turned_away(self, submit: Submit) -> Refusal | None:
-        """Why this engine takes no such submit now, whatever is in it."""
-        if self._draining:
-            return Refusal("draining", "this worker takes no new work", retryable=True)
-        if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
-            return Refusal("stale", f"attempt {submit.attempt} is known or superseded", retryable=False)
-        return None
-
-    def _enter_decode(
-        self, seq: Sequence, reservation: Reservation, first: FirstToken, state_1H: torch.Tensor | None
-    ) -> None:
-        seq.deadline = reservation.deadline
-        seq.num_cached = first.cached_tokens
-        seq.tokens.append(first.token)
-        if first.logprobs is not None:
-            seq.logprobs.append(first.logprobs)
-        self._runner.open(seq)
-        self._decode.add(seq)
-        self._roster.enter(seq)
-        finish = self._steps.finish_reason(seq)
-        if finish is not None:
-            self._roster.finish(seq, finish, self._clock())
-        elif self._speculator is not None and state_1H is not None:
-            self._speculator.observe(seq, seq.num_computed - 1, state_1H)
+        return self._ahead and not (self._prefill.active or may_start)
 
     def _reclaim(self) -> bool:
         """Free the blocks of the youngest sequence being prefilled; it starts over later."""

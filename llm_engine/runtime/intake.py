@@ -1,13 +1,14 @@
-"""Checks a submit against what this engine can compute, before anything is allocated for it."""
+"""Checks what comes to an engine against what it can compute, before anything is allocated or changed for it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import Submit
 from llm_engine.api.request import SamplingParams
-from llm_engine.sched.sequence import Refusal, Sequence
+from llm_engine.sched.sequence import Refusal, Reservation, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,17 @@ def accept(submit: Submit, limits: Limits, now: float) -> Sequence | Refusal:
     seq.max_len = min(seq.max_len, limits.max_len)
     seq.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(limits.eos_ids))
     return seq
+
+
+def misfit(seq: Sequence, reservation: Reservation, first: FirstToken, limits: Limits) -> str | None:
+    """Why what was handed over is not for this sequence. None: it is."""
+    if (reservation.request_id, reservation.attempt) != (seq.request_id, seq.attempt):
+        return f"{seq.request_id}: the reservation is for {reservation.request_id}"
+    if reservation.num_tokens != len(seq.tokens):
+        return f"{reservation.num_tokens} tokens were handed over, the request has {len(seq.tokens)}"
+    if not 0 <= first.token < limits.vocab_size:
+        return f"first token {first.token} is not in the vocabulary"
+    return None
 
 
 def _sampling_problem(params: SamplingParams, vocab_size: int) -> str:

@@ -178,3 +178,15 @@ def _side_by_side(sources: Seq[Tensor], starts: Seq[int], counts: Ints) -> State
         start_S += [offsets[id(source)] for source in sources]
         source_MH = torch.cat(list(distinct.values()))
     return States(source_MH, np.repeat(start_S - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum())))
+
+
+def state_bytes(hidden_H: Tensor) -> bytes:
+    """A hidden state as it goes over the wire: the bytes of its elements in the compute dtype."""
+    return hidden_H.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def state_from_bytes(data: bytes, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Inverse of `state_bytes`, as one row [1, H]. Raises ValueError when the size does not fit."""
+    if len(data) != hidden_size * dtype.itemsize:
+        raise ValueError(f"hidden state of {len(data)} bytes: expected {hidden_size * dtype.itemsize}")
+    return to_device(torch.frombuffer(bytearray(data), dtype=dtype).unsqueeze(0), device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -58,6 +60,18 @@ class StepStats:
     drafts: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     prefill_s: float = 0.0  # wall time of the step if it held chunks
+
+    def count_decodes(self, served: Iterable[tuple[int, int]]) -> None:
+        """Count the drafts and the new tokens of each sequence that was served: all but one of these are drafts."""
+        for (num_drafts, num_new), num_seqs in Counter(served).items():
+            self.decode_rows += (1 + num_drafts) * num_seqs
+            self.decode_tokens += num_new * num_seqs
+            for i in range(num_drafts):
+                if i == len(self.drafts):
+                    self.drafts.append(0)
+                    self.accepted.append(0)
+                self.drafts[i] += num_seqs
+                self.accepted[i] += num_seqs * (i < num_new - 1)
 
 
 @dataclass(slots=True)
