@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +35,8 @@ MARKERS = (dsml.THINK_START, dsml.THINK_END, dsml.USER, dsml.ASSISTANT)
 EOS_ID = 1
 VOCAB_SIZE = 320
 MODEL = "nano"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 
 
 def byte_tokenizer_json() -> str:
@@ -199,6 +203,27 @@ def running_edge(dispatcher: ScriptedDispatcher, **options: Any) -> Iterator[Run
         sock.close()
         tokenizer.close()
         assert not thread.is_alive()
+
+
+def connect(edge: RunningEdge) -> socket.socket:
+    """A client of its own making."""
+    return socket.create_connection(("127.0.0.1", edge.port), timeout=20)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Until the edge closes the connection."""
+    data = b""
+    while piece := sock.recv(1 << 16):
+        data += piece
+    return data
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """For what another thread brings about."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
 
 
 def sse_events(body: str) -> list[dict[str, Any]]:

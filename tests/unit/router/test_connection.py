@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -21,17 +20,12 @@ from tests.unit.router.edge_harness import (
     Script,
     ScriptedDispatcher,
     byte_tokenizer,
+    connect,
     ids_of,
+    read_all,
     running_edge,
+    wait_until,
 )
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
-
 
 OK = ids_of(byte_tokenizer(), "ok")
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -51,19 +45,12 @@ def post(body: bytes = BODY, version: str = "1.1", headers: str = "") -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def connect(edge: RunningEdge) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", edge.port), timeout=10)
-
-
 def talk(edge: RunningEdge, *pieces: bytes) -> bytes:
     """Send the pieces and read until the router closes the connection."""
     with connect(edge) as sock:
         for piece in pieces:
             sock.sendall(piece)
-        data = b""
-        while received := sock.recv(1 << 16):
-            data += received
-    return data
+        return read_all(sock)
 
 
 def test_a_client_that_asks_first_is_told_to_continue(edge: RunningEdge) -> None:
