@@ -23,12 +23,12 @@ from tests.unit.kv_transfer.raw_writer import RawWriter, raw_writers
 from tests.unit.kv_transfer.rig import KEY, Rig, make_info, make_submit, until
 
 
-async def test_an_offer_without_a_data_connection_is_refused() -> None:
+async def test_a_session_ends_with_its_data_connection() -> None:
     async with Rig("auto") as rig, raw_writers(rig) as [writer]:
         writer.link.close()
         await until(lambda: len(rig.server.stats().peers) == 0)
         writer.say(Offer(submit=make_submit("r1", 20, rig.target), num_tokens=20, weight_version="w1"))
-        await until(lambda: rig.server.stats().dropped_frames == 1)  # the session ended with its connection
+        await until(lambda: rig.server.stats().dropped_frames == 1)
 
 
 async def test_a_ticket_is_good_for_one_connection() -> None:

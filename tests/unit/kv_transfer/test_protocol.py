@@ -1,4 +1,4 @@
-"""Peers that break the rules of the control channel: forged, stray, repeated and contradictory messages."""
+"""Peers that have a session and break its rules: repeated, contradictory, late and missing messages."""
 
 from __future__ import annotations
 

@@ -165,11 +165,16 @@ def prompt_of(name: str = "r", tokens: list[int] | None = None, **options: Any) 
     return submit_of(tokens or PROMPT, name, **{"max_tokens": 12, "ignore_eos": True, **options})
 
 
-def fake_pair(num_drafts: int = 0, *, num_blocks: int = 32, **options: Any) -> tuple[Driver, Driver, list[KvStore]]:
-    """A prefill engine, a decode engine (with further options) and their stores."""
+def fake_pair(
+    *submits: Submit, num_drafts: int = 0, num_blocks: int = 32, **options: Any
+) -> tuple[Driver, Driver, list[KvStore]]:
+    """A prefill engine that has computed these requests, a decode engine (with further options), and their stores."""
     stores = [make_store(num_blocks, with_mtp=num_drafts > 0) for _ in range(2)]
     p = fake_driver(Role.PREFILL, store=stores[0], num_drafts=num_drafts)
     d = fake_driver(Role.DECODE, store=stores[1], num_drafts=num_drafts, **options)
+    for submit in submits:
+        p.add(submit)
+    p.run()
     return p, d, stores
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from llm_engine.api.messages import Role
+from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason
 from llm_engine.ops import ForwardBatch
 from llm_engine.runtime.kv_store import KvStore
@@ -28,11 +28,9 @@ from tests.unit.runtime.harness import (
 )
 
 
-def _decoding(num_drafts: int = 0, **options: Any) -> tuple[Driver, Sequence]:
+def _decoding(submit: Submit | None = None, **options: Any) -> tuple[Driver, Sequence]:
     """A decode engine whose one sequence has a pass under way."""
-    p, d, stores = fake_pair(num_drafts, ahead=True, **options)
-    p.add(prompt_of())
-    p.run()
+    p, d, stores = fake_pair(submit or prompt_of(), ahead=True, **options)
     seq, _ = hand_over(p, d, stores)
     d.step()
     assert d.engine.under_way
@@ -43,20 +41,17 @@ def _decoding(num_drafts: int = 0, **options: Any) -> tuple[Driver, Sequence]:
 def test_every_step_reports_what_it_reports_without(num_drafts: int) -> None:
     """No token is later by a call, and none is computed for nothing."""
     reported = []
+    submits = [prompt_of(f"r{i}", [i, *PROMPT], max_tokens=7 + 3 * i, temperature=0.8 * i) for i in range(3)]
     for ahead in (False, True):
-        p, d, stores = fake_pair(num_drafts, ahead=ahead)
-        for i in range(3):
-            p.add(prompt_of(f"r{i}", [i, *PROMPT], max_tokens=7 + 3 * i, temperature=0.8 * i))
-        p.run()
+        p, d, stores = fake_pair(*submits, num_drafts=num_drafts, ahead=ahead)
         for i in range(3):
             hand_over(p, d, stores, i)
         d.run()
         reported.append([(delta.request_id, delta.index, delta.tokens, delta.finish) for delta in d.deltas])
         assert [result.stats.decode_rows for result in d.results].count(0) == 0
     assert reported[0] == reported[1]
-    for i in range(3):
-        submit = prompt_of(f"r{i}", [i, *PROMPT], max_tokens=7 + 3 * i, temperature=0.8 * i)
-        assert d.outputs[f"r{i}"] == expected_output(submit)
+    for submit in submits:
+        assert d.outputs[submit.request_id] == expected_output(submit)
 
 
 class Watching(LateModel):
@@ -86,11 +81,9 @@ class Watching(LateModel):
 def test_a_step_begins_before_the_one_before_it_is_committed(num_drafts: int) -> None:
     """Who was admitted meanwhile takes part; who ends with the last tokens does not."""
     model = Watching(num_drafts)
-    p, d, stores = fake_pair(num_drafts, ahead=True, model=model)
     lengths = {"short": 2 + 2 * (1 + num_drafts), "long": 30, "late": 30}
-    for name, count in lengths.items():
-        p.add(prompt_of(name, [len(name), *PROMPT], max_tokens=count))
-    p.run()
+    submits = [prompt_of(name, [len(name), *PROMPT], max_tokens=count) for name, count in lengths.items()]
+    p, d, stores = fake_pair(*submits, num_drafts=num_drafts, ahead=True, model=model)
     new = 1 + num_drafts
     model.running = [hand_over(p, d, stores, place)[0] for place in (0, 1)]
     d.step()
@@ -105,8 +98,8 @@ def test_a_step_begins_before_the_one_before_it_is_committed(num_drafts: int) ->
     model.running = []
     model._compare = lambda lengths: None  # type: ignore[method-assign]
     d.run()
-    for name, count in lengths.items():
-        assert d.outputs[name] == expected_output(prompt_of(name, [len(name), *PROMPT], max_tokens=count))
+    for submit in submits:
+        assert d.outputs[submit.request_id] == expected_output(submit)
 
 
 def test_nothing_is_under_way_when_all_have_ended() -> None:
@@ -142,7 +135,7 @@ def test_prefill_never_goes_ahead() -> None:
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_blocks_that_a_pass_under_way_writes_go_to_nobody(num_drafts: int) -> None:
     """An abort does not stop the pass: a writer of a hand-off would be written over, and the other way round."""
-    d, seq = _decoding(num_drafts, num_blocks=8)
+    d, seq = _decoding(num_drafts=num_drafts, num_blocks=8)
     held, free = set(seq.blocks), d.engine.load().blocks_free
     assert d.engine.abort("r", 1) is seq
     assert not d.engine.is_idle
@@ -175,11 +168,7 @@ def test_a_sequence_that_is_preempted_gets_its_tokens_first() -> None:
 
 def test_a_deadline_comes_with_the_last_tokens() -> None:
     clock = Clock()
-    p, d, stores = fake_pair(ahead=True, clock=clock)
-    p.add(prompt_of(deadline_s=5.0))
-    p.run()
-    hand_over(p, d, stores)
-    d.step()
+    d, _ = _decoding(prompt_of(deadline_s=5.0), clock=clock)
     clock.now += 200.0
     result = d.step()
     assert result is not None
@@ -191,10 +180,8 @@ def test_a_deadline_comes_with_the_last_tokens() -> None:
 @pytest.mark.parametrize("waits", [False, True])
 def test_who_is_admitted_takes_part_from_the_next_pass_on(waits: bool) -> None:
     """Also between the end of a pass and the step that commits it: the step loop runs commands there."""
-    p, d, stores = fake_pair(ahead=True)
-    for name in ("first", "second"):
-        p.add(prompt_of(name, [len(name), *PROMPT]))
-    p.run()
+    submits = [prompt_of(name, [len(name), *PROMPT]) for name in ("first", "second")]
+    p, d, stores = fake_pair(*submits, ahead=True)
     hand_over(p, d, stores, 0)
     d.step()
     if waits:
@@ -205,8 +192,8 @@ def test_who_is_admitted_takes_part_from_the_next_pass_on(waits: bool) -> None:
     d.step()
     assert second.num_output == 2
     d.run()
-    for name in ("first", "second"):
-        assert d.outputs[name] == expected_output(prompt_of(name, [len(name), *PROMPT]))
+    for submit in submits:
+        assert d.outputs[submit.request_id] == expected_output(submit)
 
 
 def test_what_is_handed_back_has_no_further_tokens() -> None:
@@ -222,11 +209,7 @@ def test_what_is_handed_back_has_no_further_tokens() -> None:
 
 def test_how_long_a_pass_goes_on_is_told_by_the_last_one() -> None:
     clock = Clock()
-    p, d, stores = fake_pair(ahead=True, clock=clock)
-    p.add(prompt_of())
-    p.run()
-    hand_over(p, d, stores)
-    d.step()
+    d, _ = _decoding(clock=clock)
     clock.now += 8.0
     d.step()
     assert d.engine.rest_s == 6.0

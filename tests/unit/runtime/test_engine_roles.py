@@ -8,7 +8,7 @@ from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason
 from llm_engine.sched import Phase, Refusal, Reservation, Sequence
-from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel, make_store
+from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel
 from tests.unit.runtime.harness import (
     PROMPT,
     Clock,
@@ -144,10 +144,8 @@ def test_waiting_sequences_are_listed_in_order() -> None:
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 3])
 def test_a_handed_over_sequence_restates_token_one_and_goes_on(num_drafts: int) -> None:
-    p, d, stores = fake_pair(num_drafts)
     submit = prompt_of(temperature=1.0, logprobs=1)
-    p.add(submit)
-    p.run()
+    p, d, stores = fake_pair(submit, num_drafts=num_drafts)
     hand_over(p, d, stores)
     d.run()
     assert d.outputs["r"] == expected_output(submit)
@@ -159,10 +157,7 @@ def test_a_handed_over_sequence_restates_token_one_and_goes_on(num_drafts: int) 
 
 
 def test_the_decode_side_asks_only_for_what_it_lacks() -> None:
-    p, d, stores = fake_pair()
-    p.add(prompt_of("a"))
-    p.add(prompt_of("b", [*PROMPT[:8], *PROMPT]))
-    p.run()
+    p, d, stores = fake_pair(prompt_of("a"), prompt_of("b", [*PROMPT[:8], *PROMPT]))
     _, first = hand_over(p, d, stores, 0)
     _, second = hand_over(p, d, stores, 1)
     assert (first.have_tokens, len(first.blocks)) == (0, 3)
@@ -188,9 +183,7 @@ def test_reservations_wait_for_room_and_slots() -> None:
 
 
 def test_an_offer_that_waited_does_not_end_a_newer_attempt() -> None:
-    p, d, stores = fake_pair()
-    p.add(prompt_of(attempt=2))
-    p.run()
+    p, d, stores = fake_pair(prompt_of(attempt=2))
     hog = d.engine.reserve(prompt_of("hog", [1] * 60, deadline_s=9.0), 60)
     assert isinstance(hog, Reservation)
     hogs = [d.engine.reserve(prompt_of(f"hog{i}", [i] * 60), 60) for i in range(2)]
@@ -239,29 +232,22 @@ def test_a_commit_that_does_not_fit_changes_nothing(first: FirstToken, submit: S
 
 
 def test_preemption_hands_the_youngest_back_with_its_tokens() -> None:
-    p, d, stores = fake_pair()
-    for i in range(2):
-        p.add(prompt_of(f"r{i}", [i] * 12, max_tokens=40))
-    p.run()
-    stores[1] = make_store(9, with_mtp=False)
-    d = fake_driver(Role.DECODE, store=stores[1])
+    submits = [prompt_of(f"r{i}", [i] * 12, max_tokens=40) for i in range(2)]
+    p, d, stores = fake_pair(*submits, num_blocks=9)
     for i in range(2):
         hand_over(p, d, stores, i)
     d.run()
     assert [(f.seq.request_id, f.code, f.retryable) for f in d.failed] == [("r1", "preempted", True)]
-    for i in range(2):
-        expected = expected_output(prompt_of(f"r{i}", [i] * 12, max_tokens=40), max_len=36)
-        assert d.outputs[f"r{i}"] == expected[: len(d.outputs[f"r{i}"])]
+    for submit in submits:
+        output = d.outputs[submit.request_id]
+        assert output == expected_output(submit, max_len=36)[: len(output)]
     assert len(d.outputs["r0"]) == 24
     assert d.engine.is_idle
 
 
 def test_a_deadline_counts_from_the_offer() -> None:
     clock = Clock()
-    p, _, stores = fake_pair()
-    p.add(prompt_of(deadline_s=5.0))
-    p.run()
-    d = fake_driver(Role.DECODE, store=stores[1], clock=clock)
+    p, d, _ = fake_pair(prompt_of(deadline_s=5.0), clock=clock)
     reservation = d.engine.reserve(prompt_of(deadline_s=5.0), 10)
     assert isinstance(reservation, Reservation)
     clock.now += 6
@@ -271,9 +257,7 @@ def test_a_deadline_counts_from_the_offer() -> None:
 
 
 def test_a_first_token_that_ends_the_request_ends_it_here_too() -> None:
-    p, d, _ = fake_pair()
-    p.add(prompt_of())
-    p.run()
+    p, d, _ = fake_pair(prompt_of())
     reservation = d.engine.reserve(prompt_of(max_tokens=1), 10)
     assert isinstance(reservation, Reservation)
     d.engine.admit(prompt_of(max_tokens=1), reservation, p.prefilled[0].first)
