@@ -25,7 +25,7 @@ from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import Codec, Deltas, Role, RouterMessage, Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
 from llm_engine.ops import ForwardBatch, Ops
-from llm_engine.runtime.batch import Ints, SequenceRows, States, build_batch
+from llm_engine.runtime.batch import SequenceRows, States, build_batch
 from llm_engine.runtime.engine import Engine
 from llm_engine.runtime.kv_store import KvStore, plan_layout
 from llm_engine.runtime.readback import Readback
@@ -163,11 +163,9 @@ class WatchedPasses:
         """`RecordedPasses`."""
         return self._run(lambda: self.recorded.decode(batch, late_M))
 
-    def draft(
-        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
-    ) -> Passed | None:
+    def draft(self, batch: ForwardBatch, states: States, late_M: Tensor | None = None) -> Passed | None:
         """`RecordedPasses`."""
-        return self._run(lambda: self.recorded.draft(batch, states, late_M, wanted))
+        return self._run(lambda: self.recorded.draft(batch, states, late_M))
 
     def _run(self, launch: Callable[[], Passed | None]) -> Passed | None:
         started = time.perf_counter()

@@ -60,6 +60,8 @@ class Drafts:
 
     def ids(self) -> Tensor | None:
         """[M] int64 on the device; None if there are no drafts."""
+        if len(self._ids) == 1:
+            return self._ids[0]
         return torch.cat(self._ids) if self._ids else None
 
     def ids_of(self, seq: Sequence) -> Tensor:

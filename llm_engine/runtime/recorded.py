@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm_engine.ops import ForwardBatch, Ops
-from llm_engine.runtime.batch import Ints, States
+from llm_engine.runtime.batch import States
 from llm_engine.runtime.graphs import Pass, PassGraphs
 from llm_engine.runtime.kv_store import KvStore
 from llm_engine.runtime.ranking import best_of
@@ -37,7 +37,7 @@ class Recorded:
     ) -> None:
         sizes, contexts = batch_ladder(max_num_seqs), context_ladder(max_len)
 
-        def ladder(forward: Pass[T], rows_per_seq: int, state_width: int = 0) -> PassGraphs[T]:
+        def ladder(forward: Pass[T], rows_per_seq: int, **kind: Any) -> PassGraphs[T]:
             return PassGraphs(
                 forward,
                 ops,
@@ -45,7 +45,7 @@ class Recorded:
                 num_seqs=sizes,
                 max_contexts=contexts,
                 block_tokens=store.block_tokens,
-                state_width=state_width,
+                **kind,
             )
 
         def verify(batch: ForwardBatch, _: Tensor | None) -> Parts:
@@ -55,13 +55,15 @@ class Recorded:
 
         def draft(batch: ForwardBatch, state_RH: Tensor | None) -> Parts:
             assert state_RH is not None, "the pass takes states"
-            state_RH = model.mtp(batch, state_RH, store)
-            logits_RV = model.draft_logits(state_RH)
-            return state_RH, logits_RV, best_of(logits_RV)
+            rows_per_seq = batch.num_rows // batch.num_seqs
+            state_SH = model.mtp(batch, state_RH, store)[rows_per_seq - 1 :: rows_per_seq].contiguous()
+            logits_SV = model.draft_logits(state_SH)
+            return state_SH, logits_SV, best_of(logits_SV)
 
-        self._verify = ladder(verify, 1 + num_drafts)
-        rows = {0: [], 1: [2]}.get(num_drafts, [1, 1 + num_drafts])
-        self._drafts = [ladder(draft, count, model.spec.hidden_size) for count in rows]
+        self._verify = ladder(verify, 1 + num_drafts, takes_late=num_drafts > 0)
+        rows = {0: [], 1: [2]}.get(num_drafts, [1, 1 + num_drafts])  # one row: of a draft, whose token comes late
+        width = model.spec.hidden_size
+        self._drafts = [ladder(draft, n, state_width=width, takes_late=n == 1, of_last=True) for n in rows]
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -78,12 +80,10 @@ class Recorded:
         parts = self._verify.run(batch, None, late_M)
         return None if parts is None else Passed(*parts)
 
-    def draft(
-        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
-    ) -> Passed | None:
+    def draft(self, batch: ForwardBatch, states: States, late_M: Tensor | None = None) -> Passed | None:
         """`RecordedPasses`."""
         for graphs in self._drafts:
-            parts = graphs.run(batch, states, late_M, wanted)
+            parts = graphs.run(batch, states, late_M)
             if parts is not None:
                 return Passed(*parts)
         return None

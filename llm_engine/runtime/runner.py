@@ -72,10 +72,8 @@ class RecordedPasses(Protocol):
         """The main model."""
         ...
 
-    def draft(
-        self, batch: ForwardBatch, states: States, late_M: Tensor | None = None, wanted: Ints | None = None
-    ) -> Passed | None:
-        """The MTP layer. `wanted`: the rows whose results are asked for, all unless given."""
+    def draft(self, batch: ForwardBatch, states: States, late_M: Tensor | None = None) -> Passed | None:
+        """The MTP layer: the last row of each sequence."""
         ...
 
 
@@ -175,20 +173,18 @@ class Runner:
         drawn = None if launched.drawing is None else self.sampler.finish(launched.drawing)
         return StepOutput(launched.hidden_RH, launched.starts, drawn, launched.drawn_starts)
 
-    def mtp(
-        self, batch: ForwardBatch, states: States, *, late_M: Tensor | None = None, wanted: Ints | None = None
-    ) -> Passed:
-        """The MTP layer over rows of (next token, state).
+    def mtp(self, batch: ForwardBatch, states: States, *, late_M: Tensor | None = None) -> Passed:
+        """The MTP layer over rows of (next token, state); what it gives for the last row of each sequence.
 
-        `late_M`: tokens that only the device knows. `wanted`: the rows whose results are asked for, all unless given.
+        `late_M`: tokens that only the device knows.
         """
-        if self._recorded is not None and (result := self._recorded.draft(batch, states, late_M, wanted)) is not None:
+        if self._recorded is not None and (result := self._recorded.draft(batch, states, late_M)) is not None:
             return result
         hidden_NH = states.gather()
         padding = len(batch.token_ids_R) - len(hidden_NH)
         hidden_RH = torch.cat([hidden_NH, hidden_NH.new_zeros(padding, hidden_NH.shape[1])]) if padding else hidden_NH
         result_RH = self.model.mtp(self._on_device(batch, late_M), hidden_RH, self._store)
-        return Passed(States(result_RH, np.arange(batch.num_rows) if wanted is None else wanted).gather())
+        return Passed(States(result_RH, np.array(batch.row_starts[1:]) - 1).gather())
 
     def pick_drafts(self, passed: Passed, rows: DrawRows) -> Tensor:
         """A token for every row of an MTP pass, as `Sampler.pick`."""

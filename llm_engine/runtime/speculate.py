@@ -152,7 +152,7 @@ class Speculator:
     def _run(self, rows: VerifiedRows) -> _CaughtUp:
         """The layer over some rows; what it gives for the last one of each sequence."""
         batch = self._runner.batch(rows.seqs, rows.token_ids_N, rows.counts_S, rows.first_S, rows.tables_SB)
-        passed = self._runner.mtp(batch, rows.states, wanted=np.cumsum(rows.counts_S) - 1)
+        passed = self._runner.mtp(batch, rows.states)
         return _CaughtUp(rows.seqs, passed, (rows.first_S + rows.counts_S).tolist())
 
     def _chain(self, active: list[Sequence], num_drawn: int, places: Ints, passed: Passed, ids_N: Tensor) -> Passed:

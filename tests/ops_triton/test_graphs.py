@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_engine.ops import ForwardBatch, Ops, load_ops
 from llm_engine.ops_triton.lang import INTERPRETED
-from llm_engine.runtime.batch import States
+from llm_engine.runtime.batch import SequenceRows, States, build_batch
 from llm_engine.runtime.graphs import DecodeGraphs, PassGraphs
 from tests.models.harness import Harness, random_tokens
 
@@ -97,7 +97,9 @@ def test_tokens_that_only_the_device_knows_fill_every_row_that_stands_for_them(n
         seen.append(batch.token_ids_R.tolist())
         return batch.token_ids_R * 1
 
-    ladder = PassGraphs(forward, exact, rows_per_seq=3, num_seqs=[4], max_contexts=[16], block_tokens=16)
+    ladder = PassGraphs(
+        forward, exact, rows_per_seq=3, num_seqs=[4], max_contexts=[16], block_tokens=16, takes_late=True
+    )
     batch = harness.batch([(0, 0, [3, -2, -1]), (1, 0, [6, -3])])
     for late in ([70, 80, 90], [71, 81, 91]):
         drawn = ladder.run(batch, None, torch.tensor(late))
@@ -105,6 +107,18 @@ def test_tokens_that_only_the_device_knows_fill_every_row_that_stands_for_them(n
         a, b, c = late
         assert drawn.tolist() == [3, b, a, 6, c]
         assert seen[-1] == [3, b, a, *[6, c, c] * 3]
+
+
+def test_results_of_last_rows_are_those_of_the_sequences(exact: Ops) -> None:
+    """Rows that repeat the last one stand at its end, so the last place of each sequence is the last row's."""
+    ladder = PassGraphs(
+        lambda batch, _: batch.token_ids_R[2::3], exact, rows_per_seq=3, num_seqs=[4], max_contexts=[16],
+        block_tokens=16, of_last=True,
+    )  # fmt: skip
+    rows = [SequenceRows(ids, 0, [i]) for i, ids in enumerate(([3, 4, 5], [6], [7, 8]))]
+    last = ladder.run(build_batch(rows, block_tokens=16, row_tile=1))
+    assert last is not None
+    assert last.tolist() == [5, 6, 8]
 
 
 def test_impossible_ladders_are_refused(exact: Ops) -> None:
