@@ -31,7 +31,7 @@ Pass = Callable[[ForwardBatch, Tensor | None], T]  # the second argument: states
 class DecodeGraph(Generic[T]):
     """One recording: `num_seqs` sequences of `rows_per_seq` rows each, none longer than `max_context` tokens.
 
-    `takes_late`, `of_last`: see `PassGraphs`.
+    `num_late`: the most token ids that come late. `of_last`: see `PassGraphs`.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class DecodeGraph(Generic[T]):
         max_context: int,
         block_tokens: int,
         state_width: int,
-        takes_late: bool,
+        num_late: int,
         of_last: bool,
     ) -> None:
-        self._rows_per_seq, self._takes_late, self._of_last = rows_per_seq, takes_late, of_last
+        self._rows_per_seq, self._num_late, self._of_last = rows_per_seq, num_late, of_last
         rows, blocks = num_seqs * rows_per_seq, -(-max_context // block_tokens)
         names = ("token_ids", "positions", "slots", "states", "kept")
         arrays: dict[str, tuple[str, Shape]] = dict.fromkeys(names, ("int64", (rows,)))
         arrays["tables"] = "int32", (num_seqs, blocks)
-        if takes_late:  # late ones behind those that the host knows, and where each row finds its own
-            arrays["token_ids"] = "int64", (2 * rows,)
+        if num_late:  # late ones behind those that the host knows, and where each row finds its own
+            arrays["token_ids"] = "int64", (rows + num_late,)
             arrays["token_at"] = "int64", (rows,)
         self._inputs = Inputs(arrays, ops.device)
         arrived = self._inputs.arrived
@@ -82,7 +82,7 @@ class DecodeGraph(Generic[T]):
         self._inputs.send()
         arrived = self._inputs.arrived
         if late_M is not None:
-            assert self._takes_late, "the pass takes no tokens that only the device knows"
+            assert len(late_M) <= self._num_late, "so many tokens that only the device knows were not foreseen"
             rows = self._batch.num_rows
             arrived["token_ids"][rows : rows + len(late_M)].copy_(late_M)
         if self._state_RH is not None:
@@ -92,7 +92,7 @@ class DecodeGraph(Generic[T]):
 
     def _arrived(self) -> ForwardBatch:
         """The recording's batch, every row with its token."""
-        if not self._takes_late:
+        if not self._num_late:
             return self._batch
         arrived = self._inputs.arrived
         return replace(self._batch, token_ids_R=arrived["token_ids"].index_select(0, arrived["token_at"]))
@@ -110,7 +110,7 @@ class DecodeGraph(Generic[T]):
         inputs = self._inputs.staged
         ids = batch.token_ids_R.numpy()[rows]
         inputs["token_ids"][: len(ids)] = ids
-        if self._takes_late:
+        if self._num_late:
             inputs["token_at"][:] = np.where(ids < 0, len(ids) - 1 - ids, np.arange(len(ids)))
         inputs["positions"][:] = batch.positions_R.numpy()[rows]
         inputs["slots"][:] = -1
@@ -133,8 +133,8 @@ class DecodeGraph(Generic[T]):
 class PassGraphs(Generic[T]):
     """Recordings on a ladder of sizes and context bounds, over one store.
 
-    `takes_late`: some rows' tokens may be known to the device only. `of_last`: the pass gives results [S, …] of the
-    last row of each sequence instead of every row's.
+    `takes_late`: some tokens may be known to the device only, which may know some that no row has. `of_last`: the pass
+    gives results [S, …] of the last row of each sequence instead of every row's.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class PassGraphs(Generic[T]):
                 max_context=max_context,
                 block_tokens=self._block_tokens,
                 state_width=self._state_width,
-                takes_late=self._takes_late,
+                num_late=self._num_seqs[-1] * self._rows_per_seq if self._takes_late else 0,
                 of_last=self._of_last,
             )
         return self._graphs[num_seqs, max_context]

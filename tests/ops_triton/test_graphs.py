@@ -109,6 +109,18 @@ def test_tokens_that_only_the_device_knows_fill_every_row_that_stands_for_them(n
         assert seen[-1] == [3, b, a, *[6, c, c] * 3]
 
 
+def test_late_tokens_may_be_those_of_more_sequences_than_go_on(exact: Ops) -> None:
+    """The first drafts of four sequences, of which the last one wants a second."""
+    ladder = PassGraphs(
+        lambda batch, _: batch.token_ids_R, exact, rows_per_seq=1, num_seqs=[1, 4], max_contexts=[16],
+        block_tokens=16, takes_late=True,
+    )  # fmt: skip
+    batch = build_batch([SequenceRows([-4], 0, [0])], block_tokens=16, row_tile=1)
+    drawn = ladder.run(batch, None, torch.tensor([70, 80, 90, 100]))
+    assert drawn is not None
+    assert drawn.tolist() == [100]
+
+
 def test_results_of_last_rows_are_those_of_the_sequences(exact: Ops) -> None:
     """Rows that repeat the last one stand at its end, so the last place of each sequence is the last row's."""
     ladder = PassGraphs(
