@@ -20,7 +20,7 @@ from benchmarks.engine_slice import SliceCaches
 from llm_engine.models.deepseek_v32 import CausalLM
 from llm_engine.ops import ForwardBatch, Ops, to_device
 from llm_engine.runtime.batch import SequenceRows, build_batch
-from llm_engine.runtime.graphs import DecodeGraphs
+from llm_engine.runtime.graphs import PassGraphs
 
 BLOCK_TOKENS = 64
 WARM_UP = 3  # steps that are not counted
@@ -96,8 +96,8 @@ class Sequences:
     def record(self) -> Callable[[int], Tensor]:
         """A call that launches the decode step with a number and returns its tokens, valid until the next call."""
         point = self.point
-        graphs = DecodeGraphs(
-            self._forward,
+        graphs = PassGraphs(
+            lambda batch, _: self._forward(batch),
             self.ops,
             rows_per_seq=point.rows_per_seq,
             num_seqs=[point.batch],

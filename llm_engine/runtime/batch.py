@@ -41,11 +41,6 @@ class States:
     source_MH: Tensor
     at_N: Ints
 
-    @classmethod
-    def of_all(cls, source_MH: Tensor) -> States:
-        """One for each row of the source."""
-        return cls(source_MH, np.arange(len(source_MH)))
-
     def gather(self) -> Tensor:
         """[N, H]."""
         if len(self.at_N) == len(self.source_MH) and (self.at_N == np.arange(len(self.at_N))).all():

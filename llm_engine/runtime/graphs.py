@@ -202,29 +202,6 @@ class PassGraphs(Generic[T]):
         return self._graphs[num_seqs, max_context]
 
 
-class DecodeGraphs(PassGraphs[Tensor]):
-    """Of a pass that takes no states and gives one tensor."""
-
-    def __init__(
-        self,
-        forward: Callable[[ForwardBatch], Tensor],
-        ops: Ops,
-        *,
-        rows_per_seq: int,
-        num_seqs: Sequence[int],
-        max_contexts: Sequence[int],
-        block_tokens: int,
-    ) -> None:
-        super().__init__(
-            lambda batch, _: forward(batch),
-            ops,
-            rows_per_seq=rows_per_seq,
-            num_seqs=num_seqs,
-            max_contexts=max_contexts,
-            block_tokens=block_tokens,
-        )
-
-
 def _rows(result: T, kept: slice | Tensor) -> T:
     if isinstance(result, Tensor):
         return cast(T, result[kept])

@@ -22,7 +22,7 @@ _DTYPES: Mapping[str, tuple[torch.dtype, type[Any]]] = {
 
 
 class Inputs:
-    """Named arrays in one buffer of the device, `arrived`, and the buffers of the host that it is filled from.
+    """Named arrays in one buffer of the device, `arrived`, and the pinned buffers of the host that it is filled from.
 
     On the CPU there is one buffer, which is both.
     """
@@ -53,7 +53,10 @@ class Inputs:
         return self._staged[0][1]
 
     def begin(self) -> None:
-        """Make `staged` a set of arrays that may be written: what was sent from it has left."""
+        """Make `staged` a set of arrays that may be written: what was sent from it has left.
+
+        Waits for that, which is rare: it was sent `_IN_FLIGHT` passes ago.
+        """
         self._staged.rotate()
         sent = self._staged[0][2]
         if sent is not None:

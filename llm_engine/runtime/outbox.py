@@ -32,10 +32,12 @@ class Outbox:
         self._result.finished.append(seq)
 
     def failed(self, seq: Sequence, code: str, reason: str, *, retryable: bool) -> None:
+        """`seq` has ended without a finish."""
         self._result.failed.append(Failure(seq, code, reason, retryable))
         self._dirty = True
 
     def prefilled(self, prefilled: Prefilled) -> None:
+        """A sequence is ready to be handed off."""
         self._result.prefilled.append(prefilled)
         self._dirty = True
 

@@ -21,7 +21,10 @@ class Readback:
             self._made.record()
 
     def wait(self) -> npt.NDArray[Any]:
-        """The values, and with them the end of everything that was launched before."""
+        """The values, and with them the end of everything that was launched before.
+
+        However long that takes: where a device hangs the step loop makes no progress, which the worker's health tells.
+        """
         if self._made is not None:
             self._made.synchronize()
         return self._host.cpu().numpy()

@@ -23,10 +23,10 @@ from llm_engine.runtime.runner import Model, Passed
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Parts = tuple[Tensor, Tensor, Tensor]  # of a `Passed`
+Parts = tuple[Tensor, Tensor, Tensor]  # the fields of a `Passed`: states, logits, best
 
-_FIRST_CONTEXT = 2048
-_CONTEXT_STEP = 8
+_FIRST_CONTEXT = 2048  # tokens
+_CONTEXT_STEP = 8  # times the bound before
 
 
 class Recorded:
@@ -61,9 +61,11 @@ class Recorded:
             return state_SH, logits_SV, best_of(logits_SV)
 
         self._verify = ladder(verify, 1 + num_drafts, takes_late=num_drafts > 0)
-        rows = {0: [], 1: [2]}.get(num_drafts, [1, 1 + num_drafts])  # one row: of a draft, whose token comes late
         width = model.spec.hidden_size
-        self._drafts = [ladder(draft, n, state_width=width, takes_late=n == 1, of_last=True) for n in rows]
+        self._drafts = [
+            ladder(draft, count, state_width=width, takes_late=count == 1, of_last=True)
+            for count in draft_rows(num_drafts)
+        ]
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -89,13 +91,23 @@ class Recorded:
         return None
 
 
+def draft_rows(num_drafts: int) -> list[int]:
+    """Rows a sequence of the draft layer's passes: all that a step may give it; one where a draft builds on a draft.
+
+    The token of that one comes late.
+    """
+    if num_drafts < 2:
+        return [2] if num_drafts else []
+    return [1, 1 + num_drafts]
+
+
 def batch_ladder(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, … and the most."""
+    """Numbers of sequences: 1, 2, 4, … and the most."""
     return sorted({min(1 << power, max_num_seqs) for power in range(max_num_seqs.bit_length() + 1)})
 
 
 def context_ladder(max_len: int) -> list[int]:
-    """Bounds that grow by a factor of 8, the last one being the most."""
+    """Bounds in tokens that grow by a factor of 8, the last one being the most."""
     bounds, bound = [], _FIRST_CONTEXT
     while 2 * bound < max_len:
         bounds.append(bound)

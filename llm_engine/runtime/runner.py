@@ -37,10 +37,21 @@ class Model(Protocol):
     @property
     def has_mtp(self) -> bool: ...
 
-    def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor: ...
-    def logits(self, hidden_MH: Tensor) -> Tensor: ...
-    def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor: ...
-    def draft_logits(self, hidden_MH: Tensor) -> Tensor: ...
+    def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states [R, H]. `on_layer(i)` is called once the storing of layer i's cache rows is launched."""
+        ...
+
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        """fp32 [M, V] of any rows of `forward`'s result."""
+        ...
+
+    def mtp(self, batch: ForwardBatch, hidden_RH: Tensor, store: KvStore) -> Tensor:
+        """States [R, H] of the MTP layer. Row i holds token i + 1, position i and the hidden state of position i."""
+        ...
+
+    def draft_logits(self, hidden_MH: Tensor) -> Tensor:
+        """fp32 [M, V] of any rows of `mtp`'s result."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,7 @@ class StepOutput:
     """Results of one pass: rows of the decoding sequences first, then of the chunks, in the order given."""
 
     hidden_RH: Tensor
-    starts: tuple[int, ...]  # first hidden row of each decoding sequence, then of each chunk
+    starts: tuple[int, ...]  # first hidden row of each decoding sequence, then of each chunk; then the end
     drawn: Drawn | None  # None: nothing was
     drawn_starts: list[int]  # first drawn row of each decoding sequence, then of each chunk that is a last one
 
@@ -134,16 +145,6 @@ class Runner:
             self._free_slots.append(seq.slot)
             seq.slot = -1
 
-    def run(
-        self,
-        decodes: Seq[Sequence],
-        chunks: Seq[Chunk],
-        drafts: Drafts,
-        on_layer: Callable[[int], None] | None = None,
-    ) -> StepOutput:
-        """`launch` a pass and `finish` it."""
-        return self.finish(self.launch(decodes, chunks, drafts, on_layer))
-
     def launch(
         self,
         decodes: Seq[Sequence],
@@ -168,8 +169,33 @@ class Runner:
             return replace(result, states_NH=result.states_NH.clone())
         return Passed(self.model.forward(self._on_device(batch, late_M), self._store))
 
+    def draw(
+        self, passed: Passed, batch: ForwardBatch, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts
+    ) -> Launched:
+        """Launch the draw that belongs to a pass over `batch`: of the rows of `decodes` and the ends of last chunks."""
+        hidden_RH = passed.states_NH
+        starts, num_decodes = batch.row_starts, len(decodes)
+        num_decode_rows = starts[num_decodes]
+        ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
+        if not num_decode_rows and not ends:
+            return Launched(hidden_RH, starts, None, [])
+        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
+        counts = [*map(int.__sub__, starts[1 : num_decodes + 1], starts[:num_decodes]), *([1] * len(ends))]
+        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
+        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
+        if passed.logits_NV is not None:
+            started = self.sampler.start(passed.logits_NV, rows, best_R2=passed.best_N2)
+            return Launched(hidden_RH, starts, started, drawn_starts)
+        hidden_MH = hidden_RH[:num_decode_rows]
+        if ends:
+            hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
+        return Launched(hidden_RH, starts, self.sampler.start(self.model.logits(hidden_MH), rows), drawn_starts)
+
     def finish(self, launched: Launched) -> StepOutput:
-        """Wait for a pass: once, for tokens and drafts together, unless log probabilities are asked for."""
+        """Wait for a pass: once, for tokens and drafts together, unless log probabilities are asked for.
+
+        One that draws nothing is not waited for: what the device is given next comes after it.
+        """
         drawn = None if launched.drawing is None else self.sampler.finish(launched.drawing)
         return StepOutput(launched.hidden_RH, launched.starts, drawn, launched.drawn_starts)
 
@@ -191,25 +217,6 @@ class Runner:
         logits_NV = passed.logits_NV if passed.logits_NV is not None else self.model.draft_logits(passed.states_NH)
         return self.sampler.pick(logits_NV, rows, best_R2=passed.best_N2)
 
-    def _step_batch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts) -> ForwardBatch:
-        """Rows of each decoding sequence: its last token, then its drafts, which only the device knows."""
-        ids = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)
-        first = np.array([seq.num_computed for seq in decodes], dtype=np.int64)
-        counts = np.ones_like(ids)
-        if len(drafts):
-            places_SK = drafts.places_of(decodes)
-            there = np.concatenate([counts[:, None] > 0, places_SK >= 0], axis=1)
-            ids = np.concatenate([ids[:, None], -1 - places_SK], axis=1)[there]
-            counts = there.sum(1)
-        if not chunks:
-            return self.batch(decodes, ids, counts, first)
-        return self.batch(
-            [*decodes, *(chunk.seq for chunk in chunks)],
-            np.concatenate([ids, *(chunk.seq.tokens[chunk.start : chunk.end] for chunk in chunks)], dtype=np.int64),
-            np.append(counts, [chunk.length for chunk in chunks]),
-            np.append(first, [chunk.start for chunk in chunks]),
-        )
-
     def tables(self, seqs: Seq[Sequence], most_tokens: int) -> Tables:
         """Block tables that cover as many tokens of each sequence, as far as it has blocks."""
         return self._tables.of(seqs, -(-most_tokens // self._store.block_tokens))
@@ -229,28 +236,25 @@ class Runner:
             row_tile=self.model.row_tile,
         )
 
+    def _step_batch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts) -> ForwardBatch:
+        """Rows of each decoding sequence, its last token and its drafts, which only the device knows; of each chunk."""
+        ids = np.array([seq.tokens[-1] for seq in decodes], dtype=np.int64)
+        first = np.array([seq.num_computed for seq in decodes], dtype=np.int64)
+        counts = np.ones_like(ids)
+        if len(drafts):
+            places_SK = drafts.places_of(decodes)
+            there = np.concatenate([counts[:, None] > 0, places_SK >= 0], axis=1)
+            ids = np.concatenate([ids[:, None], -1 - places_SK], axis=1)[there]
+            counts = there.sum(1)
+        if not chunks:
+            return self.batch(decodes, ids, counts, first)
+        return self.batch(
+            [*decodes, *(chunk.seq for chunk in chunks)],
+            np.concatenate([ids, *(chunk.seq.tokens[chunk.start : chunk.end] for chunk in chunks)], dtype=np.int64),
+            np.append(counts, [chunk.length for chunk in chunks]),
+            np.append(first, [chunk.start for chunk in chunks]),
+        )
+
     def _on_device(self, batch: ForwardBatch, late_M: Tensor | None) -> ForwardBatch:
         batch = batch.to(self.device)
         return batch if late_M is None else replace(batch, token_ids_R=fill_in(batch.token_ids_R, late_M))
-
-    def draw(
-        self, passed: Passed, batch: ForwardBatch, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Drafts
-    ) -> Launched:
-        """Launch the draw that belongs to a pass."""
-        hidden_RH = passed.states_NH
-        starts, num_decodes = batch.row_starts, len(decodes)
-        num_decode_rows = starts[num_decodes]
-        ends = [starts[num_decodes + i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.is_last]
-        if not num_decode_rows and not ends:
-            return Launched(hidden_RH, starts, None, [])
-        drawing = [*decodes, *(chunk.seq for chunk in chunks if chunk.is_last)]
-        counts = [*map(int.__sub__, starts[1 : num_decodes + 1], starts[:num_decodes]), *([1] * len(ends))]
-        rows = DrawRows(drawing, [0] * len(drawing), counts, drafts)
-        drawn_starts = [*starts[:num_decodes], *range(num_decode_rows, num_decode_rows + len(ends))]
-        if passed.logits_NV is not None:
-            started = self.sampler.start(passed.logits_NV, rows, best_R2=passed.best_N2)
-            return Launched(hidden_RH, starts, started, drawn_starts)
-        hidden_MH = hidden_RH[:num_decode_rows]
-        if ends:
-            hidden_MH = torch.cat([hidden_MH, hidden_RH[to_device(torch.tensor(ends), self.device)]])
-        return Launched(hidden_RH, starts, self.sampler.start(self.model.logits(hidden_MH), rows), drawn_starts)

@@ -77,10 +77,6 @@ class Speculator:
         self._pending: dict[Sequence, _Verified] = {}
         self._early: _CaughtUp | None = None
 
-    @property
-    def has_pending(self) -> bool:
-        return bool(self._pending)
-
     def observe(self, seq: Sequence, first: int, states_MH: Tensor, start: int = 0, count: int | None = None) -> None:
         """Rows `start` … of `states_MH`, all unless told, are the states of verified positions from `first` on.
 

@@ -8,13 +8,13 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from llm_engine.runtime.batch import States, Tables
+from llm_engine.runtime.batch import Ints, States, Tables
 from llm_engine.runtime.drafts import Drafts
 from llm_engine.runtime.draws import Drawn
 from llm_engine.runtime.flight import Early, Flight, Landed
 from llm_engine.runtime.layer_feed import LayerFeed
 from llm_engine.runtime.outbox import Outbox
-from llm_engine.runtime.outlook import Outlook, joined
+from llm_engine.runtime.outlook import Outlook
 from llm_engine.runtime.runner import Runner, StepOutput
 from llm_engine.runtime.speculate import Speculator, VerifiedRows
 from llm_engine.sched.paged_cache import PagedCache
@@ -74,7 +74,10 @@ class Steps:
         self._flight = self._launch(plan, chunks) if early is None else self._launch_rest(early, plan)
 
     def wait(self) -> None:
-        """Until the pass under way has ended, if there is one. Changes nothing else."""
+        """Until the pass under way has ended, if there is one. Changes nothing else.
+
+        However long that takes: where a device hangs the step loop makes no progress, which the worker's health tells.
+        """
         flight = self._flight
         if flight is None:
             return
@@ -118,8 +121,8 @@ class Steps:
             self._speculator.go_on(_verified(seqs, going_S, outlook, drawn, landed.out, tables_SB))
             self._early = Early(everyone, started)
             return
-        ids_S = joined(drawn.kept_SK[going_S, 0], [seq.tokens[-1] for seq in new])
-        first_S = joined(outlook.computed_S[going_S] + 1, [seq.num_computed for seq in new])
+        ids_S = _with(drawn.kept_SK[going_S, 0], [seq.tokens[-1] for seq in new])
+        first_S = _with(outlook.computed_S[going_S] + 1, [seq.num_computed for seq in new])
         batch = self._runner.batch(everyone, ids_S, np.ones_like(ids_S), first_S, tables_SB)
         self._early = Early(everyone, started, (batch, self._runner.forward(batch)))
 
@@ -166,6 +169,11 @@ class Steps:
         if not all(map(self._cache.grow, plan.seqs, tokens)):
             return None
         return Outlook.of(plan.seqs, self._runner.tables(plan.seqs, max(tokens)))
+
+
+def _with(known_S: Ints, further: list[int]) -> Ints:
+    """Values of sequences that go on, then those of sequences that are new."""
+    return np.append(known_S, np.array(further, dtype=np.int64)) if further else known_S
 
 
 def _verified(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,21 +12,21 @@ from torch import Tensor
 from llm_engine.ops import ForwardBatch, Ops, load_ops
 from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.runtime.batch import SequenceRows, States, build_batch
-from llm_engine.runtime.graphs import DecodeGraphs, PassGraphs
+from llm_engine.runtime.graphs import PassGraphs
 from tests.models.harness import Harness, random_tokens
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the harness keeps its tensors on the CPU")
 
 
-def graphs(harness: Harness, shapes: list[tuple[int, int]]) -> DecodeGraphs:
+def graphs(harness: Harness, shapes: list[tuple[int, int]]) -> PassGraphs[Tensor]:
     """Over two rows a sequence; `shapes` notes what is recorded: (sequences, context bound)."""
 
-    def forward(batch: ForwardBatch) -> Tensor:
+    def forward(batch: ForwardBatch, _: Tensor | None) -> Tensor:
         shapes.append((batch.num_seqs, max(batch.context_lens)))
         return harness.model.forward(batch, harness.store)
 
     ladder = {"num_seqs": [1, 4], "max_contexts": [12, 48]}
-    return DecodeGraphs(forward, harness.ops, rows_per_seq=2, block_tokens=harness.store.block_tokens, **ladder)
+    return PassGraphs(forward, harness.ops, rows_per_seq=2, block_tokens=harness.store.block_tokens, **ladder)
 
 
 def test_a_padded_recording_equals_the_plain_pass(nano_dir: Path, exact: Ops) -> None:
@@ -80,7 +81,7 @@ def test_sequences_with_fewer_rows_leave_places_empty(nano_dir: Path, exact: Ops
         state_width=harness.model.spec.hidden_size,
     )  # fmt: skip
     harness.store.arena.zero_()
-    recorded = ladder.run(batch, States.of_all(states))
+    recorded = ladder.run(batch, States(states, np.arange(len(states))))
     assert recorded is not None
     assert torch.equal(recorded[0], plain)
     assert recorded[1].tolist() == [0, 1, 2, 0, 0, 1]
@@ -138,6 +139,6 @@ def test_impossible_ladders_are_refused(exact: Ops) -> None:
     for name in ("num_seqs", "max_contexts"):
         for ladder in ([], [2, 2], [4, 1]):
             with pytest.raises(ValueError, match="ascends"):
-                DecodeGraphs(lambda batch: batch.positions_R, exact, **{**options, name: ladder})
+                PassGraphs(lambda batch, _: batch.positions_R, exact, **{**options, name: ladder})
     with pytest.raises(ValueError, match="cpu/exact/float32 pads batches to 8 rows"):
-        DecodeGraphs(lambda batch: batch.positions_R, load_ops("cpu"), **options)
+        PassGraphs(lambda batch, _: batch.positions_R, load_ops("cpu"), **options)

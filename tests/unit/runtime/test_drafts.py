@@ -77,7 +77,7 @@ def test_nothing_is_read_until_the_tokens_are() -> None:
     assert sorted(place for seq in seqs for place in drafts.places(seq)) == list(range(9))
     assert model.mtp_rows == [4, 3, 2], "one pass more for each further draft, of the sequences that want one"
     with pytest.raises(NotImplementedError, match="meta"):
-        runner.run(seqs, [], drafts)
+        runner.finish(runner.launch(seqs, [], drafts))
 
 
 def test_sequences_that_want_no_drafts_only_catch_up() -> None:
