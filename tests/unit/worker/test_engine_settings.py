@@ -8,7 +8,7 @@ import pytest
 
 from llm_engine.api.config import ClusterConfig, build
 from llm_engine.api.errors import ConfigError
-from llm_engine.runtime.recorded import batch_ladder, context_ladder
+from llm_engine.runtime.recorded import batch_ladder, context_ladder, draft_rows
 
 
 def config(**engine: Any) -> ClusterConfig:
@@ -46,3 +46,8 @@ def test_recordings_hold_every_batch(most: int, sizes: list[int]) -> None:
 )
 def test_recordings_hold_every_context(longest: int, bounds: list[int]) -> None:
     assert context_ladder(longest) == bounds
+
+
+@pytest.mark.parametrize(("num_drafts", "rows"), [(0, []), (1, [2]), (2, [1, 3]), (3, [1, 4])])
+def test_recordings_hold_every_pass_of_the_draft_layer(num_drafts: int, rows: list[int]) -> None:
+    assert draft_rows(num_drafts) == rows
