@@ -6,7 +6,7 @@ import pytest
 
 from llm_engine.api.messages import Role
 from llm_engine.api.request import FinishReason
-from llm_engine.sched import Phase, Refusal
+from llm_engine.sched import Phase, Refusal, Reservation
 from tests.unit.runtime.fake_model import FakeModel
 from tests.unit.runtime.harness import (
     PROMPT,
@@ -14,6 +14,7 @@ from tests.unit.runtime.harness import (
     blocks_in_use,
     expected_output,
     fake_driver,
+    fake_pair,
     prompt_of,
 )
 
@@ -65,6 +66,33 @@ def test_a_deadline_finishes_at_any_point(steps: int) -> None:
     driver.run()
     assert driver.outputs["free"] == expected_output(prompt_of("free"))
     assert driver.engine.is_idle
+
+
+def test_who_is_cancelled_after_token_one_is_not_handed_off() -> None:
+    """The draft layer has yet to catch up with its prompt."""
+    driver = fake_driver(Role.PREFILL, num_drafts=1)
+    seq = driver.add(prompt_of("cancelled"))
+    driver.add(prompt_of("kept", [7] * 5))
+    driver.step()
+    assert set(driver.outputs) == {"cancelled", "kept"}
+    driver.engine.abort("cancelled", 1)
+    driver.run()
+    assert [prefilled.seq.request_id for prefilled in driver.prefilled] == ["kept"]
+    driver.engine.release_sent(seq)
+
+
+def test_a_newer_hand_off_ends_an_older_one_that_was_admitted_meanwhile() -> None:
+    p, d, _ = fake_pair(prompt_of(attempt=2))
+    older, newer = (d.engine.reserve(prompt_of(attempt=attempt), 10) for attempt in (1, 2))
+    assert isinstance(older, Reservation)
+    assert isinstance(newer, Reservation)
+    ended = d.engine.admit(prompt_of(attempt=1), older, p.prefilled[0].first)
+    seq = d.engine.admit(prompt_of(attempt=2), newer, p.prefilled[0].first)
+    assert (ended.phase, seq.phase) == (Phase.ENDED, Phase.DECODING)
+    assert d.engine.abort("r", 2) is seq
+    d.run()
+    assert [(failure.seq, failure.code) for failure in d.failed] == [(ended, "stale")]
+    assert d.engine.is_idle
 
 
 def test_handing_back_fails_what_is_running() -> None:
