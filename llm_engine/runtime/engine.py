@@ -1,5 +1,8 @@
 """One model on one device: plan → launch → wait → commit, in every step. Called from one thread only.
 
+`Admission` takes sequences in, `Steps` runs passes over them, `Commits` does what the results say, and they end in the
+`Roster` or, on a prefill engine, leave by `Departures`. What happened is in the `Outbox`.
+
 Life of a sequence
   prefill role     add → WAITING → PREFILLING (chunks; the sink hears of finished layers) → token 1 in a delta →
                    `Prefilled` → PREFILLED → release_sent
@@ -81,15 +84,10 @@ class Engine:
             with_mtp=speculates,
         )
         self._prefill = prefill = PrefillScheduler(
-            cache,
-            max_step_tokens=config.scheduler.max_step_tokens,
-            max_waiting=config.scheduler.max_waiting,
+            cache, max_step_tokens=config.scheduler.max_step_tokens, max_waiting=config.scheduler.max_waiting
         )
         self._decode = decode = DecodeScheduler(
-            cache,
-            num_drafts=config.engine.num_drafts if speculates else 0,
-            max_len=self.max_len,
-            reclaim=self._reclaim,
+            cache, num_drafts=config.engine.num_drafts if speculates else 0, max_len=self.max_len, reclaim=self._reclaim
         )
         self._reservations = Reservations(cache)
         self._outbox = outbox = Outbox()
