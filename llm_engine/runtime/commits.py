@@ -51,6 +51,7 @@ class Commits:
         self._outbox = outbox
         self._clock = clock
         self.prefill_tokens_per_s = 0.0  # moving average, wall time
+        self._unrated = (0, 0.0)  # tokens and seconds of the passes since the last one that was waited for
 
     def commit(self, landed: Landed, *, went_on: bool) -> None:
         """Commit a pass. Sequences that ended meanwhile are left out.
@@ -64,7 +65,7 @@ class Commits:
             self._commit_decodes(flight.seqs, out, out.drawn, landed.ended, observe=not went_on)
         if flight.chunks:
             self._commit_chunks(flight.chunks, out, len(flight.seqs), landed.ended)
-            self._measure(flight.chunks, self._clock() - flight.started)
+            self._measure(flight.chunks, self._clock() - flight.started, waited=out.drawn is not None)
         self._outbox.worked()
 
     def _commit_decodes(self, seqs: Seq[Sequence], out: StepOutput, drawn: Drawn, now: float, *, observe: bool) -> None:
@@ -140,12 +141,15 @@ class Commits:
         self._cache.distrust(seq)
         self._roster.fail(seq, "internal", "the model's output is not finite", retryable=True)
 
-    def _measure(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """A step with chunks has taken so long."""
+    def _measure(self, chunks: Seq[Chunk], seconds: float, *, waited: bool) -> None:
+        """A step with chunks has taken so long. One that draws nothing is not waited for: the next one waits for it."""
         num_tokens = sum(chunk.length for chunk in chunks)
         self._outbox.stats.prefill_tokens += num_tokens
         self._outbox.stats.prefill_s += seconds
-        rate = num_tokens / max(seconds, 1e-9)
+        self._unrated = self._unrated[0] + num_tokens, self._unrated[1] + seconds
+        if not waited:
+            return
+        rate, self._unrated = self._unrated[0] / max(self._unrated[1], 1e-9), (0, 0.0)
         known = self.prefill_tokens_per_s
         self.prefill_tokens_per_s = known + _RATE_WEIGHT * (rate - known) if known else rate
 

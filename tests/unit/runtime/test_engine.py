@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
+from torch import Tensor
 
 from llm_engine.api.messages import Role, Submit
 from llm_engine.api.request import FinishReason, pack_tokens
+from llm_engine.ops import ForwardBatch
+from llm_engine.runtime.kv_store import KvStore
 from llm_engine.sched import Refusal, Reservation
 from tests.unit.runtime.fake_model import BLOCK, EOS, VOCAB, FakeModel, make_store
 from tests.unit.runtime.harness import (
@@ -140,7 +145,22 @@ def test_statistics_add_up() -> None:
     assert 0 < accepted[1] <= accepted[0] <= drafted[0]
     rows_with_tokens = sum(s.decode_rows - sum(s.drafts) for s in stats)
     assert rows_with_tokens + sum(accepted) >= 33
-    assert driver.engine.load().prefill_tokens_per_s >= 0
+
+
+def test_the_rate_of_prefill_counts_passes_that_draw_nothing_with_the_one_that_is_waited_for() -> None:
+    """A card has hardly begun the first passes of a prompt when they are launched."""
+    clock = Clock()
+
+    class Card(FakeModel):
+        def forward(self, batch: ForwardBatch, store: KvStore, on_layer: Any = None) -> Tensor:
+            clock.now += 4.0 if max(batch.context_lens) == len(prompt) else 0.5
+            return super().forward(batch, store, on_layer)
+
+    prompt = [*range(3, 15)] * 4
+    driver = fake_driver(Role.PREFILL, model=Card(), clock=clock, chunk=16)
+    driver.add(prompt_of(tokens=prompt))
+    driver.run()
+    assert driver.engine.load().prefill_tokens_per_s == pytest.approx(48 / 5)
 
 
 def test_cache_events_reach_the_owner_even_when_nothing_is_computed() -> None:
