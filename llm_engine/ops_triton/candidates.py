@@ -84,18 +84,18 @@ def _result(low: Val, at_low: Val, at_high: Val, K: tl.constexpr) -> tuple[Val, 
 
 
 @inline
-def bound_of(orders: Ptr, count: Val, TILE: tl.constexpr, SAMPLED: tl.constexpr) -> Val:
-    """What about half of TILE scores of a row are at least, by SAMPLED of them that are spread over the row. For a row
-    of no more than that: 1, which all are at least but NaN.
+def bound_of(orders: Ptr, count: Val, aim: Val, SAMPLED: tl.constexpr, LEEWAY: tl.constexpr) -> Val:
+    """What about `aim` scores of a row are at least, by SAMPLED of them that are spread over the row; up to a
+    LEEWAY-th more of those may reach it. For a row of no more than `aim`: 1, which all are at least but NaN.
     """
     low = tl.full((), 1, tl.uint32)
-    if count > TILE // 2:
+    if count > aim:
         index = tl.arange(0, SAMPLED)
         position = index // 8 * (count // 8) // (SAMPLED // 8) * 8 + index % 8  # eight neighbours are read together
         sample = tl.load(orders + position).to(tl.uint32, bitcast=True)
         high, zero = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.int32)
-        wanted = tl.maximum(TILE // 2 * SAMPLED // count, 1)
-        low, _, _ = _narrow(sample, low, high, zero + SAMPLED, zero, wanted, wanted + wanted // 8)
+        wanted = tl.maximum((aim.to(tl.int64) * SAMPLED // count).to(tl.int32), 1)
+        low, _, _ = _narrow(sample, low, high, zero + SAMPLED, zero, wanted, wanted + wanted // LEEWAY)
     return low
 
 
@@ -161,6 +161,12 @@ def choose_among(
 
 
 @inline
+def they_serve(nums: Val, K: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr) -> Val:
+    """Whether segments of `nums` candidates, up to PLACES of each, hold the K best and no more than TILE."""
+    return (tl.sum(nums, 0) >= K) & (tl.max(nums, 0) <= PLACES) & (tl.sum(tl.cdiv(nums, 32), 0) <= TILE // 32)
+
+
+@inline
 def choose_gathered(
     orders: Ptr, count: Val, bound: Val, nums: Val, candidates: Ptr, positions: Ptr, sel: Ptr, K: tl.constexpr,
     TILE: tl.constexpr, LINES: tl.constexpr, PLACES: tl.constexpr, STREAMED: tl.constexpr,
@@ -171,7 +177,7 @@ def choose_gathered(
     TILE in lines of 32; otherwise the row itself is read.
     """
     num = tl.sum(nums, 0)
-    if (num >= K) & (tl.max(nums, 0) <= PLACES) & (tl.sum(tl.cdiv(nums, 32), 0) <= TILE // 32):
+    if they_serve(nums, K, TILE, PLACES):
         choose_among(candidates, positions, nums, bound, sel, K, TILE, LINES, PLACES)
     else:
         over = num > K

@@ -18,16 +18,18 @@ from typing import Final
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.candidates import SAMPLED, bound_of, choose_among, choose_gathered, num_places
+from llm_engine.ops_triton.candidates import SAMPLED, bound_of, choose_among, choose_gathered, num_places, they_serve
 from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, nvidia_arch, tile_size
 from llm_engine.ops_triton.orders import load_orders, place_all
 from llm_engine.ops_triton.topk_chunks import choose_by_chunks, chunk_width
 
-_PROGRAMS: Final = 264  # two for every processor
+_FEW: Final = 264  # rows: two for every processor
 _WARPS: Final = 8
-_REGISTERS: Final = 128  # of a thread, at most, on Nvidia's cards
+_MOST_WARPS: Final = 4224  # that choose from many rows: 32 for every processor
+_REGISTERS: Final = 64  # of a thread then, at most, on Nvidia's cards
 _SHORT_REGISTERS: Final = 80
 _LINES: Final = 64  # placed at a time
+_LONG: Final = 32768  # scores, of which a larger sample is worth its time
 
 
 def choose(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None:
@@ -50,17 +52,30 @@ def choose_by_rows(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor) -> None
     """`choose` with one program a row."""
     (rows, k), width = sel_MK.shape, orders_MT.shape[1]
     most = num_places(k)
-    short = width <= most
-    tile = min(tile_size(width, 32), most)
-    programs = rows if short else min(rows, _PROGRAMS)
-    candidates_P2SC = orders_MT.new_empty(0 if short else programs, 2, _WARPS, most // 2)
+    short, many = width <= most, rows > _FEW
     # Where rows are many, what counts is how many programs a processor holds.
-    many = rows > _PROGRAMS
-    registers = {"maxnreg": _SHORT_REGISTERS if short else _REGISTERS} if many and nvidia_arch() else {}
-    lines = min(tile // 32, _LINES) if many else tile // 32
+    if many and not short:
+        _choose_from_many(orders_MT, visible_M, sel_MK, most // 2)
+        return
+    tile = min(tile_size(width, 32), most)
+    candidates_P2SC = orders_MT.new_empty(0 if short else rows, 2, _WARPS, most // 2)
+    registers = {"maxnreg": _SHORT_REGISTERS} if many and nvidia_arch() else {}
+    _choose[(rows,)](
+        orders_MT, visible_M, candidates_P2SC, sel_MK, rows, width, k, tile_size(k), short, tile, tile // 2, SAMPLED,
+        8, _WARPS, most // 2, min(tile // 32, _LINES) if many else tile // 32, num_warps=_WARPS, **registers,
+    )  # fmt: skip
+
+
+def _choose_from_many(orders_MT: Tensor, visible_M: Tensor, sel_MK: Tensor, places: int) -> None:
+    """Rows longer than the places for their candidates."""
+    (rows, k), width = sel_MK.shape, orders_MT.shape[1]
+    warps, sampled = (4, SAMPLED) if width <= _LONG else (8, 2 * SAMPLED)
+    programs = min(rows, _MOST_WARPS // warps)
+    candidates_P2SC = orders_MT.new_empty(programs, 2, warps, places // 2)
+    registers = {"maxnreg": _REGISTERS} if nvidia_arch() else {}
     _choose[(programs,)](
-        orders_MT, visible_M, candidates_P2SC, sel_MK, rows, width, k, tile_size(k), short, tile, SAMPLED, _WARPS,
-        most // 2, lines, num_warps=_WARPS, **registers,
+        orders_MT, visible_M, candidates_P2SC, sel_MK, rows, width, k, tile_size(k), False, places, 7 * places // 10,
+        sampled, 32, warps, places // 2, 8 * warps, num_warps=warps, **registers,
     )  # fmt: skip
 
 
@@ -132,13 +147,15 @@ def _choose(
     K_TILE: tl.constexpr,
     SHORT: tl.constexpr,
     TILE: tl.constexpr,
+    AIM: tl.constexpr,
     SAMPLED: tl.constexpr,
+    LEEWAY: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PLACES: tl.constexpr,
     LINES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """`num_columns`: of a row. SHORT: no row has more than TILE scores."""
+    """`num_columns`: of a row. SHORT: no row has more than TILE scores; AIM at as many candidates otherwise."""
     await_inputs(OVERLAP)
     candidates += tl.program_id(0).to(tl.int64) * (2 * SEGMENTS * PLACES)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
@@ -151,10 +168,16 @@ def _choose(
             nums = tl.zeros((1,), tl.int32) + count
             choose_among(source, None, nums, tl.full((), 0, tl.uint32), target, K, TILE, LINES, TILE)
         else:
-            bound = bound_of(source, count, TILE, SAMPLED)
-            tl.debug_barrier()  # the candidates of the row before have been read
-            nums = _gather(source, count, bound, candidates, SEGMENTS, PLACES)
-            tl.debug_barrier()  # those of this row have been written
+            nums, bound = tl.zeros((SEGMENTS,), tl.int32), tl.full((), 1, tl.uint32)
+            aim, tries = tl.full((), AIM, tl.int32), tl.full((), 0, tl.int32)
+            while (tries < 2) & ~they_serve(nums, K, TILE, PLACES):
+                bound = bound_of(source, count, aim, SAMPLED, LEEWAY)
+                tl.debug_barrier()  # the candidates of the row before have been read
+                nums = _gather(source, count, bound, candidates, SEGMENTS, PLACES)
+                tl.debug_barrier()  # those of this row have been written
+                # Where the sample was unlike the row, it is known now by how much.
+                aim = tl.minimum(aim.to(tl.int64) * AIM // tl.maximum(tl.sum(nums, 0), 1), count).to(tl.int32)
+                tries += 1
             positions = candidates + SEGMENTS * PLACES
             choose_gathered(
                 source, count, bound, nums, candidates, positions, target, K, TILE, LINES, PLACES, 2 * SAMPLED

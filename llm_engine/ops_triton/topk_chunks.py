@@ -74,7 +74,7 @@ def _gather_chunk(
     lane, line = tl.arange(0, 32)[:, None], tl.arange(0, CHUNK // 32)[None, :]
     position = chunk * CHUNK + line * 32 + lane
     order = load_orders(orders, position, count)
-    bound = bound_of(orders, count, PLACES, SAMPLED)
+    bound = bound_of(orders, count, tl.full((), PLACES // 2, tl.int32), SAMPLED, 8)
     taken = order >= bound
     lines = tl.sum(taken.to(tl.int32), 0)
     place = tl.cumsum(taken.to(tl.int32), 0) + (tl.cumsum(lines, 0) - lines)[None, :] - 1

@@ -123,10 +123,13 @@ def misleading(width: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("width", [8256, 40000])
-def test_what_a_sample_says_changes_nothing(width: int, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program takes several rows, one after the other."""
-    monkeypatch.setattr(topk, "_PROGRAMS", 2)
+def test_what_a_sample_says_changes_nothing(width: int, many: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows one program takes several, one after the other, and fewer candidates."""
+    if many:
+        monkeypatch.setattr(topk, "_FEW", 0)
+        monkeypatch.setattr(topk, "_MOST_WARPS", 16)
     torch.manual_seed(width)
     cases = misleading(width)
     scores = torch.stack(list(cases.values()))
