@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import triton
@@ -57,6 +59,17 @@ def nvidia_arch() -> int:
         return 0
     target = triton.runtime.driver.active.get_current_target()
     return int(target.arch) if target.backend == "cuda" else 0
+
+
+@cache
+def for_hopper(name: str) -> ModuleType | None:
+    """A module of kernels in Gluon, where the card and the language are those it was written for."""
+    if nvidia_arch() != 90:
+        return None
+    try:
+        return import_module(f"llm_engine.ops_triton.{name}")
+    except (ImportError, AttributeError):  # Gluon is experimental: names come and go
+        return None
 
 
 def inline(function: F) -> F:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from llm_engine.ops.fp8 import Weight, in_full
 from llm_engine.ops_triton.deal import Deal, deal
 from llm_engine.ops_triton.experts import _combine, _down_kernel, _swiglu, _up_kernel
 from llm_engine.ops_triton.gemm import PackedLinear, linear, linear_fp8, suits_torch
-from llm_engine.ops_triton.lang import ceil_div, tile_size
+from llm_engine.ops_triton.lang import ceil_div, for_hopper, tile_size
 from llm_engine.ops_triton.quant import (
     BLOCK,
     Fp8Rows,
@@ -32,6 +33,7 @@ from llm_engine.ops_triton.tiles import Numerics, Tile, expert_tiles
 
 _COMBINE_TILE = 1024
 _SWIGLU_ROWS = 16
+_HOPPER_ROWS = 48  # of an expert, from which on its own kernels are faster there, measured on an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +137,33 @@ def moe(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: PackedExperts)
     shared = packed.shared
     merged = packed.merged and shared is not None and not _alone_is_faster(rows, shared)
     awake = min(experts, rows * (top_k + merged))
-    tiles = expert_tiles(packed.numerics, rows * top_k / experts, awake, hidden, gate_up.shape[-2] // 2, fp8=fp8)
-    dealt = deal(ids_RK, experts, tiles[0].rows, with_shared=merged)
-    inner = _up(x_RH, gate_up, dealt, tiles[0], isinstance(down, Fp8Weight))
-    down_SH = _down(inner, down, dealt, tiles[1], x_RH.dtype)
+    special = _for_hopper(packed, rows * top_k / experts)
+    if special is not None:
+        dealt = deal(ids_RK, experts, special.ROWS.value, with_shared=merged)
+        down_SH: Tensor = special.experts(quantise_rows(x_RH), dealt, gate_up, down)
+    else:
+        width = gate_up.shape[-2] // 2
+        tiles = expert_tiles(packed.numerics, rows * top_k / experts, awake, hidden, width, fp8=fp8)
+        dealt = deal(ids_RK, experts, tiles[0].rows, with_shared=merged)
+        inner = _up(x_RH, gate_up, dealt, tiles[0], isinstance(down, Fp8Weight))
+        down_SH = _down(inner, down, dealt, tiles[1], x_RH.dtype)
     shared_RH = None if merged or shared is None else mlp(x_RH, shared)
     _combine[(rows, ceil_div(hidden, _COMBINE_TILE))](
         down_SH, dealt.slot_of_choice_RK, weights_RK, shared_RH, out_RH,
         hidden, top_k, merged, shared_RH is not None, _COMBINE_TILE,
     )  # fmt: skip
     return out_RH
+
+
+def _for_hopper(packed: PackedExperts, rows_an_expert: float) -> ModuleType | None:
+    """`experts_hopper` where it serves, which is for many rows."""
+    if packed.numerics != "fast" or rows_an_expert < _HOPPER_ROWS:
+        return None
+    gate_up, down = packed.gate_up_E2FH, packed.down_EHF
+    if not (isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight)):
+        return None
+    special = for_hopper("experts_hopper")
+    return special if special is not None and special.serves(down) else None
 
 
 def _alone_is_faster(rows: int, shared: PackedMlp) -> bool:

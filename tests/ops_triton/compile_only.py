@@ -1,7 +1,8 @@
 """Compile what passes of the real model launch: `python -m tests.ops_triton.compile_only [--once] exact/bf16/decode …`.
 
 Prints a JSON list with what the assembler says of every kernel: registers, bytes spilled, shared memory. With `--once`
-a kernel is compiled for its first launch only. `attend_pairs` as a case: that kernel alone.
+a kernel is compiled for its first launch only. `attend_pairs` or `experts` as a case: what is made for
+Hopper alone.
 """
 
 from __future__ import annotations
@@ -130,6 +131,22 @@ def run_attend_pairs() -> None:
     attend_pairs(latent, query, angles, angles, keys, sel, of_row, of_row, starts, latent, 64, 0.2, 0)
 
 
+def run_experts() -> None:
+    """Up and down products of many rows."""
+    from llm_engine.ops_triton.deal import Deal
+    from llm_engine.ops_triton.experts_hopper import experts
+    from llm_engine.ops_triton.quant import Fp8Rows, Fp8Weight
+
+    fp8, fp32, int32 = torch.float8_e4m3fn, torch.float32, torch.int32
+    dealt = Deal(tensor(8192, 8, dtype=int32), tensor(768 * 128, dtype=int32), tensor(768, dtype=int32), 128)
+    gate_up = Fp8Weight(tensor(256, 4096, HIDDEN, dtype=fp8), tensor(256, 32, 56, dtype=fp32))
+    down = Fp8Weight(tensor(256, HIDDEN, 2048, dtype=fp8), tensor(256, 56, 16, dtype=fp32))
+    experts(Fp8Rows(tensor(8192, HIDDEN, dtype=fp8), tensor(56, 8192, dtype=fp32)), dealt, gate_up, down)
+
+
+ALONE = {"attend_pairs": run_attend_pairs, "experts": run_experts}
+
+
 def report(kernel: Any) -> dict[str, Any]:
     """What the assembler says."""
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -158,8 +175,8 @@ def main(cases: list[str], *, once: bool) -> None:
     driver.set_active(card)
     card.watch(once=once)
     for case in cases:
-        if case == "attend_pairs":
-            run_attend_pairs()
+        if case in ALONE:
+            ALONE[case]()
             continue
         numerics, weights, phase = case.split("/")
         ops = build_on(META, numerics, torch.bfloat16, fp8=weights == "fp8")  # type: ignore[arg-type]

@@ -39,10 +39,15 @@ def compiled(case: str, cache_dir: Path) -> list[dict[str, Any]]:
     return kernels
 
 
-def test_attention_for_hopper_compiles(cache_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [("attend_pairs", ["_attend_pairs"]), ("experts", ["_expert_product"] * 2)],
+)
+def test_what_is_made_for_hopper_compiles(case: str, names: list[str], cache_dir: Path) -> None:
     """Products stay asynchronous, without which it is of no use."""
-    (kernel,) = compiled("attend_pairs", cache_dir)
-    assert (kernel["name"], kernel["tensor_cores"], kernel["one_by_one"]) == ("_attend_pairs", True, False)
+    kernels = compiled(case, cache_dir)
+    assert [kernel["name"] for kernel in kernels] == names
+    assert all(kernel["tensor_cores"] and not kernel["one_by_one"] for kernel in kernels)
 
 
 @pytest.mark.slow
@@ -52,10 +57,11 @@ def test_every_kernel_compiles(cache_dir: Path) -> None:
     kernels = compiled("--once exact/bf16/decode fast/fp8/decode fast/fp8/prefill", cache_dir)
     names = {kernel["name"] for kernel in kernels}
     sources = "".join(path.read_text() for path in Path(ops_triton.__file__).parent.glob("*.py"))
-    assert names == set(re.findall(r"@(?:gluon_)?kernel\ndef (\w+)", sources))
+    assert names == set(re.findall(r"@(?:gluon_|fp8_)?kernel\ndef (\w+)", sources))
     assert [kernel["fused"] for kernel in kernels if kernel["name"] == "_race"] == [False], "noise of other bits"
     multiply = {kernel["name"] for kernel in kernels if kernel["tensor_cores"]}
-    assert multiply == {"_product", "_product_fp8", "_up_kernel", "_down_kernel", "_scores", "_attend", "_attend_pairs"}
+    general = {"_product", "_product_fp8", "_up_kernel", "_down_kernel", "_scores", "_attend"}
+    assert multiply == general | {"_attend_pairs", "_expert_product"}
 
 
 @pytest.mark.slow
