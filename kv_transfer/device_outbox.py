@@ -94,8 +94,11 @@ class DeviceOutbox(Outbox):
             while self._fill(device, cost, granted, turn):
                 if self._left > 0:
                     self._tell(turn, _PROGRESS_BYTES)
-                if self._unsent() == 0 and len(self._flying) == 1:  # checksums are there before the copies
-                    self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
+                if self._unsent() == 0:
+                    self.marks.reach("enqueued")
+                    if len(self._flying) == 1:  # checksums are there before the copies
+                        self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
+                        self.marks.reach("summed")
                 device.finish(self._flying[0].done)
                 self._land(cost)
                 if not self._flying and turn.others_wait():

@@ -9,7 +9,6 @@ has been told, or has accepted, or is gone.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,19 +16,19 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kv_transfer.awake import can_spare, keep_awake
+from kv_transfer.commit_parts import CommitParts
 from kv_transfer.link import Link
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
-    Commit,
     Defer,
     Fence,
     Fenced,
     FirstToken,
     Grant,
-    Manifest,
     Offer,
     Progress,
     Refused,
@@ -41,8 +40,6 @@ from llm_engine.api.messages import Submit
 if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
-_AWAKE_EVERY_S, _AWAKE_S = 0.001, 0.05
-_MANY_CORES = (os.cpu_count() or 1) >= 8  # on a few, staying awake takes time from those who compute
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -72,15 +69,13 @@ class Handoff:
         self._error: TransferError | None = None
         # Held while the hand-off fails and while Commit is sent: one that has failed sends no part of it any more.
         self._lock = threading.Lock()
-        self._completed: tuple[FirstToken, float] | None = None  # with the end of compute
-        self._manifest: Manifest | None = None  # once everything has landed
-        self._told_first = self._told_manifest = False
+        self._parts = CommitParts(submit.request_id, submit.attempt, weight_version)
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
         self._granted, self._verdict = asyncio.Event(), asyncio.Event()
         self._offered_at = time.monotonic()
-        self._written_at = 0.0
+        self._marks = self._outbox.marks
         wait_s = min(context.config.grant_timeout_s, submit.deadline_s)
         self._grant_timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._grant_overdue, wait_s)
 
@@ -105,9 +100,8 @@ class Handoff:
         comes twice, or after the end. `compute_end`: `time.monotonic()` at the end of the last prefill kernel.
         """
         with self._lock:
-            if self._completed is None:
-                self._completed = first, compute_end
-                self._say_what_is_known()
+            self._parts.add_first(first, compute_end)
+            self._say_what_is_known()
 
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
         """`complete`, then wait until everything was written and for the receiver's verdict.
@@ -123,7 +117,7 @@ class Handoff:
             async with asyncio.timeout(self._context.config.commit_timeout_s):
                 await self._reached(self._verdict)
         except TimeoutError:
-            step = "verdict" if self._told_manifest else "write"
+            step = "verdict" if self._parts.told_manifest else "write"
             self.fail("commit_timeout", TransferTimeout(self._say(f"no {step} in time"), request_id=self.request_id))
         except TransferError as exc:
             self.fail("link", exc)
@@ -152,6 +146,7 @@ class Handoff:
             )
         except TransferError as exc:
             self.fail("link", exc)
+        self._marks.reach("offered")
 
     def on_grant(self, grant: Grant) -> None:
         """Blocks are reserved. Ignored when it comes twice, or too late: then `_end` tells the receiver."""
@@ -162,6 +157,7 @@ class Handoff:
         except ProtocolError as exc:
             self.fail("protocol", TransferError(str(exc), request_id=self.request_id))
             return
+        self._marks.reach("granted")
         self._grant_timer.cancel()
         self._granted.set()
         self._session.sender.submit(self._pump)
@@ -231,7 +227,7 @@ class Handoff:
         """Link's thread. Everything has landed."""
         if done.exception() is not None:
             return  # the link is broken: the session fails all its hand-offs
-        self._written_at = time.monotonic()
+        self._marks.reach("landed")
         try:
             landed = done.result()
             if landed is not None and landed != self._outbox.num_bytes:
@@ -239,49 +235,35 @@ class Handoff:
                 return
             manifest = self._outbox.manifest()
             with self._lock:
-                self._manifest = manifest
+                self._parts.add_manifest(manifest)
                 self._say_what_is_known()
         except Exception as exc:  # a future swallows what its callbacks raise
             self._context.post(self._context.crash, exc)
 
     def _say_what_is_known(self) -> None:
         """Any thread, with the lock held: send each part of Commit once, under the lease."""
-        lease, session, completed = self._outbox.lease, self._session, self._completed
-        has_first = completed is not None and not self._told_first
-        has_manifest = self._manifest is not None and not self._told_manifest
-        if not (has_first or has_manifest) or lease is None or session is None or self._error is not None:
+        lease, session = self._outbox.lease, self._session
+        if lease is None or session is None or self._error is not None:
             return
-        self._told_first, self._told_manifest = self._told_first or has_first, self._told_manifest or has_manifest
-        message = Commit(
-            request_id=self.request_id,
-            attempt=self.attempt,
-            lease_id=lease.lease_id,
-            epoch=lease.epoch,
-            weight_version=self._weight_version,
-            manifest=self._manifest if has_manifest else None,
-            first=completed[0] if completed is not None and has_first else None,
-            compute_end_age_s=max(0.0, time.monotonic() - completed[1]) if completed is not None else 0.0,
-        )
+        if (message := self._parts.due(lease)) is None:
+            return
         try:
             session.send(message)
         except TransferError as exc:
             self._fail_soon("link", str(exc))
-        if not self._told_first and _MANY_CORES:
-            self._context.post(self._stay_awake, time.monotonic() + _AWAKE_S)
+        for part in ("manifest", "first"):
+            if getattr(message, part) is not None:
+                self._marks.reach(f"told_{part}")
+        if not self._parts.told_first and can_spare():
+            self._context.post(keep_awake, self._say_nothing)
 
-    def _stay_awake(self, until: float) -> None:
-        """On the loop, until the first token is there: say nothing, every millisecond.
-
-        A processor that has slept for some milliseconds takes longer to wake up than all that is left to do takes.
-        """
-        asyncio.get_running_loop().call_later(_AWAKE_EVERY_S, self._say_nothing, until)
-
-    def _say_nothing(self, until: float) -> None:
+    def _say_nothing(self) -> bool:
+        """On the loop, until the first token has left."""
         lease, session = self._outbox.lease, self._session
-        if self._told_first or self._error is not None or lease is None or session is None or time.monotonic() > until:
-            return
+        if self._parts.told_first or self._error is not None or lease is None or session is None:
+            return False
         session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
-        self._stay_awake(until)
+        return True
 
     def _fail_soon(self, cause: str, why: str) -> None:
         """Any thread."""
@@ -304,9 +286,10 @@ class Handoff:
             num_bytes=outbox.num_bytes,
             handoff_s=now - self._offered_at,
             exposed_s=now - compute_end,
-            drain_s=max(0.0, self._written_at - compute_end),
+            drain_s=max(0.0, self._marks["landed"] - compute_end),
             write_s=outbox.write_s,
             hash_s=outbox.hash_s,
+            marks=self._marks,
         )
         self._context.tally.count_accepted(report)
         return report

@@ -164,6 +164,9 @@ class Intakes(Generic[R]):
             self._tally.failed["stale_commit"] += 1
             self._reject(pair, commit, "the lease is gone")
             return
+        for part in ("manifest", "first"):
+            if getattr(commit, part) is not None:
+                active.waiting.marks.reach(part)
         if commit.first is not None:
             active.last, active.last_at = commit, time.monotonic()
         active.held.sealed = active.last is not None and (active.written or commit.manifest is not None)
@@ -234,6 +237,7 @@ class Intakes(Generic[R]):
         pair.inlet.watch(key, landing.on_landed)
         if not unseen:
             self.send(pair, grant)
+        waiting.marks.reach("granted")
 
     async def _conclude(self, active: _Active[R], commit: Commit, manifest: Manifest, landed: Landed | None) -> None:
         """Verify what was written; admit, if the first token is here."""
@@ -244,9 +248,12 @@ class Intakes(Generic[R]):
             reason = await self._verifier.check(manifest, active.landing, num_tokens)
         if not held.receiving:  # revoked while we were hashing: fence or withdrawal deal with it
             self._reject(held.pair, commit, "the lease was revoked")
-        elif reason is not None:
+            return
+        if reason is not None:
             self._give_up(active, commit, reason)
-        elif active.last is not None:
+            return
+        active.waiting.marks.reach("verified")
+        if active.last is not None:
             await self._admit(active, active.last, max(received_at, active.last_at))
         else:
             active.verified = True
@@ -306,6 +313,7 @@ class Intakes(Generic[R]):
             handoff_s=now - active.waiting.received_at,
             exposed_s=last.compute_end_age_s + now - active.last_at,
             verify_s=now - complete_at,
+            marks=active.waiting.marks,
         )
 
     def _reject(self, pair: Pair, commit: Commit, reason: str) -> None:

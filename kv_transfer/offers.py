@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
-from kv_transfer.metrics import Tally
+from kv_transfer.metrics import Marks, Tally
 from kv_transfer.pairs import Pair
 from kv_transfer.reserver import BlockReserver, R
 from llm_engine.api.config import TransferConfig
@@ -31,6 +31,7 @@ class Waiting:
     received_at: float
     timer: asyncio.TimerHandle
     deferred: bool = False
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def request_id(self) -> str:
@@ -100,7 +101,8 @@ class OfferQueue(Generic[R]):
         submit = offer.submit
         wait_s = max(0.0, min(self._config.grant_timeout_s, submit.deadline_s))
         timer = asyncio.get_running_loop().call_later(wait_s, self._overdue, submit.request_id)
-        self._waiting[submit.request_id] = Waiting(pair, offer, time.monotonic(), timer)
+        item = self._waiting[submit.request_id] = Waiting(pair, offer, time.monotonic(), timer)
+        item.marks.reach("offered")
         self._wake.set()
 
     def find(self, request_id: str) -> Waiting | None:

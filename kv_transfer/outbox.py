@@ -20,6 +20,7 @@ from kv_transfer.gate import WriteGate
 from kv_transfer.layout import Blocks, CopyPlan, PlaneLayer, Run, layer_planes, merge_runs
 from kv_transfer.link import Copy, LeaseKey, Link
 from kv_transfer.manifest import ManifestBuilder, Policy
+from kv_transfer.metrics import Marks
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
@@ -97,6 +98,7 @@ class Outbox:
         self.num_blocks = -(-num_tokens // layout.block_tokens)  # of the whole sequence
         self.num_bytes = 0  # written
         self.write_s = 0.0
+        self.marks = Marks()
         self.hash_s = 0.0
         self._layout = layout
         self._source = source
@@ -182,6 +184,7 @@ class Outbox:
         if granted is None or not self.gate.enter():
             return Pumped.STOPPED
         started = time.monotonic()
+        self.marks.reach("writing")
         try:
             self._write_turn(link, cost, granted, turn)
         except LeaseRevoked:  # by our own gate
