@@ -13,7 +13,15 @@ from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
-from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, SLOTS, copy_cells, digest_cells
+from kv_transfer.device_kernels import (
+    COPY_TILE,
+    DIGEST_TILE,
+    SAMPLE_CELLS,
+    SAMPLE_TILE,
+    SLOTS,
+    copy_cells,
+    digest_cells,
+)
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
@@ -156,19 +164,22 @@ class DeviceDigests:
         They are read when the device has passed `ready`.
         """
         begin, end = self._starts[layers.start], self._starts[layers.stop]
+        cells = 1 if self._phase is None else SAMPLE_CELLS
         with self._lock:
             table = self._region.table(blocks)
             with self._region.checking(ready):
-                digest_cells[(len(blocks), end - begin)](
+                digest_cells[(-(-len(blocks) // cells), end - begin)](
                     self._region.words,
                     self._rows[begin:end],
                     table,
                     self._sums,
+                    len(blocks),
                     len(self._rows),
                     first,
                     0 if self._phase is None else self._phase // WORD_BYTES,
                     SLOTS=SLOTS,
                     SAMPLED=self._phase is not None,
+                    CELLS=cells,
                     TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
                     num_warps=4,
                 )
