@@ -123,7 +123,7 @@ class _Blocks:
         # Mixed beforehand: a block pool takes what is free, it does not shuffle while somebody waits.
         self._mixed = [random.Random(seed).sample(self._ordered, num_blocks) for seed in range(_ORDERS)]
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> _Reservation | None:
+    async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> _Reservation | None:
         parcel = Parcel.parse(submit.request_id)
         count = -(-num_tokens // BLOCK_TOKENS) - parcel.cached_tokens // BLOCK_TOKENS
         if count > len(self._free):
@@ -135,6 +135,9 @@ class _Blocks:
 
     async def reserve_probe(self) -> _Reservation | None:
         return None
+
+    def prepare(self, submit: Submit, reservation: _Reservation) -> None:
+        pass
 
     async def admit(self, submit: Submit, reservation: _Reservation, first: FirstToken, report: HandoffReport) -> None:
         # Both ends read one clock, that of the host.

@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from kv_transfer.awake import can_spare, keep_awake
 from kv_transfer.commit_parts import CommitParts
 from kv_transfer.link import Link
@@ -24,6 +26,7 @@ from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
+    Commit,
     Defer,
     Fence,
     Fenced,
@@ -33,6 +36,7 @@ from llm_engine.api.handoff import (
     Progress,
     Refused,
     Rejected,
+    Tokens,
     Withdraw,
 )
 from llm_engine.api.messages import Submit
@@ -55,6 +59,7 @@ class Handoff:
         submit: Submit,
         num_tokens: int,
         weight_version: str,
+        digests: bytes,
         on_failed: Callable[[Handoff, TransferError], None] | None,
     ) -> None:
         self.request_id = submit.request_id
@@ -63,12 +68,14 @@ class Handoff:
         self._context = context
         self._submit = submit
         self._weight_version = weight_version
+        self._digests = digests
         self._on_failed = on_failed
         self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
         # Held while the hand-off fails and while Commit is sent: one that has failed sends no part of it any more.
         self._lock = threading.Lock()
+        self._told_tokens = False
         self._parts = CommitParts(submit.request_id, submit.attempt, weight_version)
         self._awaited = False
         self._fence: Fence | None = None
@@ -142,7 +149,12 @@ class Handoff:
         self._session = session
         try:
             session.send(
-                Offer(submit=self._submit, num_tokens=self._outbox.num_tokens, weight_version=self._weight_version)
+                Offer(
+                    submit=msgspec.structs.replace(self._submit, tokens=b""),
+                    num_tokens=self._outbox.num_tokens,
+                    weight_version=self._weight_version,
+                    digests=self._digests,
+                )
             )
         except TransferError as exc:
             self.fail("link", exc)
@@ -161,7 +173,16 @@ class Handoff:
         self._grant_timer.cancel()
         self._granted.set()
         self._session.sender.submit(self._pump)
+        tokens = Tokens(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            lease_id=grant.lease_id,
+            epoch=grant.epoch,
+            tokens=self._submit.tokens,
+        )
         with self._lock:
+            self._send_or_fail(tokens)
+            self._told_tokens = True
             self._say_what_is_known()
 
     def on_defer(self, message: Defer) -> None:
@@ -242,20 +263,25 @@ class Handoff:
 
     def _say_what_is_known(self) -> None:
         """Any thread, with the lock held: send each part of Commit once, under the lease."""
-        lease, session = self._outbox.lease, self._session
-        if lease is None or session is None or self._error is not None:
+        lease = self._outbox.lease
+        if lease is None or not self._told_tokens or self._error is not None:
             return
         if (message := self._parts.due(lease)) is None:
             return
-        try:
-            session.send(message)
-        except TransferError as exc:
-            self._fail_soon("link", str(exc))
+        self._send_or_fail(message)
         for part in ("manifest", "first"):
             if getattr(message, part) is not None:
                 self._marks.reach(f"told_{part}")
         if not self._parts.told_first and can_spare():
             self._context.post(keep_awake, self._say_nothing)
+
+    def _send_or_fail(self, message: Tokens | Commit) -> None:
+        """Any thread, with the lock held."""
+        assert self._session is not None
+        try:
+            self._session.send(message)
+        except TransferError as exc:
+            self._fail_soon("link", str(exc))
 
     def _say_nothing(self) -> bool:
         """On the loop, until the first token has left."""

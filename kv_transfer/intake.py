@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
+import msgspec
+
 from kv_transfer.custody import Custody, Held
 from kv_transfer.link import Landed
 from kv_transfer.metrics import HandoffReport, Tally
@@ -31,9 +33,12 @@ from llm_engine.api.handoff import (
     ProbeCommit,
     Progress,
     Rejected,
+    Tokens,
     Withdraw,
 )
-from llm_engine.api.messages import Message
+from llm_engine.api.hashing import DIGEST_BYTES
+from llm_engine.api.messages import Message, Submit
+from llm_engine.api.request import TOKEN_BYTES
 
 if TYPE_CHECKING:  # needs torch
     from kv_transfer.device import DeviceRegion
@@ -46,6 +51,7 @@ class _Active(Generic[R]):
     waiting: Waiting
     held: Held[R]
     landing: AnyLanding
+    submit: Submit | None = None  # whole, once its tokens are here
     written: bool = False  # the part with the manifest is here
     verified: bool = False
     last: Commit | None = None  # the part with the first token
@@ -74,6 +80,7 @@ class Intakes(Generic[R]):
         self.custody.on_freed = self.offers.wake
         self._max_pending = config.max_pending
         self._block_bytes = layout.bytes_per_block()
+        self._block_tokens = layout.block_tokens
         self._reserver = reserver
         self._send_or_raise = send
         self._tally = tally
@@ -141,12 +148,26 @@ class Intakes(Generic[R]):
             refuse(pair, offer, "weights", self._other_weights(offer.weight_version))
         elif offer.num_tokens < 1:
             refuse(pair, offer, "too_long", f"{offer.num_tokens} tokens")
+        elif submit.tokens or len(offer.digests) not in (0, offer.num_tokens // self._block_tokens * DIGEST_BYTES):
+            said = f"{len(offer.digests)} bytes of digests and {len(submit.tokens)} of tokens"
+            refuse(pair, offer, "refused", f"{said} for {offer.num_tokens} tokens")
         else:
             self.cancel(submit.request_id, submit.attempt, "overtaken")  # older ones; this one must not be repeated
             if self.num_pending < self._max_pending:
                 self.offers.add(pair, offer)
             else:
                 refuse(pair, offer, "full", f"{self.num_pending} hand-offs are pending")
+
+    def on_tokens(self, pair: Pair, tokens: Tokens) -> None:
+        """The rest of a granted offer; once, for exactly this lease, as many tokens as were offered."""
+        active = self._active.get(tokens.request_id)
+        if active is None or active.submit is not None or not _names(tokens, active, pair):
+            return
+        offer = active.waiting.offer
+        if len(tokens.tokens) != offer.num_tokens * TOKEN_BYTES:
+            return  # so that nothing will be admitted
+        active.submit = msgspec.structs.replace(offer.submit, tokens=tokens.tokens)
+        self._reserver.prepare(active.submit, active.held.reservation)
 
     def on_progress(self, pair: Pair, progress: Progress) -> None:
         """Hash what has landed. A claim under any other lease than this writer's own, still open, is ignored."""
@@ -260,12 +281,15 @@ class Intakes(Generic[R]):
 
     async def _admit(self, active: _Active[R], last: Commit, complete_at: float) -> None:
         """Everything is here since `complete_at`, and verified."""
-        held, submit = active.held, active.waiting.offer.submit
+        held, submit = active.held, active.submit
         if not held.receiving:
             self._reject(held.pair, last, "the lease was revoked")
             return
         if last.weight_version != self.weight_version:
             self._give_up(active, last, self._other_weights(last.weight_version))
+            return
+        if submit is None:
+            self._give_up(active, last, f"the offer's {active.waiting.offer.num_tokens} tokens are not here")
             return
         assert last.first is not None
         report = self._report(active, last, complete_at)
@@ -324,10 +348,16 @@ class Intakes(Generic[R]):
         return f"computed with weights {version}, served are {self.weight_version}"
 
 
+def _names(message: Tokens | Commit, active: _Active[R], pair: Pair) -> bool:
+    """Whether it is this writer's for exactly this lease."""
+    lease = active.held.lease
+    named = (message.attempt, message.lease_id, message.epoch)
+    return named == (lease.attempt, *lease.key) and active.held.pair is pair
+
+
 def _is_due(commit: Commit, active: _Active[R], pair: Pair) -> bool:
     """Whether a commit is this writer's for exactly this lease, and brings parts that are not here yet."""
-    lease = active.held.lease
-    if (commit.attempt, commit.lease_id, commit.epoch) != (lease.attempt, *lease.key) or active.held.pair is not pair:
+    if not _names(commit, active, pair):
         return False
     again = (commit.manifest is not None and active.written) or (commit.first is not None and active.last is not None)
     return not again and (commit.manifest is not None or commit.first is not None)

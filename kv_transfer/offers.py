@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic
 
+import msgspec
+
 from kv_transfer.metrics import Marks, Tally
 from kv_transfer.pairs import Pair
 from kv_transfer.reserver import BlockReserver, R
@@ -180,9 +182,10 @@ class OfferQueue(Generic[R]):
 
     async def _reserve(self, item: Waiting) -> bool:
         """False: no blocks now."""
-        num_tokens = item.offer.num_tokens
+        offer, num_tokens = item.offer, item.offer.num_tokens
+        submit = msgspec.structs.replace(offer.submit, deadline_s=item.left_s())
         try:
-            reservation = await self._reserver.reserve(item.offer.submit, num_tokens)
+            reservation = await self._reserver.reserve(submit, num_tokens, offer.digests)
         except ServingError as exc:
             if self._waiting.get(item.request_id) is item:
                 self.refuse(item, "too_long" if isinstance(exc, PromptTooLong) else "refused", str(exc))
