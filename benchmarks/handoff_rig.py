@@ -129,7 +129,10 @@ class _Blocks:
         if count > len(self._free):
             return None
         order = self._mixed[parcel.number % _ORDERS] if parcel.scattered else self._ordered
-        blocks = list(itertools.islice(filter(self._free.__contains__, order), count))
+        if len(self._free) == len(order):
+            blocks = list(order[:count])
+        else:
+            blocks = list(itertools.islice(filter(self._free.__contains__, order), count))
         self._free.difference_update(blocks)
         return _Reservation(parcel.number, parcel.cached_tokens, blocks)
 

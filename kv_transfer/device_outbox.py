@@ -92,8 +92,7 @@ class DeviceOutbox(Outbox):
         self._landed_at = time.monotonic()
         try:
             while self._fill(device, cost, granted, turn):
-                if self._left > 0:
-                    self._tell(turn, _PROGRESS_BYTES)
+                self._tell(turn, _PROGRESS_BYTES)
                 if self._unsent() == 0:
                     self.marks.reach("enqueued")
                     if len(self._flying) == 1:  # checksums are there before the copies
@@ -101,6 +100,8 @@ class DeviceOutbox(Outbox):
                         self.marks.reach("summed")
                 device.finish(self._flying[0].done)
                 self._land(cost)
+                if self._left == 0:  # the receiver checks it while the manifest is on its way
+                    self._tell(turn, 0)
                 if not self._flying and turn.others_wait():
                     break
         finally:

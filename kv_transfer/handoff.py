@@ -9,7 +9,6 @@ has been told, or has accepted, or is gone.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,13 +19,12 @@ import msgspec
 
 from kv_transfer.awake import can_spare, keep_awake
 from kv_transfer.commit_parts import CommitParts
-from kv_transfer.link import Link
+from kv_transfer.link import LeaseKey, Link
 from kv_transfer.metrics import HandoffReport
 from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
-    Commit,
     Defer,
     Fence,
     Fenced,
@@ -36,14 +34,14 @@ from llm_engine.api.handoff import (
     Progress,
     Refused,
     Rejected,
-    Tokens,
     Withdraw,
 )
-from llm_engine.api.messages import Submit
+from llm_engine.api.messages import Message, Submit
 
 if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
+_TOKENS_LATER_S = 0.002  # the first blocks are under way by then, if any is ready
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -73,10 +71,7 @@ class Handoff:
         self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
-        # Held while the hand-off fails and while Commit is sent: one that has failed sends no part of it any more.
-        self._lock = threading.Lock()
-        self._told_tokens = False
-        self._parts = CommitParts(submit.request_id, submit.attempt, weight_version)
+        self._parts = CommitParts(submit, weight_version, self._outbox.marks)
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
@@ -106,9 +101,7 @@ class Handoff:
         Never blocks. For the thread that computes, before it tells the loop, which awaits `commit`; ignored when it
         comes twice, or after the end. `compute_end`: `time.monotonic()` at the end of the last prefill kernel.
         """
-        with self._lock:
-            self._parts.add_first(first, compute_end)
-            self._say_what_is_known()
+        self._parts.add_first(first, compute_end)
 
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
         """`complete`, then wait until everything was written and for the receiver's verdict.
@@ -172,18 +165,9 @@ class Handoff:
         self._marks.reach("granted")
         self._grant_timer.cancel()
         self._granted.set()
+        self._parts.open(LeaseKey(grant.lease_id, grant.epoch), self._send)
         self._session.sender.submit(self._pump)
-        tokens = Tokens(
-            request_id=self.request_id,
-            attempt=self.attempt,
-            lease_id=grant.lease_id,
-            epoch=grant.epoch,
-            tokens=self._submit.tokens,
-        )
-        with self._lock:
-            self._send_or_fail(tokens)
-            self._told_tokens = True
-            self._say_what_is_known()
+        asyncio.get_running_loop().call_later(_TOKENS_LATER_S, self._parts.tell)
 
     def on_defer(self, message: Defer) -> None:
         """The offer waits at the receiver."""
@@ -210,10 +194,10 @@ class Handoff:
 
     def fail(self, cause: str, error: TransferError) -> None:
         """End without success; the first cause counts. Ignored after the end."""
-        with self._lock:
-            if self._error is not None or self.ended.is_set():
-                return
-            self._error = error
+        if self._error is not None or self.ended.is_set():
+            return
+        self._error = error
+        self._parts.close()
         self._context.tally.failed[cause] += 1
         self._grant_timer.cancel()
         for event in (self._granted, self._verdict):
@@ -255,28 +239,14 @@ class Handoff:
                 self._fail_soon("incomplete", self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived"))
                 return
             manifest = self._outbox.manifest()
-            with self._lock:
-                self._parts.add_manifest(manifest)
-                self._say_what_is_known()
+            self._parts.add_manifest(manifest)
+            if not self._parts.told_first and can_spare():
+                self._context.post(keep_awake, self._say_nothing)
         except Exception as exc:  # a future swallows what its callbacks raise
             self._context.post(self._context.crash, exc)
 
-    def _say_what_is_known(self) -> None:
-        """Any thread, with the lock held: send each part of Commit once, under the lease."""
-        lease = self._outbox.lease
-        if lease is None or not self._told_tokens or self._error is not None:
-            return
-        if (message := self._parts.due(lease)) is None:
-            return
-        self._send_or_fail(message)
-        for part in ("manifest", "first"):
-            if getattr(message, part) is not None:
-                self._marks.reach(f"told_{part}")
-        if not self._parts.told_first and can_spare():
-            self._context.post(keep_awake, self._say_nothing)
-
-    def _send_or_fail(self, message: Tokens | Commit) -> None:
-        """Any thread, with the lock held."""
+    def _send(self, message: Message) -> None:
+        """Any thread."""
         assert self._session is not None
         try:
             self._session.send(message)
