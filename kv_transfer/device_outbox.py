@@ -73,6 +73,13 @@ class DeviceOutbox(Outbox):
         self._layer_s = math.inf  # what the card takes to compute a layer, as far as known
         self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
+    def prepare(self) -> None:
+        """See Outbox.prepare: the first blocks' ids are put on the card."""
+        with self._lock:
+            blocks = self._items[0].blocks if self._items else ()
+        if blocks:
+            self._region.table(blocks)
+
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
         return self._built or self._checksums().build(self.num_tokens, self.num_sent_blocks)

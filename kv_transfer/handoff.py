@@ -72,7 +72,7 @@ class Handoff:
         self._session: Session | None = None
         self._error: TransferError | None = None
         self._parts = CommitParts(submit, weight_version, self._outbox.marks)
-        self._awaited = False
+        self._awaited = self._prepared = False
         self._fence: Fence | None = None
         self._deferred = ""
         self._granted, self._verdict = asyncio.Event(), asyncio.Event()
@@ -92,8 +92,14 @@ class Handoff:
         Never blocks. Per layer the calls must come in block order without gaps or repeats (ValueError otherwise); a
         call after the end is ignored.
         """
-        if self._outbox.put(layer, first_block_index, block_ids) and (session := self._session) is not None:
+        wake = self._outbox.put(layer, first_block_index, block_ids)
+        if (session := self._session) is None:
+            return
+        if wake:
             session.sender.submit(self._pump)
+        elif not self._prepared and self._outbox.lease is None:
+            self._prepared = True
+            session.sender.submit(self._prepare)
 
     def complete(self, first: FirstToken, *, compute_end: float) -> None:
         """The prompt is computed: the first token goes out now, or as soon as there is a lease. Thread-safe.
@@ -207,6 +213,11 @@ class Handoff:
             asyncio.get_running_loop().call_soon(self._on_failed, self, error)
 
     # Internals.
+
+    def _prepare(self, _: Link) -> bool:
+        """Sender thread."""
+        self._outbox.prepare()
+        return False
 
     def _pump(self, link: Link) -> bool:
         """Sender thread."""
