@@ -23,7 +23,7 @@ class CommitParts:
         self._lock = threading.Lock()  # held while a message is sent: after `close` none is
         self._lease: LeaseKey | None = None
         self._send: Callable[[Message], None] = lambda _: None
-        self._closed = False
+        self.closed = False
         self._completed: tuple[FirstToken, float] | None = None  # with the end of compute
         self._manifest: Manifest | None = None  # once everything has landed
         self._told_tokens = False
@@ -42,7 +42,7 @@ class CommitParts:
     def close(self) -> None:
         """Nothing leaves any more."""
         with self._lock:
-            self._closed = True
+            self.closed = True
 
     def add_first(self, first: FirstToken, compute_end: float) -> None:
         """The prompt is computed; the first call counts. See Handoff.complete."""
@@ -67,7 +67,7 @@ class CommitParts:
     # With the lock held.
 
     def _tell_tokens(self) -> None:
-        if self._lease is None or self._closed or self._told_tokens:
+        if self._lease is None or self.closed or self._told_tokens:
             return
         self._told_tokens = True
         lease, submit = self._lease, self._submit
@@ -85,7 +85,7 @@ class CommitParts:
         lease, completed = self._lease, self._completed
         has_first = completed is not None and not self.told_first
         has_manifest = self._manifest is not None and not self.told_manifest
-        if lease is None or self._closed or not (has_first or has_manifest):
+        if lease is None or self.closed or not (has_first or has_manifest):
             return
         self._tell_tokens()
         self._send(

@@ -1,9 +1,7 @@
 """One hand-off on the writer's side: from the offer to the verdict.
 
-Runs on the event loop, except `layer_ready` and `complete` (any thread) and the copying (the session's sender thread).
-Each part of Commit leaves in the thread that had to be waited for: the one that completed the prompt, or the one that
-learned that everything has landed. A hand-off is over when `ended` is set: then no write is in flight and the receiver
-has been told, or has accepted, or is gone.
+Runs on the event loop, except `layer_ready` and `complete`, which any thread may call; see `delivery`. A hand-off is
+over when `ended` is set: then no write is in flight and the receiver has been told, or has accepted, or is gone.
 """
 
 from __future__ import annotations
@@ -11,17 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from kv_transfer.awake import can_spare, keep_awake
 from kv_transfer.commit_parts import CommitParts
-from kv_transfer.link import LeaseKey, Link
+from kv_transfer.delivery import Delivery
 from kv_transfer.metrics import HandoffReport
-from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
@@ -31,17 +25,15 @@ from llm_engine.api.handoff import (
     FirstToken,
     Grant,
     Offer,
-    Progress,
     Refused,
     Rejected,
     Withdraw,
 )
-from llm_engine.api.messages import Message, Submit
+from llm_engine.api.messages import Submit
 
 if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
-_TOKENS_LATER_S = 0.002  # the first blocks are under way by then, if any is ready
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -72,7 +64,8 @@ class Handoff:
         self._session: Session | None = None
         self._error: TransferError | None = None
         self._parts = CommitParts(submit, weight_version, self._outbox.marks)
-        self._awaited = self._prepared = False
+        self._delivery: Delivery | None = None  # once there is a session
+        self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
         self._granted, self._verdict = asyncio.Event(), asyncio.Event()
@@ -93,13 +86,8 @@ class Handoff:
         call after the end is ignored.
         """
         wake = self._outbox.put(layer, first_block_index, block_ids)
-        if (session := self._session) is None:
-            return
-        if wake:
-            session.sender.submit(self._pump)
-        elif not self._prepared and self._outbox.lease is None:
-            self._prepared = True
-            session.sender.submit(self._prepare)
+        if (delivery := self._delivery) is not None:
+            delivery.news(wake)
 
     def complete(self, first: FirstToken, *, compute_end: float) -> None:
         """The prompt is computed: the first token goes out now, or as soon as there is a lease. Thread-safe.
@@ -146,6 +134,7 @@ class Handoff:
     def attach(self, session: Session) -> None:
         """The connection is there: send the offer."""
         self._session = session
+        self._delivery = Delivery(self._outbox, self._parts, session, self._fail_soon)
         try:
             session.send(
                 Offer(
@@ -161,19 +150,16 @@ class Handoff:
 
     def on_grant(self, grant: Grant) -> None:
         """Blocks are reserved. Ignored when it comes twice, or too late: then `_end` tells the receiver."""
-        if self._error is not None or self._granted.is_set() or self._session is None:
+        if self._error is not None or self._granted.is_set() or self._delivery is None:
             return
+        self._marks.reach("granted")
         try:
-            self._outbox.open(grant, self._session.plan, self._session.policy)
+            self._delivery.open(grant)
         except ProtocolError as exc:
             self.fail("protocol", TransferError(str(exc), request_id=self.request_id))
             return
-        self._marks.reach("granted")
         self._grant_timer.cancel()
         self._granted.set()
-        self._parts.open(LeaseKey(grant.lease_id, grant.epoch), self._send)
-        self._session.sender.submit(self._pump)
-        asyncio.get_running_loop().call_later(_TOKENS_LATER_S, self._parts.tell)
 
     def on_defer(self, message: Defer) -> None:
         """The offer waits at the receiver."""
@@ -214,67 +200,9 @@ class Handoff:
 
     # Internals.
 
-    def _prepare(self, _: Link) -> bool:
-        """Sender thread."""
-        self._outbox.prepare()
-        return False
-
-    def _pump(self, link: Link) -> bool:
-        """Sender thread."""
-        lease, session = self._outbox.lease, self._session
-        if lease is None or session is None:
-            return False
-
-        def tell(news: News) -> None:
-            link.confirm(lease).add_done_callback(partial(self._on_progress, news))
-
-        pumped = self._outbox.pump(link, session.cost, Turn(session.sender.has_jobs, tell))
-        if pumped is Pumped.WRITTEN:
-            link.confirm(lease).add_done_callback(self._on_confirmed)
-        return pumped is Pumped.MORE
-
-    def _on_progress(self, layers: News, done: Future[int | None]) -> None:
-        """Link's thread. What was written has landed: the receiver may hash it."""
-        lease = self._outbox.lease
-        if done.exception() is None and self._error is None and lease is not None and self._session is not None:
-            self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=layers))
-
-    def _on_confirmed(self, done: Future[int | None]) -> None:
-        """Link's thread. Everything has landed."""
-        if done.exception() is not None:
-            return  # the link is broken: the session fails all its hand-offs
-        self._marks.reach("landed")
-        try:
-            landed = done.result()
-            if landed is not None and landed != self._outbox.num_bytes:
-                self._fail_soon("incomplete", self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived"))
-                return
-            manifest = self._outbox.manifest()
-            self._parts.add_manifest(manifest)
-            if not self._parts.told_first and can_spare():
-                self._context.post(keep_awake, self._say_nothing)
-        except Exception as exc:  # a future swallows what its callbacks raise
-            self._context.post(self._context.crash, exc)
-
-    def _send(self, message: Message) -> None:
-        """Any thread."""
-        assert self._session is not None
-        try:
-            self._session.send(message)
-        except TransferError as exc:
-            self._fail_soon("link", str(exc))
-
-    def _say_nothing(self) -> bool:
-        """On the loop, until the first token has left."""
-        lease, session = self._outbox.lease, self._session
-        if self._parts.told_first or self._error is not None or lease is None or session is None:
-            return False
-        session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
-        return True
-
     def _fail_soon(self, cause: str, why: str) -> None:
         """Any thread."""
-        self._context.post(self.fail, cause, TransferError(why, request_id=self.request_id))
+        self._context.post(self.fail, cause, TransferError(self._say(why), request_id=self.request_id))
 
     def _conclude(self, compute_end: float) -> HandoffReport:
         now = time.monotonic()

@@ -10,6 +10,7 @@ import pytest
 
 from kv_transfer import awake
 from kv_transfer.intake import Intakes
+from kv_transfer.link import LeaseKey
 from kv_transfer.pairs import Pair
 from llm_engine.api.handoff import Progress
 from tests.unit.kv_transfer.rig import FIRST, Reservation, Rig, until
@@ -59,7 +60,8 @@ async def test_empty_messages_until_the_first_token(
         await handoff.commit(FIRST, compute_end=time.monotonic())
         assert rig.pool.admitted["r1"][1] == FIRST
         assert rig.server.stats().dropped_frames == 0
-        assert not handoff._say_nothing()  # the first token was the end of it
+        assert handoff._delivery is not None
+        assert not handoff._delivery.say_nothing(active.held.lease.key)  # the first token was the end of it
         count = len(heard)
         await rig.hand_off("r2", 40)  # everything that was said before has been read
         assert len(heard) == count
@@ -79,7 +81,8 @@ async def test_a_hand_off_that_has_ended_says_no_more(
             rig.server.cancel("r1", 0)
             await until(lambda: handoff.error is not None)
         await handoff.abort()
-        assert not handoff._say_nothing()
+        assert handoff._delivery is not None
+        assert not handoff._delivery.say_nothing(LeaseKey(heard[0].lease_id, heard[0].epoch))
         assert rig.pool.admitted == {}
 
 
