@@ -21,7 +21,8 @@ START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
 _IN_FLIGHT = 2  # slices: the card has the next one when it ends one
 _LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver checks the last one when all is written
 _AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
-_PROGRESS_BYTES = 32 << 20  # less is checked by the receiver at the end, in one go
+_SUM_BYTES = 32 << 20  # fewer are hashed with those that follow, in one go
+_PROGRESS_BYTES = 8 << 20  # the receiver hears of so many, and stays ready to check the last ones at once
 
 
 class DeviceLink(Protocol):
@@ -147,7 +148,7 @@ class DeviceOutbox(Outbox):
             else:
                 self._checksums().add(before[0], before[1].sources, before[1].start, ready)
             self._unsummed = None
-        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _PROGRESS_BYTES:
+        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _SUM_BYTES:
             self._unsummed = layers, chunk
             return
         self._checksums().add(layers, chunk.sources, chunk.start, ready)
