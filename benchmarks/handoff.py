@@ -46,6 +46,7 @@ from kv_transfer.memory import Arena
 from kv_transfer.writer import Handoff, HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.handoff import FirstToken, KvLayout
+from llm_engine.api.hashing import DIGEST_BYTES
 from llm_engine.api.messages import Peer, Role, Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
 
@@ -106,7 +107,8 @@ class Writer:
 
     async def _hand_off(self, mode: Mode, parcel: Parcel, submit: Submit, blocks: list[int]) -> Sample:
         started = time.monotonic()
-        handoff = self._client.offer(submit, mode.tokens, "0")
+        digests = bytes(DIGEST_BYTES * (mode.tokens // BLOCK_TOKENS))
+        handoff = self._client.offer(submit, mode.tokens, "0", digests=digests)
         loop = asyncio.get_running_loop()
         compute_end = await loop.run_in_executor(self._steps, self._compute, handoff, blocks, mode.cached_tokens)
         report = await handoff.commit(_FIRST, compute_end=compute_end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,19 +62,20 @@ class Run:
     limits: list[Rate] = field(default_factory=list)  # one before every round
 
 
-def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> dict[str, Any]:
+def summarise(run: Run, limit: Limit, received: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The numbers of one mode."""
     mode, reports = run.mode, [sample.report for sample in run.samples]
     far = [received[str(sample.parcel.number)] for sample in run.samples]
-    exposed = sorted((end["admitted_at"] - s.compute_end) * 1e3 for s, end in zip(run.samples, far, strict=True))
+    admitted = [end["marks"]["admitted"] - s.compute_end for s, end in zip(run.samples, far, strict=True)]
+    exposed = sorted(seconds * 1e3 for seconds in admitted)
     accepted = sorted(report.exposed_s * 1e3 for report in reports)
     round_bytes = sum(report.num_bytes for report in reports) / len(run.round_s)
     rates = [round_bytes / seconds / 1e9 for seconds in run.round_s]
     plain = [rate.gb_per_s for rate in run.limits]
     verify = [end["verify_s"] for end in far]
-    admitted = [end["admitted_at"] - s.compute_end for s, end in zip(run.samples, far, strict=True)]
     commit = [max(0.0, a - r.drain_s - v) for a, r, v in zip(admitted, reports, verify, strict=True)]
     answer = [r.exposed_s - a for a, r in zip(admitted, reports, strict=True)]
+    ends = list(zip(run.samples, far, strict=True))
     result: dict[str, Any] = {
         "mode": mode.name,
         "tokens": mode.tokens,
@@ -103,12 +104,25 @@ def summarise(run: Run, limit: Limit, received: dict[str, dict[str, float]]) -> 
             "commit": round(1e3 * statistics.median(commit), 3),
             "answer": round(1e3 * statistics.median(answer), 3),
         },
+        "from_offer_ms_p50": _stages([(s.started, s.report.marks, end["marks"]) for s, end in ends]),
+        "from_compute_end_ms_p50": _stages([(s.compute_end, s.report.marks, end["marks"]) for s, end in ends]),
     }
     if mode.concurrent > 1:
         firsts = range(0, len(run.samples), mode.concurrent)
         rounds = [run.samples[first : first + mode.concurrent] for first in firsts]
         result["fairness"] = round(statistics.median(_fairness(samples) for samples in rounds), 3)
     return result
+
+
+def _stages(samples: Sequence[tuple[float, Mapping[str, float], Mapping[str, float]]]) -> dict[str, float]:
+    """(origin, the writer's marks, the receiver's): medians of every mark in ms after the origin, in their order."""
+    seen: dict[str, list[float]] = {}
+    for origin, near, far in samples:
+        for end, marks in (("writer", near), ("receiver", far)):
+            for stage, at in marks.items():
+                seen.setdefault(f"{end}.{stage}", []).append((at - origin) * 1e3)
+    medians = {name: round(statistics.median(values), 3) for name, values in seen.items()}
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
 def _fairness(samples: Sequence[Sample]) -> float:

@@ -36,8 +36,8 @@ KEY = b"benchmark" * 4
 BLOCK_TOKENS = 64
 MTP_LAYERS = 1
 _ORDERS = 64  # more than the caches of block tables hold
-# Bytes a token and layer: latent with rope, and the indexer's key.
-FORMATS = {"bf16": (1152, 256), "fp8": (656, 132)}
+# Bytes a token and layer: latent with rope, and the indexer's key. Tiny: what a hand-off costs beside its bytes.
+FORMATS = {"bf16": (1152, 256), "fp8": (656, 132), "tiny": (2, 1)}
 
 
 class Parcel(NamedTuple):
@@ -117,28 +117,35 @@ class _Blocks:
     """A pool whose sequences end at once."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.reports: dict[int, dict[str, float]] = {}
+        self.reports: dict[int, dict[str, Any]] = {}
         self._free = set(range(num_blocks))
         self._ordered = range(num_blocks)
         # Mixed beforehand: a block pool takes what is free, it does not shuffle while somebody waits.
         self._mixed = [random.Random(seed).sample(self._ordered, num_blocks) for seed in range(_ORDERS)]
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> _Reservation | None:
+    async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> _Reservation | None:
         parcel = Parcel.parse(submit.request_id)
         count = -(-num_tokens // BLOCK_TOKENS) - parcel.cached_tokens // BLOCK_TOKENS
         if count > len(self._free):
             return None
         order = self._mixed[parcel.number % _ORDERS] if parcel.scattered else self._ordered
-        blocks = list(itertools.islice(filter(self._free.__contains__, order), count))
+        if len(self._free) == len(order):
+            blocks = list(order[:count])
+        else:
+            blocks = list(itertools.islice(filter(self._free.__contains__, order), count))
         self._free.difference_update(blocks)
         return _Reservation(parcel.number, parcel.cached_tokens, blocks)
 
     async def reserve_probe(self) -> _Reservation | None:
         return None
 
+    def prepare(self, submit: Submit, reservation: _Reservation) -> None:
+        pass
+
     async def admit(self, submit: Submit, reservation: _Reservation, first: FirstToken, report: HandoffReport) -> None:
         # Both ends read one clock, that of the host.
-        self.reports[reservation.number] = {"verify_s": report.verify_s, "admitted_at": time.monotonic()}
+        admitted = {"admitted": time.monotonic()}
+        self.reports[reservation.number] = {"verify_s": report.verify_s, "marks": {**report.marks, **admitted}}
         self.release(reservation)
 
     def release(self, reservation: _Reservation) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 from kv_transfer.metrics import HandoffReport
 from llm_engine.api.errors import LeaseRevoked, Overloaded, PromptTooLong, ProtocolError, ServingError, TransferError
 from llm_engine.api.handoff import FirstToken
+from llm_engine.api.hashing import split_digests
 from llm_engine.api.messages import Submit
 from llm_engine.api.request import SamplingParams, pack_tokens
 from llm_engine.runtime.engine import Engine
@@ -77,10 +78,11 @@ class Intake:
         self._block_tokens = block_tokens
         self._on_blocks_freed = on_blocks_freed
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> Place | None:
+    async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> Place | None:
         """`BlockReserver`."""
         self._owner.may_reserve(submit)
-        outcome = await self._steps.call(lambda engine: engine.reserve(submit, num_tokens))
+        each = split_digests(digests)
+        outcome = await self._steps.call(lambda engine: engine.reserve(submit, num_tokens, each))
         if outcome is None:
             return None
         if isinstance(outcome, Refusal):
@@ -114,6 +116,11 @@ class Intake:
         if place is None:
             self._give_back(outcome)
         return place
+
+    def prepare(self, submit: Submit, place: Place) -> None:
+        """`BlockReserver`."""
+        reservation = place.reservation
+        self._steps.post(lambda engine: engine.expect(submit, reservation))
 
     async def admit(self, submit: Submit, place: Place, first: FirstToken, report: HandoffReport) -> None:
         """`BlockReserver`: returns once the engine has taken the sequence."""

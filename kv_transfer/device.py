@@ -74,6 +74,7 @@ class DeviceRegion:
         self.stream = _stream(memory)
         self._check_stream = _stream(memory)
         self._marks: deque[torch.cuda.Event] = deque(maxlen=_KEPT_MARKS)
+        self._last_stream: tuple[int, torch.cuda.Stream] | None = None  # of `mark`, with its handle
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._runs: dict[tuple[Blocks, Blocks, int], list[Run]] = {}
@@ -107,7 +108,7 @@ class DeviceRegion:
         """Everything enqueued so far on the caller's stream. Step thread."""
         if self.stream is None:
             return None
-        return self._record(torch.cuda.current_stream(self.device))
+        return self._record(self._current_stream())
 
     def copied(self) -> Mark:
         """Every copy enqueued so far."""
@@ -170,6 +171,13 @@ class DeviceRegion:
         """What `make` puts on the device, the first time that it is asked for."""
         value: T = self._keep(self._once, key, make)
         return value
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        """The caller's; looked up anew only when it is another one, because a step asks once a layer."""
+        handle, last = torch._C._cuda_getCurrentRawStream(self.ordinal), self._last_stream
+        if last is None or handle != last[0]:
+            last = self._last_stream = handle, torch.cuda.current_stream(self.device)
+        return last[1]
 
     def _record(self, stream: torch.cuda.Stream | None) -> Mark:
         if stream is None:

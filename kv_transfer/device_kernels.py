@@ -20,6 +20,7 @@ Val: TypeAlias = tl.tensor
 COPY_TILE: Final = 512
 DIGEST_TILE: Final = 1024
 SAMPLE_TILE: Final = 256
+SAMPLE_CELLS: Final = 8
 SLOTS: Final = 32
 
 
@@ -64,24 +65,27 @@ def digest_cells(
     rows: Ptr,  # int64[r, 4]: first word of the row, words of a cell, running number, whether its pages are sampled
     blocks: Ptr,  # int32[n]
     sums: Ptr,  # int64[SLOTS, rows of the layout]: the checksums so far, in parts to be added up
+    num_blocks: int,  # n
     num_rows: int,  # of the layout
     num_first: int,  # position of blocks[0] in the lease
     num_phase: int,  # first sampled word of every page
     SLOTS: tl.constexpr,  # additions to one address wait for each other
     SAMPLED: tl.constexpr,
+    CELLS: tl.constexpr,  # of a program: few words of a cell are sampled
     TILE: tl.constexpr,
 ) -> None:
-    """Add the cells of blocks[0 … n) to the checksums of r rows. Grid: (n, r)."""
-    cell = tl.program_id(0)
+    """Add the cells of blocks[0 … n) to the checksums of r rows. Grid: (⌈n / CELLS⌉, r)."""
+    cell_C = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    real_C = cell_C < num_blocks
     row = rows + tl.program_id(1) * 4
     words = tl.load(row + 1)
-    base = tl.load(blocks + cell).to(tl.int64) * words + tl.load(row)
+    base_C = tl.load(blocks + cell_C, mask=real_C, other=0).to(tl.int64) * words + tl.load(row)
     taken = words
     in_lines = False
     if SAMPLED:  # a line of every page, then the last line of the cell
         in_lines = tl.load(row + 3) != 0
         taken = tl.where(in_lines, words // 512 * 8 + 8, words)
-    total = tl.zeros([TILE], dtype=tl.int64)
+    total_CT = tl.zeros([CELLS, TILE], dtype=tl.int64)
     for first in range(0, taken, TILE):
         index = first + tl.arange(0, TILE)
         keep = index < taken
@@ -89,12 +93,13 @@ def digest_cells(
         if SAMPLED:
             line = tl.where(index < taken - 8, index // 8 * 512 + num_phase + index % 8, words - 8 + index % 8)
             at = tl.where(in_lines, line, index)
-        word = tl.load(memory + base + at, mask=keep, other=0)
-        mixed = (word ^ ((index.to(tl.int64) + 1) * 0x4F1BBCDCBFA53E0B)) * 0x3504833333F9DE65
-        mixed = (mixed ^ (mixed >> 32)) * 0x5DB3D742C265539D
-        total += tl.where(keep, mixed, 0)
-    one = tl.zeros([1], dtype=tl.int64)  # a tile of one: products of whole numbers wrap around in tiles
-    place = one + num_first + cell + 1
-    placed = ((one + tl.sum(total, axis=0)) ^ (place * 0x5DB3D742C265539D)) * 0x4F1BBCDCBFA53E0B
-    slot = sums + cell % SLOTS * num_rows + tl.load(row + 2)
-    tl.atomic_add(slot + tl.arange(0, 1), placed ^ (placed >> 29))
+        keep_CT = real_C[:, None] & keep[None, :]
+        word_CT = tl.load(memory + base_C[:, None] + at[None, :], mask=keep_CT, other=0)
+        mixed_CT = (word_CT ^ ((index.to(tl.int64) + 1) * 0x4F1BBCDCBFA53E0B)[None, :]) * 0x3504833333F9DE65
+        mixed_CT = (mixed_CT ^ (mixed_CT >> 32)) * 0x5DB3D742C265539D
+        total_CT += tl.where(keep_CT, mixed_CT, 0)
+    place_C = cell_C.to(tl.int64) + (num_first + 1)
+    placed_C = (tl.sum(total_CT, axis=1) ^ (place_C * 0x5DB3D742C265539D)) * 0x4F1BBCDCBFA53E0B
+    placed = tl.sum(tl.where(real_C, placed_C ^ (placed_C >> 29), 0), axis=0)
+    slot = sums + tl.program_id(0) % SLOTS * num_rows + tl.load(row + 2)
+    tl.atomic_add(slot + tl.arange(0, 1), placed)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from kv_transfer.cuda import driver
 from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
-from kv_transfer.device_kernels import COPY_TILE, DIGEST_TILE, SAMPLE_TILE, SLOTS, copy_cells, digest_cells
+from kv_transfer.device_kernels import (
+    COPY_TILE,
+    DIGEST_TILE,
+    SAMPLE_CELLS,
+    SAMPLE_TILE,
+    SLOTS,
+    copy_cells,
+    digest_cells,
+)
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
@@ -148,7 +156,9 @@ class DeviceDigests:
         self._lock = threading.Lock()
         with region.checking():
             self._sums = torch.zeros((SLOTS, len(self._rows)), dtype=torch.int64, device=region.device)
-        self._fetched: tuple[Tensor, Mark] | None = None  # sums on the host, once the card has passed the mark
+            self._on_host = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=self._sums.is_cuda)
+        self._fetched = False  # or under way to the host: there once the card has passed the mark
+        self._fetched_at: Mark = None
 
     def add(self, layers: range, blocks: Sequence[int], first: int, ready: Mark = None) -> None:
         """Enqueue, for consecutive layers: `blocks` are the lease's blocks from position `first` on.
@@ -156,19 +166,22 @@ class DeviceDigests:
         They are read when the device has passed `ready`.
         """
         begin, end = self._starts[layers.start], self._starts[layers.stop]
+        cells = 1 if self._phase is None else SAMPLE_CELLS
         with self._lock:
             table = self._region.table(blocks)
             with self._region.checking(ready):
-                digest_cells[(len(blocks), end - begin)](
+                digest_cells[(-(-len(blocks) // cells), end - begin)](
                     self._region.words,
                     self._rows[begin:end],
                     table,
                     self._sums,
+                    len(blocks),
                     len(self._rows),
                     first,
                     0 if self._phase is None else self._phase // WORD_BYTES,
                     SLOTS=SLOTS,
                     SAMPLED=self._phase is not None,
+                    CELLS=cells,
                     TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
                     num_warps=4,
                 )
@@ -176,19 +189,16 @@ class DeviceDigests:
     def fetch(self) -> None:
         """Everything was added: enqueue the way of the checksums to the host."""
         with self._lock, self._region.checking():
-            on_card = self._sums.is_cuda
-            values = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=on_card)
-            values.copy_(self._sums, non_blocking=on_card)
-            self._fetched = values, self._region.checked()
+            self._on_host.copy_(self._sums, non_blocking=self._sums.is_cuda)
+            self._fetched = True
+            self._fetched_at = self._region.checked()
 
     def values(self) -> list[list[int]]:
         """Of every plane's layers, as unsigned numbers. Waits for what was added on this region."""
-        if self._fetched is None:
+        if not self._fetched:
             self.fetch()
-        assert self._fetched is not None
-        on_host, mark = self._fetched
-        self._region.wait(mark)
-        flat = on_host.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
+        self._region.wait(self._fetched_at)
+        flat = self._on_host.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
         values, start = [], 0
         for plane in self._planes:
             values.append(flat[start : start + plane.num_layers])

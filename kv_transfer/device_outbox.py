@@ -21,7 +21,8 @@ START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
 _IN_FLIGHT = 2  # slices: the card has the next one when it ends one
 _LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver checks the last one when all is written
 _AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
-_PROGRESS_BYTES = 32 << 20  # less is checked by the receiver at the end, in one go
+_SUM_BYTES = 32 << 20  # fewer are hashed with those that follow, in one go
+_PROGRESS_BYTES = 8 << 20  # the receiver hears of so many, and stays ready to check the last ones at once
 
 
 class DeviceLink(Protocol):
@@ -73,6 +74,13 @@ class DeviceOutbox(Outbox):
         self._layer_s = math.inf  # what the card takes to compute a layer, as far as known
         self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
+    def prepare(self) -> None:
+        """See Outbox.prepare: the first blocks' ids are put on the card."""
+        with self._lock:
+            blocks = self._items[0].blocks if self._items else ()
+        if blocks:
+            self._region.table(blocks)
+
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
         return self._built or self._checksums().build(self.num_tokens, self.num_sent_blocks)
@@ -92,12 +100,16 @@ class DeviceOutbox(Outbox):
         self._landed_at = time.monotonic()
         try:
             while self._fill(device, cost, granted, turn):
-                if self._left > 0:
-                    self._tell(turn, _PROGRESS_BYTES)
-                if self._unsent() == 0 and len(self._flying) == 1:  # checksums are there before the copies
-                    self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
+                self._tell(turn, _PROGRESS_BYTES)
+                if self._unsent() == 0:
+                    self.marks.reach("enqueued")
+                    if len(self._flying) == 1:  # checksums are there before the copies
+                        self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
+                        self.marks.reach("summed")
                 device.finish(self._flying[0].done)
                 self._land(cost)
+                if self._left == 0:  # the receiver checks it while the manifest is on its way
+                    self._tell(turn, 0)
                 if not self._flying and turn.others_wait():
                     break
         finally:
@@ -136,7 +148,7 @@ class DeviceOutbox(Outbox):
             else:
                 self._checksums().add(before[0], before[1].sources, before[1].start, ready)
             self._unsummed = None
-        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _PROGRESS_BYTES:
+        if not is_last and len(layers) * len(chunk.sources) * self._layer_bytes < _SUM_BYTES:
             self._unsummed = layers, chunk
             return
         self._checksums().add(layers, chunk.sources, chunk.start, ready)

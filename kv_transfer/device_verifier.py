@@ -35,6 +35,8 @@ class DeviceLanding:
         self.policy = policy
         self._row_bytes = [] if policy == "count" else _layer_bytes(layout)
         self._digests = None if policy == "count" else DeviceDigests(region, layout, sample_phase(policy, lease))
+        if self._digests is not None:
+            region.table(self.blocks)  # while nobody waits
         self._asked = [0] * len(self._row_bytes)  # loop only
         self._done = [0] * len(self._row_bytes)
         self._left_bytes = len(blocks) * sum(self._row_bytes)

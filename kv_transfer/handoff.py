@@ -1,37 +1,30 @@
 """One hand-off on the writer's side: from the offer to the verdict.
 
-Runs on the event loop, except `layer_ready` and `complete` (any thread) and the copying (the session's sender thread).
-Each part of Commit leaves in the thread that had to be waited for: the one that completed the prompt, or the one that
-learned that everything has landed. A hand-off is over when `ended` is set: then no write is in flight and the receiver
-has been told, or has accepted, or is gone.
+Runs on the event loop, except `layer_ready` and `complete`, which any thread may call; see `delivery`. A hand-off is
+over when `ended` is set: then no write is in flight and the receiver has been told, or has accepted, or is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING
 
-from kv_transfer.link import Link
+import msgspec
+
+from kv_transfer.commit_parts import CommitParts
+from kv_transfer.delivery import Delivery
 from kv_transfer.metrics import HandoffReport
-from kv_transfer.outbox import News, Pumped, Turn
 from llm_engine.api.errors import LayoutMismatch, LeaseRevoked, ProtocolError, TransferError, TransferTimeout
 from llm_engine.api.handoff import (
     Accepted,
-    Commit,
     Defer,
     Fence,
     Fenced,
     FirstToken,
     Grant,
-    Manifest,
     Offer,
-    Progress,
     Refused,
     Rejected,
     Withdraw,
@@ -41,8 +34,6 @@ from llm_engine.api.messages import Submit
 if TYPE_CHECKING:
     from kv_transfer.session import ClientContext, Session
 
-_AWAKE_EVERY_S, _AWAKE_S = 0.001, 0.05
-_MANY_CORES = (os.cpu_count() or 1) >= 8  # on a few, staying awake takes time from those who compute
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 
 
@@ -58,6 +49,7 @@ class Handoff:
         submit: Submit,
         num_tokens: int,
         weight_version: str,
+        digests: bytes,
         on_failed: Callable[[Handoff, TransferError], None] | None,
     ) -> None:
         self.request_id = submit.request_id
@@ -66,21 +58,19 @@ class Handoff:
         self._context = context
         self._submit = submit
         self._weight_version = weight_version
+        self._digests = digests
         self._on_failed = on_failed
         self._outbox = context.new_outbox(num_tokens)
         self._session: Session | None = None
         self._error: TransferError | None = None
-        # Held while the hand-off fails and while Commit is sent: one that has failed sends no part of it any more.
-        self._lock = threading.Lock()
-        self._completed: tuple[FirstToken, float] | None = None  # with the end of compute
-        self._manifest: Manifest | None = None  # once everything has landed
-        self._told_first = self._told_manifest = False
+        self._parts = CommitParts(submit, weight_version, self._outbox.marks)
+        self._delivery: Delivery | None = None  # once there is a session
         self._awaited = False
         self._fence: Fence | None = None
         self._deferred = ""
         self._granted, self._verdict = asyncio.Event(), asyncio.Event()
         self._offered_at = time.monotonic()
-        self._written_at = 0.0
+        self._marks = self._outbox.marks
         wait_s = min(context.config.grant_timeout_s, submit.deadline_s)
         self._grant_timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._grant_overdue, wait_s)
 
@@ -95,8 +85,9 @@ class Handoff:
         Never blocks. Per layer the calls must come in block order without gaps or repeats (ValueError otherwise); a
         call after the end is ignored.
         """
-        if self._outbox.put(layer, first_block_index, block_ids) and (session := self._session) is not None:
-            session.sender.submit(self._pump)
+        wake = self._outbox.put(layer, first_block_index, block_ids)
+        if (delivery := self._delivery) is not None:
+            delivery.news(wake)
 
     def complete(self, first: FirstToken, *, compute_end: float) -> None:
         """The prompt is computed: the first token goes out now, or as soon as there is a lease. Thread-safe.
@@ -104,10 +95,7 @@ class Handoff:
         Never blocks. For the thread that computes, before it tells the loop, which awaits `commit`; ignored when it
         comes twice, or after the end. `compute_end`: `time.monotonic()` at the end of the last prefill kernel.
         """
-        with self._lock:
-            if self._completed is None:
-                self._completed = first, compute_end
-                self._say_what_is_known()
+        self._parts.add_first(first, compute_end)
 
     async def commit(self, first: FirstToken, *, compute_end: float) -> HandoffReport:
         """`complete`, then wait until everything was written and for the receiver's verdict.
@@ -123,7 +111,7 @@ class Handoff:
             async with asyncio.timeout(self._context.config.commit_timeout_s):
                 await self._reached(self._verdict)
         except TimeoutError:
-            step = "verdict" if self._told_manifest else "write"
+            step = "verdict" if self._parts.told_manifest else "write"
             self.fail("commit_timeout", TransferTimeout(self._say(f"no {step} in time"), request_id=self.request_id))
         except TransferError as exc:
             self.fail("link", exc)
@@ -146,27 +134,32 @@ class Handoff:
     def attach(self, session: Session) -> None:
         """The connection is there: send the offer."""
         self._session = session
+        self._delivery = Delivery(self._outbox, self._parts, session, self._fail_soon)
         try:
             session.send(
-                Offer(submit=self._submit, num_tokens=self._outbox.num_tokens, weight_version=self._weight_version)
+                Offer(
+                    submit=msgspec.structs.replace(self._submit, tokens=b""),
+                    num_tokens=self._outbox.num_tokens,
+                    weight_version=self._weight_version,
+                    digests=self._digests,
+                )
             )
         except TransferError as exc:
             self.fail("link", exc)
+        self._marks.reach("offered")
 
     def on_grant(self, grant: Grant) -> None:
         """Blocks are reserved. Ignored when it comes twice, or too late: then `_end` tells the receiver."""
-        if self._error is not None or self._granted.is_set() or self._session is None:
+        if self._error is not None or self._granted.is_set() or self._delivery is None:
             return
+        self._marks.reach("granted")
         try:
-            self._outbox.open(grant, self._session.plan, self._session.policy)
+            self._delivery.open(grant)
         except ProtocolError as exc:
             self.fail("protocol", TransferError(str(exc), request_id=self.request_id))
             return
         self._grant_timer.cancel()
         self._granted.set()
-        self._session.sender.submit(self._pump)
-        with self._lock:
-            self._say_what_is_known()
 
     def on_defer(self, message: Defer) -> None:
         """The offer waits at the receiver."""
@@ -193,10 +186,10 @@ class Handoff:
 
     def fail(self, cause: str, error: TransferError) -> None:
         """End without success; the first cause counts. Ignored after the end."""
-        with self._lock:
-            if self._error is not None or self.ended.is_set():
-                return
-            self._error = error
+        if self._error is not None or self.ended.is_set():
+            return
+        self._error = error
+        self._parts.close()
         self._context.tally.failed[cause] += 1
         self._grant_timer.cancel()
         for event in (self._granted, self._verdict):
@@ -207,85 +200,9 @@ class Handoff:
 
     # Internals.
 
-    def _pump(self, link: Link) -> bool:
-        """Sender thread."""
-        lease, session = self._outbox.lease, self._session
-        if lease is None or session is None:
-            return False
-
-        def tell(news: News) -> None:
-            link.confirm(lease).add_done_callback(partial(self._on_progress, news))
-
-        pumped = self._outbox.pump(link, session.cost, Turn(session.sender.has_jobs, tell))
-        if pumped is Pumped.WRITTEN:
-            link.confirm(lease).add_done_callback(self._on_confirmed)
-        return pumped is Pumped.MORE
-
-    def _on_progress(self, layers: News, done: Future[int | None]) -> None:
-        """Link's thread. What was written has landed: the receiver may hash it."""
-        lease = self._outbox.lease
-        if done.exception() is None and self._error is None and lease is not None and self._session is not None:
-            self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=layers))
-
-    def _on_confirmed(self, done: Future[int | None]) -> None:
-        """Link's thread. Everything has landed."""
-        if done.exception() is not None:
-            return  # the link is broken: the session fails all its hand-offs
-        self._written_at = time.monotonic()
-        try:
-            landed = done.result()
-            if landed is not None and landed != self._outbox.num_bytes:
-                self._fail_soon("incomplete", self._say(f"{self._outbox.num_bytes} bytes sent, {landed} arrived"))
-                return
-            manifest = self._outbox.manifest()
-            with self._lock:
-                self._manifest = manifest
-                self._say_what_is_known()
-        except Exception as exc:  # a future swallows what its callbacks raise
-            self._context.post(self._context.crash, exc)
-
-    def _say_what_is_known(self) -> None:
-        """Any thread, with the lock held: send each part of Commit once, under the lease."""
-        lease, session, completed = self._outbox.lease, self._session, self._completed
-        has_first = completed is not None and not self._told_first
-        has_manifest = self._manifest is not None and not self._told_manifest
-        if not (has_first or has_manifest) or lease is None or session is None or self._error is not None:
-            return
-        self._told_first, self._told_manifest = self._told_first or has_first, self._told_manifest or has_manifest
-        message = Commit(
-            request_id=self.request_id,
-            attempt=self.attempt,
-            lease_id=lease.lease_id,
-            epoch=lease.epoch,
-            weight_version=self._weight_version,
-            manifest=self._manifest if has_manifest else None,
-            first=completed[0] if completed is not None and has_first else None,
-            compute_end_age_s=max(0.0, time.monotonic() - completed[1]) if completed is not None else 0.0,
-        )
-        try:
-            session.send(message)
-        except TransferError as exc:
-            self._fail_soon("link", str(exc))
-        if not self._told_first and _MANY_CORES:
-            self._context.post(self._stay_awake, time.monotonic() + _AWAKE_S)
-
-    def _stay_awake(self, until: float) -> None:
-        """On the loop, until the first token is there: say nothing, every millisecond.
-
-        A processor that has slept for some milliseconds takes longer to wake up than all that is left to do takes.
-        """
-        asyncio.get_running_loop().call_later(_AWAKE_EVERY_S, self._say_nothing, until)
-
-    def _say_nothing(self, until: float) -> None:
-        lease, session = self._outbox.lease, self._session
-        if self._told_first or self._error is not None or lease is None or session is None or time.monotonic() > until:
-            return
-        session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
-        self._stay_awake(until)
-
     def _fail_soon(self, cause: str, why: str) -> None:
         """Any thread."""
-        self._context.post(self.fail, cause, TransferError(why, request_id=self.request_id))
+        self._context.post(self.fail, cause, TransferError(self._say(why), request_id=self.request_id))
 
     def _conclude(self, compute_end: float) -> HandoffReport:
         now = time.monotonic()
@@ -304,9 +221,10 @@ class Handoff:
             num_bytes=outbox.num_bytes,
             handoff_s=now - self._offered_at,
             exposed_s=now - compute_end,
-            drain_s=max(0.0, self._written_at - compute_end),
+            drain_s=max(0.0, self._marks["landed"] - compute_end),
             write_s=outbox.write_s,
             hash_s=outbox.hash_s,
+            marks=self._marks,
         )
         self._context.tally.count_accepted(report)
         return report

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
-from kv_transfer.custody import Custody, Held
+from kv_transfer.active import Active
+from kv_transfer.custody import Custody
 from kv_transfer.link import Landed
 from kv_transfer.metrics import HandoffReport, Tally
 from kv_transfer.offers import Attempts, OfferQueue, Waiting
@@ -16,7 +16,7 @@ from kv_transfer.pairs import Pair
 from kv_transfer.probes import Probes
 from kv_transfer.reserver import BlockReserver, R
 from kv_transfer.tasks import start
-from kv_transfer.verifier import AnyLanding, new_verifier
+from kv_transfer.verifier import new_verifier
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ServingError, TransferError
 from llm_engine.api.handoff import (
@@ -31,25 +31,14 @@ from llm_engine.api.handoff import (
     ProbeCommit,
     Progress,
     Rejected,
+    Tokens,
     Withdraw,
 )
+from llm_engine.api.hashing import DIGEST_BYTES
 from llm_engine.api.messages import Message
 
 if TYPE_CHECKING:  # needs torch
     from kv_transfer.device import DeviceRegion
-
-
-@dataclass(slots=True, eq=False)
-class _Active(Generic[R]):
-    """A granted hand-off. Commit comes in one part or in two: see there."""
-
-    waiting: Waiting
-    held: Held[R]
-    landing: AnyLanding
-    written: bool = False  # the part with the manifest is here
-    verified: bool = False
-    last: Commit | None = None  # the part with the first token
-    last_at: float = 0.0  # when it came
 
 
 class Intakes(Generic[R]):
@@ -74,11 +63,12 @@ class Intakes(Generic[R]):
         self.custody.on_freed = self.offers.wake
         self._max_pending = config.max_pending
         self._block_bytes = layout.bytes_per_block()
+        self._block_tokens = layout.block_tokens
         self._reserver = reserver
         self._send_or_raise = send
         self._tally = tally
         self._attempts = Attempts()
-        self._active: dict[str, _Active[R]] = {}  # by request: granted, neither concluded nor revoked
+        self._active: dict[str, Active[R]] = {}  # by request: granted, neither concluded nor revoked
         self._admitting = 0
         self._verifier = new_verifier(layout, memory)
         self._probes = Probes(self.custody, reserver, self._verifier, self.send, config.commit_timeout_s)
@@ -141,12 +131,22 @@ class Intakes(Generic[R]):
             refuse(pair, offer, "weights", self._other_weights(offer.weight_version))
         elif offer.num_tokens < 1:
             refuse(pair, offer, "too_long", f"{offer.num_tokens} tokens")
+        elif submit.tokens or len(offer.digests) not in (0, offer.num_tokens // self._block_tokens * DIGEST_BYTES):
+            said = f"{len(offer.digests)} bytes of digests and {len(submit.tokens)} of tokens"
+            refuse(pair, offer, "refused", f"{said} for {offer.num_tokens} tokens")
         else:
             self.cancel(submit.request_id, submit.attempt, "overtaken")  # older ones; this one must not be repeated
             if self.num_pending < self._max_pending:
                 self.offers.add(pair, offer)
             else:
                 refuse(pair, offer, "full", f"{self.num_pending} hand-offs are pending")
+
+    def on_tokens(self, pair: Pair, tokens: Tokens) -> None:
+        """The rest of a granted offer; once, for exactly this lease, as many tokens as were offered."""
+        active = self._active.get(tokens.request_id)
+        submit = active.take_tokens(tokens, pair) if active is not None else None
+        if active is not None and submit is not None:
+            self._reserver.prepare(submit, active.held.reservation)
 
     def on_progress(self, pair: Pair, progress: Progress) -> None:
         """Hash what has landed. A claim under any other lease than this writer's own, still open, is ignored."""
@@ -160,15 +160,11 @@ class Intakes(Generic[R]):
     def on_commit(self, pair: Pair, commit: Commit) -> None:
         """Verify when the manifest is here, admit when the rest is; in a task of its own."""
         active = self._active.get(commit.request_id)
-        if active is None or not _is_due(commit, active, pair):
+        if active is None or not active.take_part(commit, pair):
             self._tally.failed["stale_commit"] += 1
             self._reject(pair, commit, "the lease is gone")
             return
-        if commit.first is not None:
-            active.last, active.last_at = commit, time.monotonic()
-        active.held.sealed = active.last is not None and (active.written or commit.manifest is not None)
         if commit.manifest is not None:
-            active.written = True
             landed = self.custody.shut(active.held)
             start(self._tasks, self._conclude(active, commit, commit.manifest, landed))
         elif active.verified:
@@ -230,12 +226,13 @@ class Intakes(Generic[R]):
         if unseen:  # nothing is missed meanwhile
             self.send(pair, grant)
         landing = self._verifier.land(key, held.lease.blocks, pair.policy)
-        self._active[request_id] = _Active(waiting, held, landing)
+        self._active[request_id] = Active(waiting, held, landing)
         pair.inlet.watch(key, landing.on_landed)
         if not unseen:
             self.send(pair, grant)
+        waiting.marks.reach("granted")
 
-    async def _conclude(self, active: _Active[R], commit: Commit, manifest: Manifest, landed: Landed | None) -> None:
+    async def _conclude(self, active: Active[R], commit: Commit, manifest: Manifest, landed: Landed | None) -> None:
         """Verify what was written; admit, if the first token is here."""
         held, received_at = active.held, time.monotonic()
         reason = self._wrong_counts(active, commit, landed)
@@ -244,21 +241,27 @@ class Intakes(Generic[R]):
             reason = await self._verifier.check(manifest, active.landing, num_tokens)
         if not held.receiving:  # revoked while we were hashing: fence or withdrawal deal with it
             self._reject(held.pair, commit, "the lease was revoked")
-        elif reason is not None:
+            return
+        if reason is not None:
             self._give_up(active, commit, reason)
-        elif active.last is not None:
+            return
+        active.waiting.marks.reach("verified")
+        if active.last is not None:
             await self._admit(active, active.last, max(received_at, active.last_at))
         else:
             active.verified = True
 
-    async def _admit(self, active: _Active[R], last: Commit, complete_at: float) -> None:
+    async def _admit(self, active: Active[R], last: Commit, complete_at: float) -> None:
         """Everything is here since `complete_at`, and verified."""
-        held, submit = active.held, active.waiting.offer.submit
+        held, submit = active.held, active.submit
         if not held.receiving:
             self._reject(held.pair, last, "the lease was revoked")
             return
         if last.weight_version != self.weight_version:
             self._give_up(active, last, self._other_weights(last.weight_version))
+            return
+        if submit is None:
+            self._give_up(active, last, f"the offer's {active.waiting.offer.num_tokens} tokens are not here")
             return
         assert last.first is not None
         report = self._report(active, last, complete_at)
@@ -277,13 +280,13 @@ class Intakes(Generic[R]):
         self.send(held.pair, accepted)
         self._tally.count_accepted(report)
 
-    def _give_up(self, active: _Active[R], commit: Commit, reason: str) -> None:
+    def _give_up(self, active: Active[R], commit: Commit, reason: str) -> None:
         """The writer has written everything, but nothing of it is used."""
         self._tally.failed["rejected"] += 1
         self.custody.end(active.held)
         self._reject(active.held.pair, commit, reason)
 
-    def _wrong_counts(self, active: _Active[R], commit: Commit, landed: Landed | None) -> str | None:
+    def _wrong_counts(self, active: Active[R], commit: Commit, landed: Landed | None) -> str | None:
         if commit.weight_version != self.weight_version:
             return self._other_weights(commit.weight_version)
         expected = self._verifier.num_rows * len(active.held.lease.blocks)
@@ -291,7 +294,7 @@ class Intakes(Generic[R]):
             return f"{landed.num_cells} of {expected} blocks of layers arrived"
         return None
 
-    def _report(self, active: _Active[R], last: Commit, complete_at: float) -> HandoffReport:
+    def _report(self, active: Active[R], last: Commit, complete_at: float) -> HandoffReport:
         now = time.monotonic()
         held, num_blocks = active.held, len(active.held.lease.blocks)
         return HandoffReport(
@@ -306,6 +309,7 @@ class Intakes(Generic[R]):
             handoff_s=now - active.waiting.received_at,
             exposed_s=last.compute_end_age_s + now - active.last_at,
             verify_s=now - complete_at,
+            marks=active.waiting.marks,
         )
 
     def _reject(self, pair: Pair, commit: Commit, reason: str) -> None:
@@ -314,12 +318,3 @@ class Intakes(Generic[R]):
 
     def _other_weights(self, version: str) -> str:
         return f"computed with weights {version}, served are {self.weight_version}"
-
-
-def _is_due(commit: Commit, active: _Active[R], pair: Pair) -> bool:
-    """Whether a commit is this writer's for exactly this lease, and brings parts that are not here yet."""
-    lease = active.held.lease
-    if (commit.attempt, commit.lease_id, commit.epoch) != (lease.attempt, *lease.key) or active.held.pair is not pair:
-        return False
-    again = (commit.manifest is not None and active.written) or (commit.first is not None and active.last is not None)
-    return not again and (commit.manifest is not None or commit.first is not None)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_engine.api.control import LinkStatus
+
+
+class Marks(dict[str, float]):
+    """When one hand-off reached its stages, on this end's monotonic clock. Any thread.
+
+    The writer's: offered (the message has left), granted, writing (the sender has begun), enqueued (on a card: the last
+    copies, summed: their checksums are here), landed, told_manifest and told_first (the parts of Commit have left).
+    The receiver's: offered (the message is here), granted (the answer has left), manifest, verified, first (the parts
+    of Commit are here), admitted.
+    """
+
+    def reach(self, stage: str) -> None:
+        """Now, unless it was reached before."""
+        self.setdefault(stage, time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +42,7 @@ class HandoffReport:
     drain_s: float = 0.0  # writer only: last prefill kernel end → everything has landed, part of exposed_s
     write_s: float = 0.0  # writer only: time of the sender thread's turns
     hash_s: float = 0.0  # writer only: time spent hashing, beside the copying where that pays
+    marks: Marks = field(default_factory=Marks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

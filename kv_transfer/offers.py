@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic
 
-from kv_transfer.metrics import Tally
+import msgspec
+
+from kv_transfer.metrics import Marks, Tally
 from kv_transfer.pairs import Pair
 from kv_transfer.reserver import BlockReserver, R
 from llm_engine.api.config import TransferConfig
@@ -31,6 +33,7 @@ class Waiting:
     received_at: float
     timer: asyncio.TimerHandle
     deferred: bool = False
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def request_id(self) -> str:
@@ -100,7 +103,8 @@ class OfferQueue(Generic[R]):
         submit = offer.submit
         wait_s = max(0.0, min(self._config.grant_timeout_s, submit.deadline_s))
         timer = asyncio.get_running_loop().call_later(wait_s, self._overdue, submit.request_id)
-        self._waiting[submit.request_id] = Waiting(pair, offer, time.monotonic(), timer)
+        item = self._waiting[submit.request_id] = Waiting(pair, offer, time.monotonic(), timer)
+        item.marks.reach("offered")
         self._wake.set()
 
     def find(self, request_id: str) -> Waiting | None:
@@ -178,9 +182,10 @@ class OfferQueue(Generic[R]):
 
     async def _reserve(self, item: Waiting) -> bool:
         """False: no blocks now."""
-        num_tokens = item.offer.num_tokens
+        offer, num_tokens = item.offer, item.offer.num_tokens
+        submit = msgspec.structs.replace(offer.submit, deadline_s=item.left_s())
         try:
-            reservation = await self._reserver.reserve(item.offer.submit, num_tokens)
+            reservation = await self._reserver.reserve(submit, num_tokens, offer.digests)
         except ServingError as exc:
             if self._waiting.get(item.request_id) is item:
                 self.refuse(item, "too_long" if isinstance(exc, PromptTooLong) else "refused", str(exc))

@@ -20,6 +20,7 @@ from kv_transfer.gate import WriteGate
 from kv_transfer.layout import Blocks, CopyPlan, PlaneLayer, Run, layer_planes, merge_runs
 from kv_transfer.link import Copy, LeaseKey, Link
 from kv_transfer.manifest import ManifestBuilder, Policy
+from kv_transfer.metrics import Marks
 from llm_engine.api.errors import LeaseRevoked, ProtocolError
 from llm_engine.api.handoff import Grant, KvLayout, Manifest
 
@@ -84,8 +85,8 @@ class Granted:
     def chunk(self, first: int, blocks: tuple[int, ...]) -> Chunk:
         """What of the blocks `first …` of the sequence must be sent, and to where."""
         drop = max(0, self.skip - first)
-        sources, start = blocks[drop:], first + drop - self.skip
-        return Chunk(first, blocks, start, Blocks(sources), Blocks(self.blocks[start : start + len(sources)]))
+        sources, start = Blocks.of(blocks[drop:] if drop else blocks), first + drop - self.skip
+        return Chunk(first, blocks, start, sources, Blocks(self.blocks[start : start + len(sources)]))
 
 
 class Outbox:
@@ -97,6 +98,7 @@ class Outbox:
         self.num_blocks = -(-num_tokens // layout.block_tokens)  # of the whole sequence
         self.num_bytes = 0  # written
         self.write_s = 0.0
+        self.marks = Marks()
         self.hash_s = 0.0
         self._layout = layout
         self._source = source
@@ -107,7 +109,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._items: deque[Item] = deque()
         self._next = [0] * len(layer_planes(layout))
-        self._checked: tuple[int, ...] = ()
+        self._checked = Blocks()
         self._chunk: Chunk | None = None  # the sender's last
         self._granted: Granted | None = None
         self._queued = False  # the sender has been woken; until its turn has ended
@@ -130,10 +132,13 @@ class Outbox:
                 if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
                     expected = f"expected 0..{self._layout.num_blocks - 1}"
                     raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
-                self._checked = tuple(blocks)
+                self._checked = Blocks(blocks)
             self._next[layer] = first + len(blocks)
             self._items.append(Item(layer, first, self._checked, ready))
             return self._wake()
+
+    def prepare(self) -> None:
+        """Sender thread: what can be done for what is ready before the grant is here."""
 
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
         """The receiver has reserved its blocks; wake the sender. Raises ProtocolError for an impossible grant."""
@@ -182,6 +187,7 @@ class Outbox:
         if granted is None or not self.gate.enter():
             return Pumped.STOPPED
         started = time.monotonic()
+        self.marks.reach("writing")
         try:
             self._write_turn(link, cost, granted, turn)
         except LeaseRevoked:  # by our own gate

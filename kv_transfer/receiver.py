@@ -32,6 +32,7 @@ from llm_engine.api.handoff import (
     Probe,
     ProbeCommit,
     Progress,
+    Tokens,
     Withdraw,
     WriterMessage,
 )
@@ -240,6 +241,8 @@ class HandoffServer(Generic[R]):
         match message:
             case Offer():
                 self._intakes.on_offer(pair, message)
+            case Tokens():
+                self._intakes.on_tokens(pair, message)
             case Progress():
                 self._intakes.on_progress(pair, message)
             case Commit():

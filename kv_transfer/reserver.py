@@ -34,9 +34,10 @@ class BlockReserver(Protocol[R]):
     `free`. The plain methods must not block; all of them must take effect in the order of their calls.
     """
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> R | None:
+    async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> R | None:
         """Match the own prefix cache and take the missing blocks. None: no blocks now (the offer waits).
 
+        The tokens of `submit` come later (`prepare`); `digests`: see Offer. They are a claim until then.
         Raises PromptTooLong or another ServingError when this worker can never take the request. Several calls may be
         under way at once.
         """
@@ -44,6 +45,10 @@ class BlockReserver(Protocol[R]):
 
     async def reserve_probe(self) -> R | None:
         """One block for a canary (have_tokens = 0), or None when there is none to spare."""
+        ...
+
+    def prepare(self, submit: Submit, reservation: R) -> None:
+        """The same submit with its tokens: whether they fit the reservation is for `admit` to say."""
         ...
 
     async def admit(self, submit: Submit, reservation: R, first: FirstToken, report: HandoffReport) -> None:

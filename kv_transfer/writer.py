@@ -124,12 +124,14 @@ class HandoffClient:
         num_tokens: int,
         weight_version: str,
         *,
+        digests: bytes = b"",
         on_failed: Callable[[Handoff, TransferError], None] | None = None,
     ) -> Handoff:
         """Start the hand-off of `num_tokens` tokens of KV to `submit.decode`. Returns at once; call it before compute.
 
-        `submit.deadline_s` must be the time left now. `on_failed` is called once on the loop if the hand-off fails
-        while nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing, then `abort()`.
+        `submit.deadline_s` must be the time left now; `digests`: see Offer. `on_failed` is called once on the loop if
+        the hand-off fails while nobody awaits `commit` (refused, no grant in time, revoked, peer lost): stop computing,
+        then `abort()`.
         Raises Overloaded when config.max_pending hand-offs are under way, TransferError when the client is closed.
         """
         context, self._loop = self._context, asyncio.get_running_loop()
@@ -139,7 +141,7 @@ class HandoffClient:
             raise ValueError(f"{submit.request_id}: a hand-off needs a decode worker and tokens")
         if len(context.handoffs) >= context.config.max_pending:
             raise Overloaded(f"{len(context.handoffs)} hand-offs are under way", request_id=submit.request_id)
-        handoff = Handoff(context, submit, num_tokens, weight_version, on_failed)
+        handoff = Handoff(context, submit, num_tokens, weight_version, digests, on_failed)
         context.handoffs.add(handoff)
         context.tally.offered += 1
         self._peer(submit.decode).offer(handoff)

@@ -21,7 +21,7 @@ from llm_engine.serving.staging import Sending
 class Outbound:
     """One sequence to be handed over. `opened` is its hand-off, once offered.
 
-    `seq` is set on the step thread when the engine has taken the request.
+    `seq` and `digests` (of its full blocks) are set on the step thread when the engine has taken the request.
     """
 
     def __init__(self, submit: Submit, num_tokens: int, opened: asyncio.Future[Handoff]) -> None:
@@ -30,6 +30,7 @@ class Outbound:
         self.num_tokens = num_tokens
         self.opened = opened
         self.seq: Sequence | None = None
+        self.digests = b""
         self.started = False
         self._lock = threading.Lock()
         self._handoff: Handoff | None = None

@@ -93,7 +93,9 @@ class PrefillWorker(Worker[Outbound]):
 
         def add(engine: Engine) -> Sequence | Refusal:
             outcome = engine.add(submit)
-            outbound.seq = outcome if isinstance(outcome, Sequence) else None
+            if isinstance(outcome, Sequence):
+                outbound.seq = outcome
+                outbound.digests = b"".join(engine.digests(outcome))
             return outcome
 
         if not self._steps.offer(add, lambda outcome: self._added(live, outcome)):
@@ -161,6 +163,7 @@ class PrefillWorker(Worker[Outbound]):
                 submit,
                 outbound.num_tokens,
                 self._assembly.weight_version,
+                digests=outbound.digests,
                 on_failed=lambda _, exc: self._lost(live, exc),
             )
         except Overloaded:

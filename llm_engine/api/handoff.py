@@ -5,6 +5,7 @@ writer                                   receiver
          ◀─────────────────────────────── Connected | Refused
   Offer ─────────────────────────────────▶  matches its own prefix cache, reserves the rest
          ◀─────────────────────────────── Grant{lease, epoch, blocks} | Defer | Refused
+  Tokens{lease} ─────────────────────────▶  kept for admission; they travel beside the first blocks
   data plane: blocks, layer by layer
   Progress{blocks of each layer} ────────▶  hashes what has landed while the rest is computed
   Commit{manifest} ──────────────────────▶  verifies; both parts of Commit travel as soon as they
@@ -24,7 +25,7 @@ import msgspec
 from llm_engine.api.messages import Message, Submit, WorkerInfo
 from llm_engine.api.request import TokenLogprobs
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,11 +97,16 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
 
 
 class Offer(Message, frozen=True, kw_only=True, tag="offer"):
-    """`num_tokens` tokens of KV are about to be computed for `submit`; after Commit the receiver owns the sequence."""
+    """`num_tokens` tokens of KV are about to be computed for `submit`; after Commit the receiver owns the sequence.
+
+    It holds what blocks are reserved by: `submit` without its tokens, which follow the grant (`Tokens`), and their
+    digests (see `hashing`), one after another: of every full block, or none, and then no prefix is found.
+    """
 
     submit: Submit
     num_tokens: int
     weight_version: str
+    digests: bytes = b""
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
@@ -112,6 +118,16 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     epoch: int
     have_tokens: int  # a multiple of block_tokens: found in the receiver's own prefix cache
     blocks: tuple[int, ...]
+
+
+class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
+    """`Submit.tokens` of a granted offer. Sent once, before any part of Commit."""
+
+    request_id: str
+    attempt: int
+    lease_id: int
+    epoch: int
+    tokens: bytes
 
 
 class Defer(Message, frozen=True, kw_only=True, tag="defer"):
@@ -249,5 +265,5 @@ class ProbeResult(Message, frozen=True, kw_only=True, tag="probe_result"):
     detail: str = ""
 
 
-WriterMessage = Connect | Offer | Progress | Commit | Withdraw | Fenced | Probe | ProbeCommit
+WriterMessage = Connect | Offer | Tokens | Progress | Commit | Withdraw | Fenced | Probe | ProbeCommit
 ReceiverMessage = Connected | Refused | Grant | Defer | Accepted | Rejected | Fence | ProbeGrant | ProbeResult

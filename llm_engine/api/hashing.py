@@ -15,6 +15,11 @@ def root_digest(format_id: str, salt: str = "") -> bytes:
     return hashlib.blake2b(f"{format_id}\x00{salt}".encode(), digest_size=DIGEST_BYTES).digest()
 
 
+def split_digests(data: bytes) -> list[bytes]:
+    """Digests that were sent one after another."""
+    return [data[start : start + DIGEST_BYTES] for start in range(0, len(data), DIGEST_BYTES)]
+
+
 def chain_digests(tokens: Sequence[int], block_tokens: int, root: bytes) -> list[bytes]:
     """One digest per *full* block; digest j covers tokens [0, (j+1)·block_tokens)."""
     data = pack_tokens(tokens)

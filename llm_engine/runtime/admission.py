@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
@@ -14,16 +15,18 @@ from llm_engine.runtime.roster import Roster
 from llm_engine.runtime.runner import Runner
 from llm_engine.runtime.speculate import Speculator, state_from_bytes
 from llm_engine.sched.decode import DecodeScheduler
+from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.prefill import PrefillScheduler
 from llm_engine.sched.reservations import Reservations
 from llm_engine.sched.sequence import Refusal, Reservation, Sequence
 
 
 class Admission:
-    """`Engine.add`, `reserve` and `admit`, which tell what they promise. `draining`: take no new work."""
+    """`Engine.add`, `reserve`, `expect` and `admit`, which tell what they promise. `draining`: take no new work."""
 
     def __init__(
         self,
+        cache: PagedCache,
         prefill: PrefillScheduler,
         decode: DecodeScheduler,
         reservations: Reservations,
@@ -36,6 +39,7 @@ class Admission:
         clock: Callable[[], float],
     ) -> None:
         self.draining = False
+        self._cache = cache
         self._prefill = prefill
         self._decode = decode
         self._reservations = reservations
@@ -61,27 +65,51 @@ class Admission:
         self._roster.enter(seq)
         return seq
 
-    def reserve(self, submit: Submit, num_tokens: int) -> Reservation | Refusal | None:
+    def reserve(self, submit: Submit, num_tokens: int, digests: Seq[bytes] | None) -> Reservation | Refusal | None:
         """`Engine.reserve`."""
         refusal = self._turned_away(submit)
         if refusal is not None:
             return refusal
-        seq = self._reservations.recall(submit.request_id, submit.attempt)
-        accepted = seq if seq is not None else accept(submit, self._limits, self._clock())
-        if isinstance(accepted, Refusal):
-            return accepted
-        if not 0 < num_tokens <= len(accepted.tokens):
-            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {len(accepted.tokens)}", retryable=False)
+        expected = self._accept(submit) if digests is None else None
+        if isinstance(expected, Refusal):
+            return expected
+        most = self._limits.max_len - 1 if expected is None else len(expected.tokens)
+        if num_tokens > most and expected is None:
+            return Refusal("too_long", f"{num_tokens} tokens: this worker takes up to {most}", retryable=False)
+        if not 0 < num_tokens <= most:
+            return Refusal("invalid", f"num_tokens={num_tokens}: expected 1 to {most}", retryable=False)
+        if expected is not None:
+            digests = expected.digests[: num_tokens // self._cache.block_tokens]
         self._roster.supersede(submit.request_id)
         if len(self._decode.running) + self._reservations.num_reserved >= self._max_num_seqs:
-            self._reservations.remember(accepted)
             return None
-        return self._reservations.take(accepted, num_tokens, headroom=len(self._decode.running))
+        reservation = self._reservations.take(
+            submit.request_id,
+            submit.attempt,
+            num_tokens,
+            digests or (),
+            deadline=self._clock() + submit.deadline_s,
+            headroom=len(self._decode.running),
+        )
+        if reservation is not None:
+            reservation.expected = expected
+        return reservation
+
+    def expect(self, submit: Submit, reservation: Reservation) -> Sequence | Refusal:
+        """`Engine.expect`."""
+        seq = self._accept(submit)
+        offered = reservation.digests
+        if isinstance(seq, Sequence) and seq.digests and offered and seq.digests[: len(offered)] != offered:
+            seq = Refusal("invalid", "the tokens are not those whose digests were offered", retryable=False)
+        reservation.expected = seq
+        return seq
 
     def admit(self, submit: Submit, reservation: Reservation, first: FirstToken) -> Sequence:
         """`Engine.admit`."""
         self._reservations.expect(reservation, "reserved")
-        seq = accept(submit, self._limits, self._clock())
+        seq = reservation.expected
+        if seq is None or (isinstance(seq, Sequence) and seq.submit is not submit):
+            seq = self.expect(submit, reservation)
         if isinstance(seq, Refusal):
             raise ValueError(seq.reason)
         if self._roster.newest_attempt(submit.request_id) >= submit.attempt:
@@ -93,6 +121,13 @@ class Admission:
         self._roster.supersede(submit.request_id)
         self._reservations.adopt(seq, reservation)
         self._enter(seq, reservation, first, state_1H)
+        return seq
+
+    def _accept(self, submit: Submit) -> Sequence | Refusal:
+        """A fresh sequence with its digests, or why there can't be one."""
+        seq = accept(submit, self._limits, self._clock())
+        if isinstance(seq, Sequence):
+            self._cache.digests_of(seq)
         return seq
 
     def _turned_away(self, submit: Submit) -> Refusal | None:

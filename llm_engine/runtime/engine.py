@@ -104,6 +104,7 @@ class Engine:
         self._steps = Steps(cache, runner, speculator, feed, outbox, ahead=self._ahead, clock=clock)
         self._commits = Commits(cache, prefill, decode, speculator, self._departures, roster, outbox, clock)
         self._admission = Admission(
+            cache,
             prefill,
             decode,
             self._reservations,
@@ -135,15 +136,26 @@ class Engine:
         """
         self._roster.unpin(seq)
 
+    def digests(self, seq: Sequence) -> list[bytes]:
+        """Of the full blocks of a sequence that was added, by which other engines find its prefix."""
+        return self._cache.digests_of(seq)
+
     # -- decode -------------------------------------------------------------------------------------------------------
 
-    def reserve(self, submit: Submit, num_tokens: int) -> Reservation | Refusal | None:
+    def reserve(
+        self, submit: Submit, num_tokens: int, digests: Seq[bytes] | None = None
+    ) -> Reservation | Refusal | None:
         """Set blocks aside for the first `num_tokens` tokens of an offered request. None: no room now, ask again later.
 
         The engine's own prefix hits are pinned and count as received. Refusal: it can never be taken here, or a newer
-        attempt is known. An older attempt that is still running ends (a Failure `stale`).
+        attempt is known. An older attempt that is still running ends (a Failure `stale`). `digests`: of the tokens'
+        full blocks, or none, when the tokens themselves come later (`expect`); None: `submit` has them.
         """
-        return self._admission.reserve(submit, num_tokens)
+        return self._admission.reserve(submit, num_tokens, digests)
+
+    def expect(self, submit: Submit, reservation: Reservation) -> None:
+        """The tokens of a reservation are here: check them now, so that `admit`, which will object, is quick."""
+        self._admission.expect(submit, reservation)
 
     def release_reservation(self, reservation: Reservation, *, quarantine: bool) -> None:
         """Give a reservation up.
@@ -170,7 +182,6 @@ class Engine:
 
         A reservation is not touched: its lease decides.
         """
-        self._reservations.forget(request_id, attempt)
         seq = self._roster.get(request_id)
         if seq is None or seq.attempt > attempt:
             return None

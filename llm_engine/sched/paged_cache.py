@@ -46,15 +46,19 @@ class PagedCache:
         """Chain digests of the full blocks of `tokens`; none when the prefix cache is off."""
         return chain_digests(tokens, self.block_tokens, self._root(salt)) if self._prefix_cache else []
 
+    def digests_of(self, seq: Sequence) -> list[bytes]:
+        """The same of a sequence, worked out once."""
+        if not seq.digests:
+            seq.digests = self.digests(seq.tokens, seq.submit.salt)
+        return seq.digests
+
     def begin(self, seq: Sequence, headroom: int) -> bool:
         """Give a waiting sequence blocks for all its tokens, starting with those of its longest known prefix.
 
         At least one token is left to compute, since its output is needed. False when that would leave fewer than
         `headroom` blocks; nothing has changed then.
         """
-        if not seq.digests:
-            seq.digests = self.digests(seq.tokens, seq.submit.salt)
-        hits = self.index.find(seq.digests[: (len(seq.tokens) - 1) // self.block_tokens])
+        hits = self.index.find(self.digests_of(seq)[: (len(seq.tokens) - 1) // self.block_tokens])
         self.pool.share(hits)
         rest = self.blocks_for(len(seq.tokens)) - len(hits)
         fresh = (
@@ -142,7 +146,7 @@ class PagedCache:
         """Turn a reservation, whose blocks now hold all its tokens, into the blocks of `seq`."""
         self.pool.admit(reservation.blocks)
         seq.blocks = reservation.hits + reservation.blocks
-        seq.digests = reservation.digests
+        self.digests_of(seq)
         seq.num_published = len(reservation.hits)
         seq.num_computed = reservation.num_tokens
         seq.num_drafted = reservation.num_tokens - 1

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence as Seq
 
 from llm_engine.sched.paged_cache import PagedCache
 from llm_engine.sched.sequence import Reservation, Sequence
-
-_MAX_REMEMBERED = 64  # offers without room that are kept parsed and hashed
 
 
 class Reservations:
@@ -16,7 +14,6 @@ class Reservations:
     def __init__(self, cache: PagedCache) -> None:
         self._cache = cache
         self._open: set[Reservation] = set()
-        self._waiting: OrderedDict[tuple[str, int], Sequence] = OrderedDict()
 
     def __len__(self) -> int:
         """Reserved or quarantined."""
@@ -27,43 +24,29 @@ class Reservations:
         """Those that may still become sequences."""
         return sum(reservation.state == "reserved" for reservation in self._open)
 
-    def recall(self, request_id: str, attempt: int) -> Sequence | None:
-        """The sequence of an offer that found no room: it is tried again and again, and long to parse and hash."""
-        return self._waiting.get((request_id, attempt))
+    def take(
+        self, request_id: str, attempt: int, num_tokens: int, digests: Seq[bytes], *, deadline: float, headroom: int
+    ) -> Reservation | None:
+        """Pin the known prefix of `num_tokens` tokens and lease blocks for the rest. None: no room now.
 
-    def forget(self, request_id: str, attempt: int) -> None:
-        """The offer will not be tried again."""
-        self._waiting.pop((request_id, attempt), None)
-
-    def take(self, seq: Sequence, num_tokens: int, headroom: int) -> Reservation | None:
-        """Pin the known prefix of the first `num_tokens` tokens and lease blocks for the rest. None: no room now."""
-        if not seq.digests:
-            seq.digests = self._cache.digests(seq.tokens, seq.submit.salt)
-        digests = seq.digests[: num_tokens // self._cache.block_tokens]
+        `digests`: of the full blocks of these tokens, or none.
+        """
         found = self._cache.reserve(num_tokens, digests, headroom)
         if found is None:
-            self.remember(seq)
             return None
-        self.forget(seq.request_id, seq.attempt)
         hits, blocks = found
         reservation = Reservation(
-            request_id=seq.request_id,
-            attempt=seq.attempt,
+            request_id=request_id,
+            attempt=attempt,
             num_tokens=num_tokens,
-            deadline=seq.deadline,
+            deadline=deadline,
             have_tokens=len(hits) * self._cache.block_tokens,
             hits=hits,
             blocks=blocks,
-            digests=digests,
+            digests=list(digests),
         )
         self._open.add(reservation)
         return reservation
-
-    def remember(self, seq: Sequence) -> None:
-        """Keep the sequence of an offer that found no room, within bounds."""
-        self._waiting[seq.request_id, seq.attempt] = seq
-        if len(self._waiting) > _MAX_REMEMBERED:
-            self._waiting.popitem(last=False)
 
     def adopt(self, seq: Sequence, reservation: Reservation) -> None:
         """The hand-off is verified: the blocks are the sequence's."""

@@ -104,5 +104,6 @@ class Reservation:
     have_tokens: int  # a multiple of block_tokens: found in this engine's prefix cache
     hits: list[int]  # blocks of tokens [0, have_tokens)
     blocks: list[int]  # leased: blocks[i] receives tokens [have_tokens + i·block_tokens, …)
-    digests: list[bytes]  # of the full blocks of the reserved tokens
+    digests: list[bytes]  # of the full blocks of the reserved tokens, as they were offered
+    expected: Sequence | Refusal | None = None  # once the tokens are here: checked, or why they won't do
     state: str = "reserved"  # reserved | admitted | quarantined | released

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+
 from kv_transfer.control import Channel
 from kv_transfer.layout import CopyPlan, PlaneLayer, merge_runs
 from kv_transfer.link import LeaseKey
@@ -23,6 +25,7 @@ from llm_engine.api.handoff import (
     Manifest,
     Offer,
     ReceiverMessage,
+    Tokens,
 )
 from llm_engine.api.messages import Codec, Message
 from tests.unit.kv_transfer.rig import FIRST, KEY, Rig, make_info, make_submit
@@ -61,12 +64,19 @@ class RawWriter:
         else:
             self.link = await asyncio.to_thread(TcpLink.connect, answer.link, KEY, stall_timeout_s=5, **common)
 
-    async def granted(self, request_id: str, num_tokens: int, attempt: int = 0) -> Grant:
+    async def granted(self, request_id: str, num_tokens: int, attempt: int = 0, *, tokens: bool = True) -> Grant:
         submit = make_submit(request_id, num_tokens, self.rig.target, attempt=attempt)
-        self.say(Offer(submit=submit, num_tokens=num_tokens, weight_version="w1"))
+        head = msgspec.structs.replace(submit, tokens=b"")
+        self.say(Offer(submit=head, num_tokens=num_tokens, weight_version="w1"))
         grant = await self.hear()
         assert isinstance(grant, Grant)
+        if tokens:
+            self.say(self.tokens(grant, submit.tokens))
         return grant
+
+    def tokens(self, grant: Grant, tokens: bytes, **changes: Any) -> Tokens:
+        fields = {name: getattr(grant, name) for name in ("request_id", "attempt", "lease_id", "epoch")}
+        return Tokens(**{**fields, "tokens": tokens, **changes})
 
     def send_blocks(self, grant: Grant) -> Manifest:
         """Write source blocks 0… under the grant; the honest manifest."""

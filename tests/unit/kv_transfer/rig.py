@@ -115,10 +115,12 @@ class Pool:
     def __post_init__(self) -> None:
         self.free_blocks = list(range(self.num_blocks))
         self.all: list[Reservation] = []
+        self.prepared: dict[str, Submit] = {}  # whose tokens are here
         self.admitted: dict[str, tuple[Reservation, FirstToken, HandoffReport]] = {}
         self.changed = asyncio.Event()
 
-    async def reserve(self, submit: Submit, num_tokens: int) -> Reservation | None:
+    async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> Reservation | None:
+        assert submit.tokens == b"", "they come when blocks are reserved"
         if (error := self.refuse(submit)) is not None:
             raise error
         have = self.have_blocks.get((submit.request_id, submit.attempt), 0)
@@ -127,7 +129,13 @@ class Pool:
     async def reserve_probe(self) -> Reservation | None:
         return self.take(1)
 
+    def prepare(self, submit: Submit, reservation: Reservation) -> None:
+        assert reservation.state == "leased"
+        self.prepared[submit.request_id] = submit
+
     async def admit(self, submit: Submit, reservation: Reservation, first: FirstToken, report: HandoffReport) -> None:
+        assert self.prepared.pop(submit.request_id) == submit
+        assert len(submit.tokens) == 4 * report.num_tokens
         if (error := self.refuse(submit)) is not None:
             raise error
         self.on_admit(submit, reservation)

@@ -31,7 +31,7 @@ async def test_a_hand_off_that_was_given_up_does_not_commit() -> None:
     async with Rig("shm") as rig:
         handoff = rig.offer("r1", 40)
         rig.compute(handoff)
-        await until(lambda: handoff._manifest is not None)
+        await until(lambda: handoff._parts.manifest is not None)
         await handoff.abort()
         await asyncio.to_thread(handoff.complete, FIRST, compute_end=time.monotonic())
         await until(lambda: rig.pool.count("leased") == 0)

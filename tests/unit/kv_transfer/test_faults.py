@@ -114,7 +114,7 @@ async def test_a_late_write_after_revocation_reaches_no_new_owner(transport: str
         client = await rig.add_client("prefill-1", wrap_link=wrap)
         handoff = rig.offer("r1", 32, client=client)
         rig.compute(handoff)
-        await until(lambda: bool(links) and handoff._written_at > 0)  # as far as the writer knows
+        await until(lambda: bool(links) and "landed" in handoff._marks)  # as far as the writer knows
         rig.server.cancel("r1", 0)
         await rig.hand_off("r2", 32, blocks=range(8, 16))
         before = bytes(rig.arena.buffer)

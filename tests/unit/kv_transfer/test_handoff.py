@@ -140,8 +140,8 @@ async def test_an_offer_that_ends_while_blocks_are_being_reserved(
         asked, go_on = asyncio.Event(), asyncio.Event()
         reserve = rig.pool.reserve
 
-        async def slow(submit: Submit, num_tokens: int) -> Reservation | None:
-            reservation = await reserve(submit, num_tokens)
+        async def slow(submit: Submit, num_tokens: int, digests: bytes) -> Reservation | None:
+            reservation = await reserve(submit, num_tokens, digests)
             if submit.attempt == 0:
                 asked.set()
                 await go_on.wait()

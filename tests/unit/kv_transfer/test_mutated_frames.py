@@ -37,6 +37,7 @@ from llm_engine.api.handoff import (
     Progress,
     ReceiverMessage,
     Refused,
+    Tokens,
     Withdraw,
 )
 from llm_engine.api.messages import Codec, Message
@@ -55,6 +56,8 @@ def mutate(message: Message, rng: random.Random) -> Message:
             continue
         if isinstance(value, int):
             changes[field] = rng.choice((*_HUGE, value + 1, value - 1, value ^ (1 << rng.randrange(40))))
+        elif isinstance(value, bytes):
+            changes[field] = rng.choice((b"", value[:-1], value + b"\0", value[::-1], value * 3))
         elif isinstance(value, str):
             changes[field] = rng.choice(("", "x" * 300, value[::-1], value + "\0"))
         elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
@@ -100,9 +103,12 @@ class Attacker:
             lambda: handshake.introduce(transport="tcp", ticket=connected.ticket, region=connected.region)
         )
         self.data.settimeout(5)
-        submit = make_submit(f"victim-{seed}", 16, self.rig.target, deadline_s=600)
+        whole = make_submit(f"victim-{seed}", 16, self.rig.target, deadline_s=600)
+        submit = msgspec.structs.replace(whole, tokens=b"")
         self.offer = Offer(submit=submit, num_tokens=16, weight_version="w1")
         self.grant = await self.ask(self.offer, Grant)
+        lease = {"lease_id": self.grant.lease_id, "epoch": self.grant.epoch}
+        self.tokens = Tokens(request_id=submit.request_id, attempt=0, tokens=whole.tokens, **lease)
 
     async def ask(self, message: Message, kind: type) -> Message:  # type: ignore[type-arg]
         self.channel.send(self.codec.encode(message))
@@ -122,6 +128,7 @@ class Attacker:
         new = msgspec.structs.replace(self.offer.submit, request_id=f"n{self.number}")
         yield self.hello
         yield msgspec.structs.replace(self.offer, submit=new)
+        yield self.tokens
         yield Progress(layers=((0, 1), (1, 2)), **lease)
         commit = Commit(request_id=grant.request_id, attempt=0, weight_version="w1", **lease)
         manifest = Manifest(num_tokens=16, planes=())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from llm_engine.api.handoff import FirstToken
 from llm_engine.api.messages import Role, Submit
-from llm_engine.api.request import FinishReason
+from llm_engine.api.request import FinishReason, pack_tokens
 from llm_engine.sched import Phase, Refusal, Reservation, Sequence
-from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel
+from tests.unit.runtime.fake_model import NUM_LAYERS, VOCAB, FakeModel, copy_block
 from tests.unit.runtime.harness import (
     PROMPT,
     Clock,
@@ -179,6 +180,46 @@ def test_reservations_wait_for_room_and_slots() -> None:
     d.engine.free_quarantined(first)
     d.engine.release_reservation(second, quarantine=False)
     d.engine.check()
+    assert d.engine.is_idle
+
+
+def test_blocks_are_reserved_by_digests_and_tokens_must_have_them() -> None:
+    """Who offers says which prefix it is; nothing is admitted, and nobody else's blocks are shared, on its word."""
+    p, d, stores = fake_pair()
+    p.add(prompt_of("a"))
+    p.add(prompt_of("b"))
+    p.run()
+    hand_over(p, d, stores, 0)
+    seq, first = p.prefilled[1].seq, p.prefilled[1].first
+    later, digests = msgspec.structs.replace(seq.submit, tokens=b""), p.engine.digests(seq)
+    assert len(digests) == 2
+    for wrong in ([1] * len(PROMPT), [*PROMPT[:-1], VOCAB], PROMPT[:-1]):
+        reservation = d.engine.reserve(later, len(PROMPT), digests)
+        assert isinstance(reservation, Reservation)
+        assert reservation.have_tokens == 8
+        submit = msgspec.structs.replace(later, tokens=pack_tokens(wrong))
+        d.engine.expect(submit, reservation)
+        with pytest.raises(ValueError, match=r"not those whose digests|token ids must lie|were handed over|num_prompt"):
+            d.engine.admit(submit, reservation, first)
+        d.engine.release_reservation(reservation, quarantine=False)
+    reservation = d.engine.reserve(later, len(PROMPT), digests)
+    assert isinstance(reservation, Reservation)
+    submit = msgspec.structs.replace(later, tokens=seq.submit.tokens)
+    d.engine.expect(submit, reservation)
+    copy_block(stores[0], seq.blocks[2], stores[1], reservation.blocks[0])
+    assert d.engine.admit(submit, reservation, first) is reservation.expected
+    d.run()
+    assert d.outputs["b"] == expected_output(prompt_of("b"))
+    d.engine.check()
+
+
+def test_offers_without_tokens_are_bounded_by_what_a_sequence_may_hold() -> None:
+    d = fake_driver(Role.DECODE)
+    most = d.engine._admission._limits.max_len - 1
+    for num_tokens, code in ((most + 1, "too_long"), (0, "invalid"), (-1, "invalid")):
+        refusal = d.engine.reserve(msgspec.structs.replace(prompt_of(), tokens=b""), num_tokens, [])
+        assert isinstance(refusal, Refusal)
+        assert refusal.code == code
     assert d.engine.is_idle
 
 

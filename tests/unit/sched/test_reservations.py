@@ -1,4 +1,4 @@
-"""One end for every reservation; offers that wait are parsed and hashed once."""
+"""One end for every reservation, and room for those that decode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 4
 
 
 def _taken(reservations: Reservations, length: int = 10) -> Reservation:
-    reservation = reservations.take(sequence_of(range(length)), length, headroom=0)
+    reservation = reservations.take("r", 1, length, [], deadline=1e6, headroom=0)
     assert reservation is not None
     return reservation
 
@@ -53,32 +53,7 @@ def test_each_way_to_its_one_end(ends: list[str], states: list[str]) -> None:
     assert cache.pool.counts().live == 0
 
 
-def test_an_offer_without_room_is_remembered_until_it_is_taken_or_dropped() -> None:
-    reservations = Reservations(PagedCache(4, BLOCK, format_id="f"))
-    hog = _taken(reservations)
-    waiting = sequence_of(range(100, 108), "w")
-    assert reservations.take(waiting, 8, headroom=0) is None
-    assert reservations.recall("w", 1) is waiting
-    assert reservations.recall("w", 2) is None
-    reservations.release(hog, quarantine=False)
-    assert reservations.take(waiting, 8, headroom=0) is not None
-    assert reservations.recall("w", 1) is None
-    dropped = sequence_of(range(200, 216), "d")
-    assert reservations.take(dropped, 16, headroom=0) is None
-    reservations.forget("d", 1)
-    assert reservations.recall("d", 1) is None
-
-
-def test_what_is_remembered_is_bounded() -> None:
-    reservations = Reservations(PagedCache(1, BLOCK, format_id="f"))
-    for i in range(200):
-        assert reservations.take(sequence_of(range(8), f"r{i}"), 8, headroom=0) is None
-    remembered = [i for i in range(200) if reservations.recall(f"r{i}", 1) is not None]
-    assert remembered == list(range(200 - len(remembered), 200))
-    assert len(remembered) == 64
-
-
 def test_headroom_is_left_for_those_that_decode() -> None:
     reservations = Reservations(PagedCache(4, BLOCK, format_id="f"))
-    assert reservations.take(sequence_of(range(12)), 12, headroom=2) is None
-    assert reservations.take(sequence_of(range(12)), 12, headroom=1) is not None
+    assert reservations.take("r", 1, 12, [], deadline=1e6, headroom=2) is None
+    assert reservations.take("r", 1, 12, [], deadline=1e6, headroom=1) is not None

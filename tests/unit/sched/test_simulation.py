@@ -71,7 +71,15 @@ class Cluster:
         if not self.sending or len(self.d.decode.running) + self.d.reservations.num_reserved >= MAX_ACTIVE:
             return
         seq = self.sending[0]
-        reservation = self.d.reservations.take(seq, len(seq.tokens), headroom=len(self.d.decode.running))
+        digests = self.d.cache.digests(seq.tokens, seq.submit.salt)
+        reservation = self.d.reservations.take(
+            seq.request_id,
+            seq.attempt,
+            len(seq.tokens),
+            digests,
+            deadline=seq.deadline,
+            headroom=len(self.d.decode.running),
+        )
         if reservation is not None:
             self.sending.pop(0)
             assert len(reservation.hits) + len(reservation.blocks) == self.d.cache.blocks_for(len(seq.tokens))

@@ -1,0 +1,116 @@
+"""Empty messages between the two parts of Commit: they go out where there are cores to spare, and change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from kv_transfer import awake
+from kv_transfer.intake import Intakes
+from kv_transfer.link import LeaseKey
+from kv_transfer.pairs import Pair
+from llm_engine.api.handoff import Progress
+from tests.unit.kv_transfer.rig import FIRST, Reservation, Rig, until
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """Empty messages that a receiver has read, and served as ever."""
+    heard: list[Progress] = []
+    serve = Intakes.on_progress
+
+    def listen(self: Intakes[Reservation], pair: Pair, progress: Progress) -> None:
+        if not progress.layers:
+            heard.append(progress)
+        serve(self, pair, progress)
+
+    monkeypatch.setattr(Intakes, "on_progress", listen)
+    return heard
+
+
+def with_cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
+
+
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, False), (7, False), (8, True), (64, True)])
+def test_only_with_cores_to_spare(num_cores: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that this process may use: a container on a large host may have two."""
+    assert awake.can_spare(num_cores) is expected
+    with_cores(monkeypatch, num_cores)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert awake.can_spare() is expected
+
+
+@pytest.mark.parametrize("transport", ["local", "shm", "tcp"])
+async def test_empty_messages_until_the_first_token(
+    transport: str, heard: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cores(monkeypatch, 8)
+    monkeypatch.setattr(awake, "LONGEST_S", 30.0)
+    async with Rig(transport) as rig:
+        handoff = rig.offer("r1", 40)
+        rig.compute(handoff)
+        await until(lambda: len(heard) >= 5)
+        active = rig.server._intakes._active["r1"]
+        assert active.verified
+        assert {(each.lease_id, each.epoch) for each in heard} == {active.held.lease.key}
+        await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert rig.pool.admitted["r1"][1] == FIRST
+        assert rig.server.stats().dropped_frames == 0
+        assert handoff._delivery is not None
+        assert not handoff._delivery.say_nothing(active.held.lease.key)  # the first token was the end of it
+        count = len(heard)
+        await rig.hand_off("r2", 40)  # everything that was said before has been read
+        assert len(heard) == count
+
+
+@pytest.mark.parametrize("end", ["abort", "revoke"])
+async def test_a_hand_off_that_has_ended_says_no_more(
+    end: str, heard: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cores(monkeypatch, 8)
+    monkeypatch.setattr(awake, "LONGEST_S", 30.0)
+    async with Rig("shm") as rig:
+        handoff = rig.offer("r1", 40)
+        rig.compute(handoff)
+        await until(lambda: len(heard) >= 2)
+        if end == "revoke":
+            rig.server.cancel("r1", 0)
+            await until(lambda: handoff.error is not None)
+        await handoff.abort()
+        assert handoff._delivery is not None
+        assert not handoff._delivery.say_nothing(LeaseKey(heard[0].lease_id, heard[0].epoch))
+        assert rig.pool.admitted == {}
+
+
+async def test_none_without_cores_to_spare(heard: list[Progress], monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cores(monkeypatch, 2)
+    async with Rig("shm") as rig:
+        handoff = rig.offer("r1", 40)
+        rig.compute(handoff)
+        await until(lambda: "r1" in rig.server._intakes._active and rig.server._intakes._active["r1"].verified)
+        await rig.hand_off("r2", 40)
+        await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert heard == []
+
+
+async def test_it_stops_after_a_while_or_when_told() -> None:
+    said: list[float] = []
+
+    def say_nothing() -> bool:
+        said.append(time.monotonic())
+        return True
+
+    started = time.monotonic()
+    awake.keep_awake(say_nothing)
+    await asyncio.sleep(4 * awake.LONGEST_S)
+    assert said
+    assert said[-1] - started <= awake.LONGEST_S + 0.02  # the last was due before, and may have been late
+    count = len(said)
+    awake.keep_awake(lambda: bool(said.append(0.0)))
+    await until(lambda: len(said) > count)
+    await asyncio.sleep(20 * awake.EVERY_S)
+    assert len(said) == count + 1
