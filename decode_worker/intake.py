@@ -81,6 +81,8 @@ class Intake:
     async def reserve(self, submit: Submit, num_tokens: int, digests: bytes) -> Place | None:
         """`BlockReserver`."""
         self._owner.may_reserve(submit)
+        if self._staged is not None and not self._staged.is_prepared:
+            await asyncio.to_thread(self._staged.prepare)
         each = split_digests(digests)
         outcome = await self._steps.call(lambda engine: engine.reserve(submit, num_tokens, each))
         if outcome is None:
@@ -98,7 +100,9 @@ class Intake:
         return place
 
     async def reserve_probe(self) -> Place | None:
-        """`BlockReserver`: one block that no request can share."""
+        """`BlockReserver`: one block that no request can share; none before a hand-off has come this way."""
+        if self._staged is not None and not self._staged.is_prepared:
+            return None
         probe = Submit(
             request_id=_PROBE_PREFIX + secrets.token_hex(8),
             attempt=0,

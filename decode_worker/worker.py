@@ -14,8 +14,7 @@ from decode_worker.intake import Intake, Place, is_probe
 from kv_transfer.device import DeviceRegion
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import HandoffReport, links_of
-from kv_transfer.receiver import HandoffServer
-from kv_transfer.transports import Memory
+from kv_transfer.receiver import Ground, HandoffServer
 from llm_engine.api.config import ClusterConfig, cluster_key
 from llm_engine.api.errors import LeaseRevoked, TransferError
 from llm_engine.api.messages import Cancel, Deltas, Role, Started, Submit, WorkerInfo
@@ -30,21 +29,23 @@ from llm_engine.serving.worker import Worker
 class DecodeWorker(Worker[Reservation]):
     """One replica of the decode pool."""
 
-    def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Memory) -> None:
-        """`arena`: the memory that `assembly.region` describes."""
+    def __init__(self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Arena | None) -> None:
+        """`arena`: host memory for the caches, or for the slots that `assembly` has; None: peers reach a card only."""
         super().__init__(config, name, Role.DECODE, key, assembly)
         self._arena = arena
-        region = assembly.region
-        self._slots = None if assembly.mirror is None else Inbound(assembly.mirror, region.num_blocks)
-        intake = Intake(
-            self._steps,
-            self,
-            block_tokens=region.block_tokens,
-            on_blocks_freed=lambda: self._server.blocks_freed(),
-            staged=self._slots,
-        )
+        self._slots: Inbound | None = None
+        memory = arena if arena is not None and assembly.slots is None else DeviceRegion(assembly.store.arena)
+        ground, staging = Ground(assembly.layout, memory, self._intake(None)), self._staging(assembly)
+        if staging is not None and self._slots is not None and config.transfer.transport != "auto":
+            ground, staging = staging, None
+            self._slots.prepare()
         self._server: HandoffServer[Place] = HandoffServer(
-            config=config.transfer, key=key, layout=region, arena=arena, reserver=intake
+            config=config.transfer,
+            key=key,
+            layout=ground.layout,
+            arena=ground.arena,
+            reserver=ground.reserver,
+            staging=staging,
         )
 
     @classmethod
@@ -55,12 +56,14 @@ class DecodeWorker(Worker[Reservation]):
         arenas = list[Arena]()
 
         def host_memory(num_bytes: int) -> memoryview:
-            arenas.append(Arena.create(num_bytes, shared=config.transfer.transport in ("auto", "shm")))
+            asked_for = config.transfer.transport
+            # Slots beside caches on a card may never be used.
+            eager = planned.on_host or asked_for != "auto"
+            arenas.append(Arena.create(num_bytes, shared=asked_for in ("auto", "shm"), populate=eager))
             return arenas[-1].buffer
 
         assembly = assemble(config, planned, host_memory, Role.DECODE)
-        arena = arenas[0] if arenas else DeviceRegion(assembly.store.arena)
-        return cls(config, name, key, assembly, arena)
+        return cls(config, name, key, assembly, arenas[0] if arenas else None)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -85,6 +88,22 @@ class DecodeWorker(Worker[Reservation]):
     def _after_step(self, result: StepResult) -> None:
         if result.finished or result.failed:
             self._server.blocks_freed()
+
+    def _staging(self, assembly: Assembly) -> Ground[Place] | None:
+        """The slots, for peers that don't reach a card."""
+        if assembly.slots is None or assembly.mirror is None or self._arena is None:
+            return None
+        self._slots = Inbound(assembly.mirror, assembly.slots.num_blocks)
+        return Ground(assembly.slots, self._arena, self._intake(self._slots))
+
+    def _intake(self, slots: Inbound | None) -> Intake:
+        return Intake(
+            self._steps,
+            self,
+            block_tokens=self._assembly.layout.block_tokens,
+            on_blocks_freed=lambda: self._server.blocks_freed(),
+            staged=slots,
+        )
 
     # -- intake -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +151,7 @@ class DecodeWorker(Worker[Reservation]):
 
     async def _close_peers(self) -> None:
         await self._server.close()
-        if isinstance(self._arena, Arena):
+        if self._arena is not None:
             self._arena.close()
 
     def _drain_peers(self) -> None:

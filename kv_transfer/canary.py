@@ -1,6 +1,7 @@
 """The writer's canary: from time to time real bytes go through the pair's link into a scratch block and are compared.
 
-A pair whose canary fails is taken out of routing (`Load.bad_peers`) until a later probe succeeds.
+A pair whose canary fails is taken out of routing (`Load.bad_peers`) until a later probe succeeds, or, where the choice
+is automatic, until it has another transport: cards may map each other's memory and still not reach it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Canary:
             return
         self.healthy, self.detail = result.ok, "" if result.ok else f"canary: {result.detail}"
         tally.probes["ok" if result.ok else "failed"] += 1
+        if not result.ok:
+            self._session.shun(self.detail)
 
     def on_answer(self, message: ProbeGrant | ProbeResult) -> None:
         """Next step of the running probe. A grant that comes too late is given back."""

@@ -10,11 +10,13 @@ from llm_engine.api.errors import TransferError
 
 HANDLE_BYTES = 64  # of a CUipcMemHandle
 _LAZY_PEER_ACCESS = 1
+_NOT_SHARED = "memory that can't be shared: allocate it without expandable segments"
+_HINTS = {("cuIpcGetMemHandle", 1): _NOT_SHARED}
 _PEER_HINTS = {
     101: "the device is not visible here",
     201: "no context on the device",
     217: "the cards can't reach each other's memory",
-    400: "not a handle of this kind of memory: allocate it without expandable segments",
+    400: _NOT_SHARED,
     801: "not supported here: integrated device, or a container without IPC",
 }
 
@@ -81,8 +83,8 @@ class Driver:
             text = ctypes.c_char_p()
             self._lib.cuGetErrorString(code, ctypes.byref(text))
             said = text.value.decode() if text.value else "unknown error"
-            hint = f" ({_PEER_HINTS[code]})" if code in _PEER_HINTS else ""
-            raise TransferError(f"{name}: error {code}, {said}{hint}")
+            hint = _HINTS.get((name, code)) or _PEER_HINTS.get(code)
+            raise TransferError(f"{name}: error {code}, {said}" + (f" ({hint})" if hint else ""))
 
 
 @functools.cache

@@ -96,6 +96,8 @@ class CudaIpcLink:
             driver().bind(source.ordinal)
             mapping = driver().open(descriptor.handle)
         except BaseException as exc:
+            with contextlib.suppress(OSError):
+                sock.sendall(_GOODBYE)  # nothing is mapped
             sock.close()
             if isinstance(exc, OSError | ProtocolError):
                 raise TransferError(f"cuda_ipc connection to {offer.address} failed: {exc}") from exc

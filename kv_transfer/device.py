@@ -62,12 +62,12 @@ class DeviceRegion:
         """Raises LayoutMismatch for memory of another kind."""
         if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
             raise LayoutMismatch(f"device region: expected flat bytes, not {memory.dtype} {tuple(memory.shape)}")
-        if memory.data_ptr() % WORD_BYTES or memory.numel() % WORD_BYTES:
-            raise LayoutMismatch(
-                f"device region: {memory.numel()} bytes at {memory.data_ptr():#x}, expected words of 8"
-            )
+        if memory.device.type not in ("cpu", "cuda"):  # of others it is not known how to wait for what computes
+            raise LayoutMismatch(f"device region: memory of {memory.device.type} can't be handed over")
+        if memory.data_ptr() % WORD_BYTES:
+            raise LayoutMismatch(f"device region: {memory.data_ptr():#x} is not the address of a word of 8 bytes")
         self.memory = memory
-        self.words = memory.view(torch.int64)
+        self.words = memory[: memory.numel() // WORD_BYTES * WORD_BYTES].view(torch.int64)
         self.region = secrets.token_hex(8)
         self.num_bytes = memory.numel()
         self.device = memory.device

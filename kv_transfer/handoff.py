@@ -32,7 +32,8 @@ from llm_engine.api.handoff import (
 from llm_engine.api.messages import Submit
 
 if TYPE_CHECKING:
-    from kv_transfer.session import ClientContext, Session
+    from kv_transfer.client_context import ClientContext
+    from kv_transfer.session import Session
 
 _QUIET_S = 2.0  # a write that is in flight for longer is ended by cutting the link
 

@@ -1,10 +1,13 @@
-"""Hand-offs on the receiver: offers wait, become leases, are verified at commit, and admitted or rejected."""
+"""Hand-offs on the receiver: offers wait, become leases, are verified at commit, and admitted or rejected.
+
+A receiver that is reached in two memories, its caches on a card and slots on the host, has one `Intakes` for each.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Generic
 
 from kv_transfer.active import Active
@@ -42,7 +45,10 @@ if TYPE_CHECKING:  # needs torch
 
 
 class Intakes(Generic[R]):
-    """All hand-offs into one worker. `send` delivers a control message to a pair or raises TransferError."""
+    """All hand-offs into one memory of a worker. `send` delivers a control message to a pair or raises TransferError.
+
+    `all`: every `Intakes` of the worker, this one among them. An attempt is under way in one of them at most.
+    """
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class Intakes(Generic[R]):
         reserver: BlockReserver[R],
         send: Callable[[Pair, Message], None],
         tally: Tally,
+        all: Collection[Intakes[R]],
     ) -> None:
         self.weight_version = ""
         self.custody = Custody(region, reserver, self.send, tally)
@@ -68,6 +75,7 @@ class Intakes(Generic[R]):
         self._send_or_raise = send
         self._tally = tally
         self._attempts = Attempts()
+        self._all = all
         self._active: dict[str, Active[R]] = {}  # by request: granted, neither concluded nor revoked
         self._admitting = 0
         self._verifier = new_verifier(layout, memory)
@@ -135,11 +143,13 @@ class Intakes(Generic[R]):
             said = f"{len(offer.digests)} bytes of digests and {len(submit.tokens)} of tokens"
             refuse(pair, offer, "refused", f"{said} for {offer.num_tokens} tokens")
         else:
-            self.cancel(submit.request_id, submit.attempt, "overtaken")  # older ones; this one must not be repeated
-            if self.num_pending < self._max_pending:
+            for each in self._all:
+                each.cancel(submit.request_id, submit.attempt, "overtaken")  # older ones; this one must not be repeated
+            pending = sum(each.num_pending for each in self._all)
+            if pending < self._max_pending:
                 self.offers.add(pair, offer)
             else:
-                refuse(pair, offer, "full", f"{self.num_pending} hand-offs are pending")
+                refuse(pair, offer, "full", f"{pending} hand-offs are pending")
 
     def on_tokens(self, pair: Pair, tokens: Tokens) -> None:
         """The rest of a granted offer; once, for exactly this lease, as many tokens as were offered."""

@@ -20,7 +20,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Arena:
-    """`num_bytes` of zeroed memory, page aligned, whose pages exist from the start.
+    """`num_bytes` of zeroed memory, page aligned.
 
     `region` names the arena for this incarnation of the process; peers address memory as (region, offset, length).
     """
@@ -32,24 +32,25 @@ class Arena:
         self._fd = fd
 
     @classmethod
-    def create(cls, num_bytes: int, *, shared: bool) -> Self:
+    def create(cls, num_bytes: int, *, shared: bool, populate: bool = True) -> Self:
         """Allocate. `shared`: other processes of the host can be given the memory (shm links need that).
 
-        Raises ConfigError when the system refuses the memory.
+        `populate`: the pages exist from the start; otherwise each from its first use on. Raises ConfigError when the
+        system refuses the memory.
         """
         if num_bytes <= 0:
             raise ConfigError(f"arena of {num_bytes} bytes: expected a positive size")
         fd: int | None = None
+        eager = mmap.MAP_POPULATE if populate else 0
         try:
             if shared:
                 fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(fd, num_bytes)
                 # Nobody who holds the descriptor can shrink the file under the mapping (that would be a SIGBUS here).
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-                memory = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+                memory = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | eager)
             else:
-                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-                memory = mmap.mmap(-1, num_bytes, flags=flags)
+                memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | eager)
         except OSError as exc:
             if fd is not None:
                 os.close(fd)

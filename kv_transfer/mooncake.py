@@ -54,25 +54,36 @@ def missing() -> str:
 
 
 class Engine:
-    """One transfer engine over one region of this process. Thread-safe."""
+    """One transfer engine of this process, over a region that is registered for good, and others. Thread-safe."""
 
-    def __init__(self, memory: memoryview, host: str, config: TransferConfig) -> None:
-        """`host`: the address at which peers reach this process. Raises ConfigError."""
+    def __init__(self, memory: memoryview | None, host: str, config: TransferConfig) -> None:
+        """`memory`: the region; None: what is written comes from elsewhere (`add`). `host`: the address at which peers
+        reach this process. Raises ConfigError."""
         if reason := missing():
             raise ConfigError(f"transfer.transport=mooncake: {reason}")
-        self.base = int(np.frombuffer(memory, np.uint8).ctypes.data)
-        self._num_bytes = len(memory)
-        protocol = config.mooncake_protocol
-        if protocol == "ascend" and (self.base % _ASCEND_ALIGNMENT or len(memory) % _ASCEND_ALIGNMENT):
+        self._protocol = protocol = config.mooncake_protocol
+        if memory is not None and protocol == "ascend" and not _fills_pages(memory):
             raise ConfigError("transfer.mooncake_protocol=ascend: the cache must lie on whole 2 MiB pages")
+        self._added: dict[int, int] = {}  # address → bytes
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(max(1, round(config.commit_timeout_s))))
         self._engine: Any = importlib.import_module("mooncake.engine").TransferEngine()
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, config.mooncake_device) != 0:
             device = config.mooncake_device or "any device"
             raise ConfigError(f"transfer.mooncake_protocol={protocol}: the engine does not start on {host}, {device}")
-        if self._engine.register_memory(self.base, len(memory)) != 0:
-            raise ConfigError(f"transfer.mooncake_protocol={protocol}: the engine refuses {len(memory)} bytes of cache")
+        self.base = 0 if memory is None else self._add_region(memory)
         self.address = f"{host}:{self._engine.get_rpc_port()}"
+
+    def add(self, memory: memoryview) -> None:
+        """Register memory that will be written from, until `remove`. Raises TransferError."""
+        start = _address(memory)
+        if self._engine.register_memory(start, len(memory)) != 0:
+            raise TransferError(f"mooncake engine refuses {len(memory)} bytes of other memory")
+        self._added[start] = len(memory)
+
+    def remove(self, memory: memoryview) -> None:
+        """Nothing is written from it any more. Idempotent."""
+        if self._added.pop(_address(memory), None) is not None:
+            self._engine.unregister_memory(_address(memory))
 
     def find(self, peer: str) -> int:
         """Where a peer's region begins, for `write`. Raises TransferError."""
@@ -91,20 +102,37 @@ class Engine:
     @contextlib.contextmanager
     def registered(self, memory: memoryview) -> Iterator[int]:
         """Address of `memory`, which the engine may read meanwhile."""
-        start = int(np.frombuffer(memory, np.uint8).ctypes.data)
-        if self.base <= start < self.base + self._num_bytes:
+        start = _address(memory)
+        if any(first <= start < first + size for first, size in tuple(self._added.items())):
             yield start
             return
-        if self._engine.register_memory(start, len(memory)) != 0:
-            raise TransferError(f"mooncake engine refuses {len(memory)} bytes of other memory")
+        self.add(memory)
         try:
             yield start
         finally:
-            self._engine.unregister_memory(start)
+            self.remove(memory)
 
     def close(self) -> None:
         """Nothing more is read or written by peers that ask from now on."""
-        self._engine.unregister_memory(self.base)
+        while self._added:
+            self._engine.unregister_memory(self._added.popitem()[0])
+
+    def _add_region(self, memory: memoryview) -> int:
+        try:
+            self.add(memory)
+        except TransferError:
+            raise ConfigError(
+                f"transfer.mooncake_protocol={self._protocol}: the engine refuses {len(memory)} bytes of cache"
+            ) from None
+        return _address(memory)
+
+
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+def _fills_pages(memory: memoryview) -> bool:
+    return _address(memory) % _ASCEND_ALIGNMENT == 0 == len(memory) % _ASCEND_ALIGNMENT
 
 
 class MooncakeLink:

@@ -7,12 +7,13 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kv_transfer.control import Channel
 from kv_transfer.layout import check_layout, mismatch
 from kv_transfer.link import Inlet
 from kv_transfer.manifest import Policy, policy_for
-from kv_transfer.negotiate import choose
+from kv_transfer.negotiate import End, choose
 from llm_engine.api.errors import LayoutMismatch, TransferError
 from llm_engine.api.handoff import PROTOCOL_VERSION, Connect, Connected, KvLayout, Refused
 from llm_engine.api.messages import WorkerInfo
@@ -23,6 +24,14 @@ MAX_PAIRS = 1024
 _ORPHAN_S = 10.0
 
 
+class Entrance(NamedTuple):
+    """One transport's way in. `region` names the memory that it leads to."""
+
+    inlet: Inlet
+    region: str
+    layout: KvLayout
+
+
 @dataclass(slots=True, eq=False)
 class Pair:
     """One session of one writer. `connection` is its data connection while that lives."""
@@ -31,6 +40,7 @@ class Pair:
     name: str
     incarnation: str
     inlet: Inlet
+    region: str
     ticket: str
     reason: str  # why this transport
     policy: Policy
@@ -44,11 +54,11 @@ class Pair:
 class Pairs:
     """All sessions, by control channel, by ticket and by data connection."""
 
-    def __init__(self, layout: KvLayout, region: str, inlets: Mapping[str, Inlet], checksum: str) -> None:
-        self.note = ""  # which transports don't work here, for the reason given to writers
+    def __init__(self, layout: KvLayout, entrances: Mapping[str, Entrance], checksum: str) -> None:
+        """`layout`: of any of the regions; their planes are the same. `entrances`: by transport."""
+        self.lacking: Mapping[str, str] = {}  # transports that don't work here, and why
         self._layout = layout
-        self._region = region
-        self._inlets = inlets
+        self._entrances = entrances
         self._checksum = checksum
         self._by_channel: dict[Channel, Pair] = {}
         self._by_ticket: dict[str, Pair] = {}
@@ -80,24 +90,24 @@ class Pairs:
         if len(self._by_channel) >= MAX_PAIRS:
             return Refused(code="full", reason=f"{info.name} already serves {MAX_PAIRS} writers")
         try:
-            offers = [inlet.offer() for inlet in self._inlets.values()]
-            link, why = choose(writer.name, message.links, info.name, offers)
+            offers = [entrance.inlet.offer() for entrance in self._entrances.values()]
+            ends = End(writer.name, message.links, message.lacking), End(info.name, offers, self.lacking)
+            link, why = choose(*ends)
         except TransferError as exc:
             return Refused(code="transport", reason=str(exc), retryable=False)
-        why += f"; on {info.name} {self.note}" if self.note else ""
         log.info("hand-off from %s/%s: %s", writer.name, writer.incarnation, why)
+        inlet, region, layout = self._entrances[link.transport]
         pair = self._by_channel.get(channel)
         if pair is None:
-            inlet = self._inlets[link.transport]
-            policy = policy_for(self._checksum, link.transport)
-            pair = Pair(channel, writer.name, writer.incarnation, inlet, secrets.token_hex(16), why, policy)
+            policy, ticket = policy_for(self._checksum, link.transport), secrets.token_hex(16)
+            pair = Pair(channel, writer.name, writer.incarnation, inlet, region, ticket, why, policy)
             self._by_channel[channel] = self._by_ticket[pair.ticket] = pair
         return Connected(
             info=info,
-            layout=self._layout,
+            layout=layout,
             link=link,
             reason=why,
-            region=self._region,
+            region=region,
             ticket=pair.ticket,
             checksum=pair.policy,
         )

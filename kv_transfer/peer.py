@@ -10,10 +10,11 @@ import contextlib
 import logging
 import time
 
+from kv_transfer.client_context import ClientContext
 from kv_transfer.cost import CostCurve
 from kv_transfer.handoff import Handoff
 from kv_transfer.metrics import PeerStats
-from kv_transfer.session import ClientContext, Session
+from kv_transfer.session import Session
 from llm_engine.api.errors import TransferError
 from llm_engine.api.messages import Peer as Target
 
@@ -31,6 +32,7 @@ class Peer:
         self.detail = ""
         self._context = context
         self._session: Session | None = None
+        self._shunned: dict[str, str] = {}  # transports that automatic choice leaves out for this peer, and why
         self._waiting: list[Handoff] = []
         self._wanted = asyncio.Event()
         self._last_used = time.monotonic()
@@ -85,7 +87,7 @@ class Peer:
 
     async def _run_session(self) -> TransferError:
         """Why it is over. Who came after its end waits for the next one."""
-        session = Session(self._context, self.target)
+        session = Session(self._context, self.target, self._shunned)
         try:
             try:
                 await session.open()

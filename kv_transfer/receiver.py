@@ -14,12 +14,11 @@ from kv_transfer.control import Channel
 from kv_transfer.control_server import ControlServer
 from kv_transfer.intake import Intakes
 from kv_transfer.layout import check_layout
-from kv_transfer.link import Inlet
 from kv_transfer.local import LocalNetwork
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import PeerStats, ReceiverStats, Tally
-from kv_transfer.pairs import Pair, Pairs
-from kv_transfer.reserver import BlockReserver, R, ReservedBlocks
+from kv_transfer.pairs import Entrance, Pair, Pairs
+from kv_transfer.reserver import BlockReserver, Ground, R, ReservedBlocks
 from kv_transfer.transports import Memory, ReceiverEnd, open_inlet, usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, ProtocolError, TransferError
@@ -38,7 +37,7 @@ from llm_engine.api.handoff import (
 )
 from llm_engine.api.messages import Codec, Message, WorkerInfo
 
-__all__ = ["BlockReserver", "HandoffServer", "ReservedBlocks"]
+__all__ = ["BlockReserver", "Ground", "HandoffServer", "ReservedBlocks"]
 
 _LOOP_ANSWER_S = 5.0
 
@@ -62,31 +61,36 @@ class HandoffServer(Generic[R]):
         arena: Memory,
         reserver: BlockReserver[R],
         network: LocalNetwork | None = None,
+        staging: Ground[R] | None = None,
     ) -> None:
         """`arena` must hold the layout, on the host or on a card; the shm transport needs it shared.
 
-        `network`: for transport `local`. Raises LayoutMismatch when the layout does not fit.
+        `staging`: slots in host memory, with the planes of `layout`, for writers that can't reach an `arena` on a card.
+        `network`: for transport `local`. Raises LayoutMismatch when a layout does not fit.
         """
-        check_layout(layout, arena.num_bytes)
+        self._grounds = [Ground(layout, arena, reserver), *([staging] if staging is not None else [])]
+        for ground in self._grounds:
+            check_layout(ground.layout, ground.arena.num_bytes)
         self._config = config
         self._key = key
-        self._layout = layout
-        self._arena = arena
         self._network = network
         self._codec: Codec[WriterMessage] = Codec(key, WriterMessage)
         self._tally = Tally()
-        self._inlets: dict[str, Inlet] = {}
+        self._entrances: dict[str, Entrance] = {}
         self._refused: Counter[str] = Counter()
-        self._pairs = Pairs(layout, arena.region, self._inlets, config.checksum)
-        self._intakes = Intakes(
-            config=config,
-            layout=layout,
-            region=arena.region,
-            memory=arena.buffer if isinstance(arena, Arena) else arena,
-            reserver=reserver,
-            send=self._send,
-            tally=self._tally,
-        )
+        self._pairs = Pairs(layout, self._entrances, config.checksum)
+        self._intakes: dict[str, Intakes[R]] = {}  # by region
+        for ground in self._grounds:
+            self._intakes[ground.arena.region] = Intakes(
+                config=config,
+                layout=ground.layout,
+                region=ground.arena.region,
+                memory=ground.arena.buffer if isinstance(ground.arena, Arena) else ground.arena,
+                reserver=ground.reserver,
+                send=self._send,
+                tally=self._tally,
+                all=self._intakes.values(),
+            )
         self._control: ControlServer | None = None
         self._info: WorkerInfo | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,10 +112,11 @@ class HandoffServer(Generic[R]):
         """Serve peers until `close`; raises what killed one of its tasks."""
         assert self._control is not None, "bind first"
         self._loop, self._info = asyncio.get_running_loop(), info
-        self._intakes.weight_version = info.weight_version
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._intakes.start(tasks)
+                for intakes in self._intakes.values():
+                    intakes.weight_version = info.weight_version
+                    intakes.start(tasks)
                 tasks.create_task(self._control.run())
                 await self._closed.wait()
                 raise _Closing  # cancels the tasks
@@ -131,29 +136,32 @@ class HandoffServer(Generic[R]):
 
     def blocks_freed(self) -> None:
         """Blocks may be available again: waiting offers are tried. Call it after any step that freed blocks."""
-        self._intakes.offers.wake()
+        for intakes in self._intakes.values():
+            intakes.offers.wake()
 
     def cancel(self, request_id: str, attempt: int) -> bool:
         """Revoke this attempt and every older one, and refuse them from now on. True if one was under way here.
 
         A sequence already passed to `admit` is the engine's: abort it there too.
         """
-        return self._intakes.cancel(request_id, attempt)
+        cancelled = [intakes.cancel(request_id, attempt) for intakes in self._intakes.values()]
+        return any(cancelled)
 
     def drain(self) -> None:
         """Refuse new offers (queued ones too); what has been granted goes on. Done when `stats().pending` is 0."""
-        self._intakes.offers.drain()
+        for intakes in self._intakes.values():
+            intakes.offers.drain()
 
     def stats(self) -> ReceiverStats:
         """Exact counters and gauges."""
-        tally, intakes = self._tally, self._intakes
-        quarantined_leases, quarantined_blocks = intakes.custody.quarantined()
+        tally, every = self._tally, self._intakes.values()
+        quarantined = [intakes.custody.quarantined() for intakes in every]
         return ReceiverStats(
-            pending=intakes.num_pending,
-            waiting_offers=len(intakes.offers),
-            leases=intakes.num_leases,
-            quarantined_leases=quarantined_leases,
-            quarantined_blocks=quarantined_blocks,
+            pending=sum(intakes.num_pending for intakes in every),
+            waiting_offers=sum(len(intakes.offers) for intakes in every),
+            leases=sum(intakes.num_leases for intakes in every),
+            quarantined_leases=sum(leases for leases, _ in quarantined),
+            quarantined_blocks=sum(blocks for _, blocks in quarantined),
             offered=tally.offered,
             deferred=tally.deferred,
             accepted=tally.accepted,
@@ -162,7 +170,7 @@ class HandoffServer(Generic[R]):
             num_blocks=tally.num_blocks,
             exposed_s=tally.exposed_s,
             verify_s=tally.verify_s,
-            late_bytes=sum(inlet.late_bytes for inlet in self._inlets.values()),
+            late_bytes=sum(entrance.inlet.late_bytes for entrance in self._entrances.values()),
             dropped_frames=tally.dropped_frames,
             undeliverable=tally.undeliverable,
             refused_connections=dict(self._refused),
@@ -198,7 +206,7 @@ class HandoffServer(Generic[R]):
         def detach() -> None:
             pair = self._pairs.detach(connection)
             if pair is not None:
-                self._intakes.on_connection_lost(pair, connection, proven)
+                self._intakes[pair.region].on_connection_lost(pair, connection, proven)
 
         self._post(detach)
 
@@ -209,18 +217,26 @@ class HandoffServer(Generic[R]):
     # Internals.
 
     def _open_inlets(self, host: str) -> None:
-        names, self._pairs.note = usable(self._config, self._network, self._arena)
-        end = ReceiverEnd(
-            config=self._config,
-            key=self._key,
-            arena=self._arena,
-            layout=self._layout,
-            events=self,
-            network=self._network,
-            host=host,
+        memories = [ground.arena for ground in self._grounds]
+        card = next((memory for memory in memories if not isinstance(memory, Arena)), None)
+        arena = next((memory for memory in memories if isinstance(memory, Arena)), None)
+        layout = self._grounds[0].layout
+        names, self._pairs.lacking = usable(
+            self._config, self._network, layout, card=card, by_host=arena is not None, arena=arena
         )
         for name in names:
-            self._inlets[name] = open_inlet(name, end)
+            wanted = card if name == "cuda_ipc" else arena
+            ground = next(ground for ground in self._grounds if ground.arena is wanted)
+            end = ReceiverEnd(
+                config=self._config,
+                key=self._key,
+                arena=ground.arena,
+                layout=ground.layout,
+                events=self,
+                network=self._network,
+                host=host,
+            )
+            self._entrances[name] = Entrance(open_inlet(name, end), ground.arena.region, ground.layout)
 
     def _handle(self, channel: Channel, frame: bytes | memoryview) -> bool:
         """See ControlServer."""
@@ -238,21 +254,22 @@ class HandoffServer(Generic[R]):
         pair = self._pairs.find(channel)
         if pair is None:
             raise ProtocolError("message of a writer that has not connected")
+        intakes = self._intakes[pair.region]
         match message:
             case Offer():
-                self._intakes.on_offer(pair, message)
+                intakes.on_offer(pair, message)
             case Tokens():
-                self._intakes.on_tokens(pair, message)
+                intakes.on_tokens(pair, message)
             case Progress():
-                self._intakes.on_progress(pair, message)
+                intakes.on_progress(pair, message)
             case Commit():
-                self._intakes.on_commit(pair, message)
+                intakes.on_commit(pair, message)
             case Withdraw():
-                self._intakes.on_withdraw(pair, message)
+                intakes.on_withdraw(pair, message)
             case Fenced():
-                self._intakes.on_fenced(pair, message)
+                intakes.on_fenced(pair, message)
             case Probe() | ProbeCommit():
-                self._intakes.on_probe(pair, message)
+                intakes.on_probe(pair, message)
 
     def _connect(self, channel: Channel, message: Connect) -> None:
         assert self._info is not None
@@ -274,8 +291,9 @@ class HandoffServer(Generic[R]):
         return True
 
     async def _shut_down(self) -> None:
-        for inlet in self._inlets.values():  # in a thread: their threads may be waiting for an answer of this loop
-            await asyncio.to_thread(inlet.close)
-        self._intakes.close()
+        for entrance in self._entrances.values():  # in a thread: theirs may be waiting for an answer of this loop
+            await asyncio.to_thread(entrance.inlet.close)
+        for intakes in self._intakes.values():
+            intakes.close()
         if self._control is not None:
             self._control.close()

@@ -1,12 +1,14 @@
-"""What the hand-off needs from the decode worker's block pool and engine."""
+"""What the hand-off needs from the decode worker: block pool, engine, and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from kv_transfer.metrics import HandoffReport
-from llm_engine.api.handoff import FirstToken
+from kv_transfer.transports import Memory
+from llm_engine.api.handoff import FirstToken, KvLayout
 from llm_engine.api.messages import Submit
 
 
@@ -70,3 +72,12 @@ class BlockReserver(Protocol[R]):
     def free(self, reservation: R) -> None:
         """End of quarantine: the writer is proven stopped."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ground(Generic[R]):
+    """Memory that writers write into, and who gives out its blocks."""
+
+    layout: KvLayout
+    arena: Memory
+    reserver: BlockReserver[R]

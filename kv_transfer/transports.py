@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kv_transfer.host import host_id
 from kv_transfer.link import Inlet, Link
@@ -17,7 +17,7 @@ from kv_transfer.shm import ShmInlet, ShmLink
 from kv_transfer.tcp import TcpLink
 from kv_transfer.tcp_inlet import TcpInlet
 from llm_engine.api.config import TransferConfig
-from llm_engine.api.errors import ConfigError, TransferError
+from llm_engine.api.errors import ConfigError, LayoutMismatch, TransferError
 from llm_engine.api.handoff import Connected, KvLayout, LinkOffer
 
 if TYPE_CHECKING:  # needs torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # needs torch
 Memory: TypeAlias = "Arena | DeviceRegion"
 
 PREFERENCE = ("local", "cuda_ipc", "shm", "mooncake", "tcp")
+ON_HOST = "the caches are in host memory, not on a card"
 SAME_PLACE = {
     "local": "one process",
     "cuda_ipc": "one host, network and PID namespace, user and driver",
@@ -48,34 +49,55 @@ class ReceiverEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriterEnd:
-    """What links are made of."""
+    """What links are made of. `device`: the caches, where the link copies from a card."""
 
     config: TransferConfig
     key: bytes
     network: LocalNetwork | None
     engine: Engine | None  # with transport mooncake
-    device: DeviceRegion | None  # where the caches are, if on a card
+    device: DeviceRegion | None
 
 
-def usable(config: TransferConfig, network: LocalNetwork | None, arena: Memory | None = None) -> tuple[list[str], str]:
-    """Transports to offer under `config`, best first, and what keeps the others out ("" if nothing does).
+class Usable(NamedTuple):
+    """`names`: transports to offer, best first. `lacking`: why automatic choice does not offer the others."""
 
-    `arena`: the receiver's, or the writer's memory on a card. Raises ConfigError when a transport that is asked for by
-    name can't work here.
+    names: list[str]
+    lacking: dict[str, str]
+
+
+def usable(
+    config: TransferConfig,
+    network: LocalNetwork | None,
+    layout: KvLayout,
+    *,
+    card: DeviceRegion | None = None,
+    by_host: bool = True,
+    arena: Arena | None = None,
+) -> Usable:
+    """What to offer under `config`.
+
+    `card`: the caches of `layout`, if they are on one. `by_host`: hand-offs can go through host memory, which for a
+    receiver is `arena`. Raises ConfigError when what is asked for by name, or every transport, can't work here.
     """
-    if arena is not None and not isinstance(arena, Arena):
-        return _usable_on_card(config, arena)
-    if config.transport == "cuda_ipc":
-        raise ConfigError("transfer.transport=cuda_ipc: the caches are in host memory, they must be on a card")
+
+    def missing(name: str) -> str:
+        if name == "cuda_ipc":
+            return ON_HOST if card is None else _missing_on_card(card, layout)
+        if not by_host:
+            return "copies from host memory, the caches are on a card"
+        return _missing(name, network, arena)
+
     if config.transport != "auto":
-        if reason := _missing(config.transport, network, arena):
+        if reason := missing(config.transport):
             raise ConfigError(f"transfer.transport={config.transport}: {reason}")
-        return [config.transport], ""
+        return Usable([config.transport], {})
     # Mooncake's TCP is slower than Baton's own: automatic choice wants it only for what nothing else can drive.
-    wanted = ["shm", *(["mooncake"] if config.mooncake_protocol != "tcp" else []), "tcp"]
-    reasons = {name: _missing(name, network, arena) for name in wanted}
-    notes = [f"{name} does not work here: {reason}" for name, reason in reasons.items() if reason]
-    return [name for name in wanted if not reasons[name]], "; ".join(notes)
+    wanted = ["cuda_ipc", "shm", *(["mooncake"] if config.mooncake_protocol != "tcp" else []), "tcp"]
+    reasons = {name: missing(name) for name in wanted}
+    names, lacking = [name for name in wanted if not reasons[name]], {n: why for n, why in reasons.items() if why}
+    if not names:
+        raise ConfigError(f"transfer.transport=auto: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}")
+    return Usable(names, lacking)
 
 
 def offer(name: str, network: LocalNetwork | None) -> LinkOffer:
@@ -130,14 +152,14 @@ def connect(connected: Connected, end: WriterEnd, on_lost: Callable[[TransferErr
     raise TransferError(f"receiver chose transport {link.transport!r}, which was not offered")
 
 
-def _usable_on_card(config: TransferConfig, region: DeviceRegion) -> tuple[list[str], str]:
-    from kv_transfer.device import missing
+def _missing_on_card(card: DeviceRegion, layout: KvLayout) -> str:
+    from kv_transfer.device import check_words, missing
 
-    if config.transport not in ("auto", "cuda_ipc"):
-        raise ConfigError(f"transfer.transport={config.transport}: copies from host memory, the caches are on a card")
-    if reason := missing(region):
-        raise ConfigError(f"transfer.transport={config.transport}: cuda_ipc does not work here: {reason}")
-    return ["cuda_ipc"], ""
+    try:
+        check_words(layout)
+    except LayoutMismatch as exc:
+        return str(exc)
+    return missing(card)
 
 
 def _missing(name: str, network: LocalNetwork | None, arena: Arena | None) -> str:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from kv_transfer.client_context import ClientContext
 from kv_transfer.handoff import Handoff
 from kv_transfer.layout import check_layout
 from kv_transfer.link import Link
@@ -19,8 +20,7 @@ from kv_transfer.local import LocalNetwork
 from kv_transfer.metrics import WriterStats
 from kv_transfer.mooncake import Engine
 from kv_transfer.peer import Peer
-from kv_transfer.session import ClientContext
-from kv_transfer.transports import usable
+from kv_transfer.transports import ON_HOST, usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import Overloaded, TransferError
 from llm_engine.api.handoff import KvLayout, ReceiverMessage
@@ -57,9 +57,11 @@ class HandoffClient:
         `network`: where the receivers of transport `local` are. `wrap_link`: put something around every link (tests).
         """
         host_source = source if isinstance(source, memoryview) else None
-        transports, note = usable(config, network, None if isinstance(source, memoryview) else source)
-        if note:
-            log.warning("hand-offs from %s: %s", info.name, note)
+        card = None if isinstance(source, memoryview) else source
+        transports, lacking = usable(config, network, layout, card=card)
+        for name, reason in lacking.items():
+            if reason != ON_HOST:
+                log.warning("hand-offs from %s can't use %s: %s", info.name, name, reason)
         check_layout(layout, len(source) if isinstance(source, memoryview) else source.num_bytes)
         own_host = info.request_addr.removeprefix("tcp://").rpartition(":")[0] or "127.0.0.1"
         self._closed = asyncio.Event()
@@ -79,9 +81,8 @@ class HandoffClient:
             source=source,
             network=network,
             transports=transports,
-            engine=Engine(host_source, own_host, config)
-            if host_source is not None and "mooncake" in transports
-            else None,
+            lacking=lacking,
+            engine=Engine(host_source, own_host, config) if "mooncake" in transports else None,
             wrap_link=wrap_link,
             codec=Codec(key, ReceiverMessage),
             spawn=self._spawn,

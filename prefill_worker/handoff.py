@@ -15,7 +15,6 @@ from collections.abc import Sequence as Seq
 from kv_transfer.writer import Handoff
 from llm_engine.api.messages import Submit
 from llm_engine.sched import Prefilled, Sequence
-from llm_engine.serving.staging import Sending
 
 
 class Outbound:
@@ -25,7 +24,6 @@ class Outbound:
     """
 
     def __init__(self, submit: Submit, num_tokens: int, opened: asyncio.Future[Handoff]) -> None:
-        self.staged: Sending | None = None  # with caches on a card: the way to the host
         self.submit = submit
         self.num_tokens = num_tokens
         self.opened = opened
@@ -38,13 +36,6 @@ class Outbound:
 
     def layer_ready(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
         """Blocks that are computed, or will be by what is submitted to the device; on the step thread. Never waits."""
-        if self.staged is None:
-            self.send(layer, first_block_index, block_ids)
-        else:
-            self.staged.layer_ready(layer, first_block_index, block_ids)
-
-    def send(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
-        """Blocks of the region that peers read from are complete. Any one thread."""
         with self._lock:
             if self._handoff is None:
                 self._early.append((layer, first_block_index, block_ids))

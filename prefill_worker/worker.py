@@ -29,7 +29,6 @@ from llm_engine.runtime.engine import Engine
 from llm_engine.sched import Prefilled, Refusal, Sequence, StepResult
 from llm_engine.serving.assembly import Assembly, assemble, plan
 from llm_engine.serving.ledger import Live
-from llm_engine.serving.staging import Stager
 from llm_engine.serving.vitals import PeerReport
 from llm_engine.serving.worker import Worker
 from prefill_worker.handoff import OfferQueue, Outbound, Outbox
@@ -45,13 +44,10 @@ class PrefillWorker(Worker[Outbound]):
     def __init__(
         self, config: ClusterConfig, name: str, key: bytes, assembly: Assembly, arena: Memory, outbox: Outbox
     ) -> None:
-        """`arena`: the memory that `assembly.region` describes."""
+        """`arena`: the memory of the caches."""
         super().__init__(config, name, Role.PREFILL, key, assembly)
         self._key = key
         self._arena = arena
-        self._stager: Stager | None = None
-        if assembly.mirror is not None:
-            self._stager = Stager(assembly.mirror, assembly.region.num_blocks, self._on_stager_lost)
         self._outbox = outbox
         self._offers = OfferQueue(_LOOKAHEAD_STEPS * config.scheduler.max_step_tokens)
         self._client: HandoffClient | None = None
@@ -86,9 +82,6 @@ class PrefillWorker(Worker[Outbound]):
         live = self._take_over(submit, outbound)
         if live is None:
             return
-        if self._stager is not None:
-            num_blocks = -(-outbound.num_tokens // self._assembly.region.block_tokens)
-            outbound.staged = self._stager.open(num_blocks, outbound.send)
         self._outbox.open(outbound)
 
         def add(engine: Engine) -> Sequence | Refusal:
@@ -137,8 +130,6 @@ class PrefillWorker(Worker[Outbound]):
         """Stop the hand-off, then unpin: until it has stopped a sender thread may still read the blocks."""
         if not outbound.opened.cancel():
             await outbound.opened.result().abort(reason)
-        if outbound.staged is not None:
-            outbound.staged.close()
         self._steps.post(lambda engine: None if outbound.seq is None else engine.release_sent(outbound.seq))
         self._pump_offers()
 
@@ -199,11 +190,6 @@ class PrefillWorker(Worker[Outbound]):
         if self._ledger.close(live.request_id, live.attempt) is live:
             self._dismiss(live.data, "handed over")
 
-    def _on_stager_lost(self, exc: Exception) -> None:
-        """On the stager's thread."""
-        if self._loop is not None:
-            _post(self._loop, self._steps.fail, exc)
-
     def _started(self, outbound: Outbound) -> None:
         self._offers.start(outbound)
         self._pump_offers()
@@ -217,7 +203,7 @@ class PrefillWorker(Worker[Outbound]):
             config=self.config.transfer,
             key=self._key,
             info=info,
-            layout=self._assembly.region,
+            layout=self._assembly.layout,
             source=self._arena.buffer if isinstance(self._arena, Arena) else self._arena,
         )
         return [self._client.run()]
@@ -225,8 +211,6 @@ class PrefillWorker(Worker[Outbound]):
     async def _close_peers(self) -> None:
         if self._client is not None:
             await self._client.close()
-        if self._stager is not None:
-            await asyncio.to_thread(self._stager.close)
         if isinstance(self._arena, Arena):
             self._arena.close()
 

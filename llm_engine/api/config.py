@@ -76,7 +76,7 @@ class KvConfig(Section):
     num_blocks: int | None = Field(None, ge=8)  # None: sized from memory
     memory_mb: int | None = Field(None, ge=1)  # None: HOST_KV_MB in host memory, memory_fraction on a card
     memory_fraction: float = Field(0.85, gt=0, lt=1)  # of what a card has free beside weights and the largest pass
-    staging_mb: int | None = Field(None, ge=1)  # host memory that hand-offs of a card go through; None: chosen
+    staging_mb: int | None = Field(None, ge=1)  # decode: host memory on the way to a card; None: chosen
     format: Literal["auto", "fp8"] = "auto"  # of pages: auto: values as they are computed; fp8: on accelerators
     prefix_cache: bool = True
 

@@ -66,12 +66,16 @@ class LinkOffer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connect(Message, frozen=True, kw_only=True, tag="connect"):
-    """First message of a writer. `info.format_id` and the planes must equal the receiver's."""
+    """First message of a writer. `info.format_id` and the planes must equal the receiver's.
+
+    `lacking`: transports that it would offer if it could, each with what is missing; for the reason that is shown.
+    """
 
     version: int
     info: WorkerInfo
     layout: KvLayout
     links: tuple[LinkOffer, ...]
+    lacking: dict[str, str] = {}
 
 
 class Connected(Message, frozen=True, kw_only=True, tag="connected"):

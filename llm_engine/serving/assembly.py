@@ -62,8 +62,8 @@ class Assembly:
     store: KvStore
     format_id: str
     weight_version: str
-    region: KvLayout  # of the memory that peers reach: the caches, or the slots they are handed on through
-    mirror: Mirror | None = None  # between the caches and the slots, if there are any
+    slots: KvLayout | None = None  # of the host memory through which peers reach caches on a card
+    mirror: Mirror | None = None  # between the two
     memory: MemoryReport | None = None  # None on the host
 
     @property
@@ -92,7 +92,7 @@ def assemble(
 ) -> Assembly:
     """Load weights and build the engine. Raises ConfigError.
 
-    `host_memory` is called once if peers reach the caches through host memory, or if they lie there.
+    `host_memory` is called once if the caches lie there, or if peers may have to reach them through it.
     All of it happens on a thread that ends. OpenMP gives every thread that computes a team of its own, for as long as
     the thread lives; with a second team beside that of the step thread there are more threads than cores, and it stops
     spinning between products, which doubles the time of small ones.
@@ -125,12 +125,11 @@ def _assemble(
         "model %s ready after %.2f s (weights %.2f s) on %s, kernels %s, format %s",
         config.model.served_name, time.monotonic() - started, weights_s, plan.ops.device, kernels, identity,
     )  # fmt: skip
-    region, mirror = store.layout, None
-    if not plan.on_host and role is not Role.AGGREGATED and config.transfer.transport != DEVICE_TRANSPORT:
-        region = staging_layout(store.layout, config.kv, engine.max_len)
-        slots = torch.frombuffer(host_memory(region.arena_bytes), dtype=torch.uint8)
-        mirror = Mirror(store, region, slots, plan.ops)
-    return Assembly(engine, store, identity, fingerprint, region, mirror, report)
+    slots, mirror = None, None
+    if not plan.on_host and role is Role.DECODE and config.transfer.transport != DEVICE_TRANSPORT:
+        slots = staging_layout(store.layout, config.kv, engine.max_len)
+        mirror = Mirror(store, slots, torch.frombuffer(host_memory(slots.arena_bytes), dtype=torch.uint8), plan.ops)
+    return Assembly(engine, store, identity, fingerprint, slots, mirror, report)
 
 
 def use_threads(num_threads: int) -> None:

@@ -1,6 +1,6 @@
-"""Workers whose caches peers can't reach: hand-offs go through slots of another memory, as with caches on a card.
+"""Workers whose caches peers can't reach: hand-offs go through other memory on both ends, as with caches on a card.
 
-Here both lie on the host and every copy is real; there are fewer slots than the requests' blocks.
+Here all of it lies on the host and every copy is real; there are fewer slots than the requests' blocks.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from decode_worker.aggregated import AggregatedWorker
 from decode_worker.worker import DecodeWorker
+from kv_transfer.device import DeviceRegion
 from kv_transfer.memory import Arena
-from llm_engine.api.config import SECRET_ENV, ClusterConfig, build, cluster_key
+from llm_engine.api.config import SECRET_ENV, ClusterConfig, TransferConfig, build, cluster_key
+from llm_engine.api.errors import ConfigError
 from llm_engine.api.messages import Role
+from llm_engine.ops import load_ops
 from llm_engine.sched import LayerSink
 from llm_engine.serving import assembly
 from llm_engine.serving.staging import Mirror, staging_layout
 from prefill_worker.handoff import Outbox
 from prefill_worker.worker import PrefillWorker
 from tests.e2e.mini_router import answers, outcomes, prompts
+from tests.unit.kv_transfer.card_rig import HostDriver, driver
 from tests.unit.worker.in_process import SECRET, serving
+
+__all__ = ["driver"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,22 +55,26 @@ def config_of(model: Path, transport: str) -> ClusterConfig:
     )
 
 
-def staged(config: ClusterConfig, role: Role, on_layer: LayerSink | None = None) -> tuple[assembly.Assembly, Arena]:
-    """An engine whose caches are private, and the slots beside it."""
+def private(config: ClusterConfig, role: Role, on_layer: LayerSink | None = None) -> assembly.Assembly:
+    """An engine whose caches no peer can reach."""
     planned = assembly.plan(config, uses_control_port=False)
-    made = assembly.assemble(config, planned, lambda size: Arena.create(size, shared=False).buffer, role, on_layer)
-    region = staging_layout(made.layout, config.kv, made.engine.max_len)
-    assert region.num_blocks < made.layout.num_blocks
-    slots = Arena.create(region.arena_bytes, shared=config.transfer.transport == "shm")
-    mirror = Mirror(made.store, region, torch.frombuffer(slots.buffer, dtype=torch.uint8), planned.ops)
-    return dataclasses.replace(made, region=region, mirror=mirror), slots
+    return assembly.assemble(config, planned, lambda size: Arena.create(size, shared=False).buffer, role, on_layer)
+
+
+def with_slots(config: ClusterConfig, made: assembly.Assembly) -> tuple[assembly.Assembly, Arena]:
+    """The same with slots beside the caches."""
+    layout = staging_layout(made.layout, config.kv, made.engine.max_len)
+    assert layout.num_blocks < made.layout.num_blocks
+    slots = Arena.create(layout.arena_bytes, shared=True, populate=False)
+    mirror = Mirror(made.store, layout, torch.frombuffer(slots.buffer, dtype=torch.uint8), load_ops("cpu"))
+    return dataclasses.replace(made, slots=layout, mirror=mirror), slots
 
 
 def pair(config: ClusterConfig) -> tuple[PrefillWorker, DecodeWorker]:
-    outbox = Outbox()
-    key = cluster_key()
-    prefill = PrefillWorker(config, "p", key, *staged(config, Role.PREFILL, outbox), outbox)
-    return prefill, DecodeWorker(config, "d", key, *staged(config, Role.DECODE))
+    outbox, key = Outbox(), cluster_key()
+    made = private(config, Role.PREFILL, outbox)
+    prefill = PrefillWorker(config, "p", key, made, DeviceRegion(made.store.arena), outbox)
+    return prefill, DecodeWorker(config, "d", key, *with_slots(config, private(config, Role.DECODE)))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,7 @@ def reference(nano_dir: Path, secret: None) -> list[Any]:
     return asyncio.run(serve())
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "auto"])
 async def test_the_same_tokens_cold_and_warm(transport: str, nano_dir: Path, reference: list[Any]) -> None:
     prefill, decode = pair(config_of(nano_dir, transport))
     async with serving(prefill, decode) as router:
@@ -83,6 +94,58 @@ async def test_the_same_tokens_cold_and_warm(transport: str, nano_dir: Path, ref
             streams = await answers(router, "p", "d", at_once=True)
             assert outcomes(streams) == reference
             assert all(stream.sources == ["p"] + ["d"] * 11 for stream in streams)
+        await router.clean("p", "d")
+
+
+async def test_automatic_choice_says_why_it_is_not_the_best(nano_dir: Path, reference: list[Any]) -> None:
+    prefill, decode = pair(config_of(nano_dir, "auto"))
+    async with serving(prefill, decode) as router:
+        assert outcomes(await answers(router, "p", "d", at_once=True)) == reference
+        reason = (
+            "shm: best of both offers (p does not offer cuda_ipc: the caches are on cpu, not on a card; "
+            "d does not offer cuda_ipc: the caches are on cpu, not on a card)"
+        )
+        for worker in (prefill, decode):
+            assert [(link.transport, link.reason, link.healthy) for link in worker.links] == [("shm", reason, True)]
+            exported = generate_latest(worker._metrics.registry).decode()
+            assert f'reason="{reason}",transport="shm"}} 1.0' in exported
+
+
+async def test_slots_cost_nothing_where_cards_reach_each_other(
+    nano_dir: Path, reference: list[Any], driver: HostDriver
+) -> None:
+    config = config_of(nano_dir, "auto")
+    config = config.model_copy(update={"transfer": TransferConfig(checksum="count", canary_period_s=0.1)})
+    prefill, decode = pair(config)
+    async with serving(prefill, decode) as router:
+        for _ in ("cold", "warm"):
+            assert outcomes(await answers(router, "p", "d", at_once=True)) == reference
+        for worker in (prefill, decode):
+            assert [link.reason for link in worker.links] == ["cuda_ipc: best of both offers"]
+        await router.clean("p", "d")
+        assert decode._slots is not None
+        assert not decode._slots.is_prepared
+
+
+async def test_without_memory_for_slots_hand_offs_are_refused_and_say_so(nano_dir: Path) -> None:
+    config = config_of(nano_dir, "auto")
+    config = config.model_copy(update={"transfer": TransferConfig(canary_period_s=0.05)})
+    prefill, decode = pair(config)
+    mirror = decode._assembly.mirror
+    assert mirror is not None
+
+    def refuse(host: torch.Tensor) -> None:
+        raise ConfigError("kv.staging_mb: 1 MiB of host memory can't be pinned")
+
+    mirror._ops = dataclasses.replace(mirror._ops, pin=refuse)
+    async with serving(prefill, decode) as router:
+        stream = router.stream(prompts(1)[0], max_tokens=4, seed=1)
+        await router.submit(stream, "p", "d")
+        assert "kv.staging_mb: 1 MiB of host memory can't be pinned" in (await router.failed(stream)).reason
+        assert prefill._client is not None
+        stats = prefill._client.stats
+        await router.until(lambda: stats().probes.get("skipped", 0) > 0)
+        assert stats().probes.get("failed", 0) == 0
         await router.clean("p", "d")
 
 
@@ -100,7 +163,6 @@ async def test_slots_come_back_from_requests_that_end_early(nano_dir: Path, refe
         await router.clean("p", "d")
         assert outcomes(await answers(router, "p", "d", at_once=True)) == reference
         await router.clean("p", "d")
-    assert prefill._stager is not None
-    assert prefill._stager.num_free == prefill._assembly.region.num_blocks
     assert decode._slots is not None
-    assert decode._slots.num_free == decode._assembly.region.num_blocks
+    assert decode._assembly.slots is not None
+    assert decode._slots.num_free == decode._assembly.slots.num_blocks

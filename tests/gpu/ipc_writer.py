@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from kv_transfer import cuda_ipc
 from kv_transfer.cuda_ipc import CudaIpcLink
-from kv_transfer.device import DeviceRegion, Mark
+from kv_transfer.device import Descriptor, DeviceRegion, Mark
 from kv_transfer.layout import CopyPlan
 from kv_transfer.link import LeaseKey, Link
 from kv_transfer.writer import Handoff, HandoffClient
@@ -64,8 +65,15 @@ def memory(num_bytes: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
 
 
+def no_reach(source: DeviceRegion, descriptor: Descriptor) -> None:
+    """What the driver says of cards that are not connected."""
+    raise TransferError(f"cuda_ipc: card {source.uuid} has no peer access to {descriptor.device}")
+
+
 async def main(settings: dict[str, Any]) -> None:
     layout = make_layout(settings["blocks"], scale=settings["scale"])
+    if settings["unreachable"]:
+        cuda_ipc._check_reach = no_reach
     torch.cuda.set_device(settings["device"])
     region = DeviceRegion(memory(layout.arena_bytes, 1).to(f"cuda:{settings['device']}"))
     client = HandoffClient(

@@ -6,10 +6,8 @@ Memory that nobody has written holds values that change everything, so that a wr
 from __future__ import annotations
 
 import random
-import threading
-from collections import defaultdict
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,12 @@ from llm_engine.runtime.kv_store import KvStore, page_dtype, plan_layout
 from llm_engine.runtime.recorded import Recorded
 from llm_engine.runtime.weights import WeightStream
 from llm_engine.sched import LayerSink, Reservation, Sequence
-from llm_engine.serving.staging import Inbound, Mirror, Sending, Stager, staging_layout
+from llm_engine.serving.staging import Inbound, Mirror, staging_layout
 from tests.unit.runtime.harness import Driver, config_of
 from tests.unit.sched.requests import submit_of
 
 BLOCK = 16
 _POISON = 0x7F  # NaN as e4m3, about 3e38 as bf16 and fp32
-_WAIT_S = 30.0
 _pinned: list[torch.Tensor] = []  # for the life of the process, as `Ops.pin` says
 
 
@@ -122,48 +119,33 @@ def requests(spec: ModelSpec, lengths: Seq[int], num_output: int, seed: int = 5)
 
 @dataclass
 class StagedPair:
-    """A prefill and a decode engine, and the way of blocks between them through slots of host memory on both ends."""
+    """A prefill and a decode engine, and the way of blocks between them through slots of host memory."""
 
     lab: Lab
     num_drafts: int
     graphs: bool
     chunk: int = 16
-    arrived: dict[str, dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))  # slots by layer
 
     def __post_init__(self) -> None:
-        self._news = threading.Condition()
-        self._sending: dict[str, Sending] = {}
-        self.failures: list[Exception] = []
         options: Any = {"num_drafts": self.num_drafts, "chunk": self.chunk}
-        self.prefill, p_store = self.lab.driver(Role.PREFILL, on_layer=self, **options)
-        self.decode, d_store = self.lab.driver(Role.DECODE, graphs=self.graphs, ahead=True, **options)
-        ends = [self._end(store) for store in (p_store, d_store)]
-        (p_mirror, self._layout, self._p_host), (d_mirror, _, self._d_host) = ends
-        self.stager = Stager(p_mirror, self._layout.num_blocks, self.failures.append)
-        self.inbound = Inbound(d_mirror, self._layout.num_blocks)
-
-    def _end(self, store: KvStore) -> tuple[Mirror, Any, torch.Tensor]:
-        layout = staging_layout(store.layout, KvConfig(block_tokens=BLOCK), self.lab.model.max_len)
-        host = torch.full((layout.arena_bytes,), _POISON, dtype=torch.uint8, device="cpu")
-        _pinned.append(host)
-        return Mirror(store, layout, host, self.lab.ops), layout, host
+        self._sent: dict[str, list[int]] = {}  # blocks of the prefill engine
+        self.prefill, self._store = self.lab.driver(Role.PREFILL, on_layer=self, **options)
+        self.decode, store = self.lab.driver(Role.DECODE, graphs=self.graphs, ahead=True, **options)
+        self._layout = staging_layout(store.layout, KvConfig(block_tokens=BLOCK), self.lab.model.max_len)
+        self._host = torch.full((self._layout.arena_bytes,), _POISON, dtype=torch.uint8, device="cpu")
+        _pinned.append(self._host)
+        self.inbound = Inbound(Mirror(store, self._layout, self._host, self.lab.ops), self._layout.num_blocks)
+        self.inbound.prepare()
 
     def started(self, seq: Sequence) -> None:
         """`LayerSink`."""
-
-        def deliver(layer: int, first: int, slots: Seq[int]) -> None:
-            with self._news:
-                known = self.arrived[seq.request_id].setdefault(layer, [])
-                assert first == len(known), "blocks arrive in order, each once"
-                known += slots
-                self._news.notify_all()
-
-        num_blocks = -(-seq.submit.num_prompt // BLOCK)
-        self._sending[seq.request_id] = self.stager.open(num_blocks, deliver)
+        self._sent[seq.request_id] = []
 
     def layer_ready(self, seq: Sequence, layer: int, first: int, blocks: Seq[int]) -> None:
         """`LayerSink`."""
-        self._sending[seq.request_id].layer_ready(layer, first, blocks)
+        if layer == 0:
+            assert first == len(self._sent[seq.request_id]), "blocks arrive in order, each once"
+            self._sent[seq.request_id] += blocks
 
     def run(self, submits: Seq[Submit]) -> dict[str, list[int]]:
         """Serve all requests from the first prompt token to the last of the output."""
@@ -172,41 +154,26 @@ class StagedPair:
         self.prefill.run()
         for prefilled in self.prefill.prefilled:
             seq = prefilled.seq
-            self._wait_arrived(seq)
             num_tokens = seq.submit.num_prompt
             reservation = self.decode.engine.reserve(seq.submit, num_tokens)
             assert isinstance(reservation, Reservation)
             slots = self.inbound.take(len(reservation.blocks))
             assert slots is not None
-            self._transfer(seq.request_id, reservation.have_tokens // BLOCK, slots)
+            self._transfer(self._sent[seq.request_id][reservation.have_tokens // BLOCK :], slots)
             self.inbound.load(slots, reservation.blocks)
             self.inbound.give(slots)
             self.decode.engine.admit(seq.submit, reservation, prefilled.first)
-            self._sending[seq.request_id].close()
             self.prefill.engine.release_sent(seq)
         self.decode.run()
-        self.stager.close()
-        assert not self.failures, self.failures
         return self.decode.outputs
 
-    def _wait_arrived(self, seq: Sequence) -> None:
-        wanted = -(-seq.submit.num_prompt // BLOCK)
-        layers = self.lab.spec.num_layers + (self.num_drafts > 0)
-        with self._news:
-            got = self.arrived[seq.request_id]
-            done = self._news.wait_for(
-                lambda: self.failures or [len(got.get(layer, [])) for layer in range(layers)] == [wanted] * layers,
-                _WAIT_S,
-            )
-        assert done, f"{seq.request_id}: {got}"
-        assert not self.failures, self.failures
-
-    def _transfer(self, request_id: str, skip: int, slots: Seq[int]) -> None:
-        """As a transport would: the bytes of every slot, to those of another."""
-        sources = self.arrived[request_id][0][skip:]
-        for plane in self._layout.planes:
+    def _transfer(self, sources: Seq[int], slots: Seq[int]) -> None:
+        """As a transport would: the bytes of every block, to those of a slot."""
+        arena, layout = self._store.arena.cpu(), self._store.layout
+        for plane in layout.planes:
             for layer in range(plane.num_layers):
-                for source, target in zip(sources, slots, strict=True):
-                    here = plane.address(layer, source, self._layout.num_blocks)
-                    there = plane.address(layer, target, self._layout.num_blocks)
-                    self._d_host[there : there + plane.block_bytes] = self._p_host[here : here + plane.block_bytes]
+                for source, slot in zip(sources, slots, strict=True):
+                    here = plane.address(layer, source, layout.num_blocks)
+                    [target] = [other for other in self._layout.planes if other.name == plane.name]
+                    there = target.address(layer, slot, self._layout.num_blocks)
+                    self._host[there : there + plane.block_bytes] = arena[here : here + plane.block_bytes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +16,16 @@ import torch
 
 from kv_transfer.device import DeviceRegion
 from kv_transfer.device_verifier import DeviceLanding
-from kv_transfer.receiver import HandoffServer
+from kv_transfer.memory import Arena
+from kv_transfer.receiver import Ground, HandoffServer
 from llm_engine.api.config import TransferConfig
+from tests.gpu.conftest import Note
 from tests.gpu.ipc_writer import memory
 from tests.unit.kv_transfer.rig import KEY, Pool, Reservation, block_bytes, make_info, make_layout, until
 
 pytestmark = pytest.mark.gpu
 
+SLOTS = 200
 BLOCKS, SCALE = 256, 768  # cells of 72 KiB and 30 KiB
 CONFIG: dict[str, Any] = {"transport": "cuda_ipc", "checksum": "full", "canary_period_s": 60.0}
 CARDS = [0, 1]
@@ -30,23 +34,31 @@ CARDS = [0, 1]
 class Pair:
     """A receiver in this process and a writer in another."""
 
-    def __init__(self, card: int, config: dict[str, Any]) -> None:
+    def __init__(self, card: int, config: dict[str, Any], *, staging: bool = False) -> None:
         if card >= torch.cuda.device_count():
             pytest.skip(f"needs {card + 1} cards")
         self.config = {**CONFIG, **config}
         self.layout = make_layout(BLOCKS, scale=SCALE)
         self.region = DeviceRegion(torch.zeros(self.layout.arena_bytes, dtype=torch.uint8, device=f"cuda:{card}"))
         self.pool = Pool(BLOCKS, on_admit=self._check)
+        self.slots = Arena.create(make_layout(SLOTS, scale=SCALE).arena_bytes, shared=True)
+        self.staged = Pool(SLOTS, on_admit=self._check_slots)
         self.sent: dict[str, list[int]] = {}
         self.events: list[dict[str, Any]] = []
         self.server: HandoffServer[Reservation] = HandoffServer(
-            config=TransferConfig(**self.config), key=KEY, layout=self.layout, arena=self.region, reserver=self.pool
+            config=TransferConfig(**self.config),
+            key=KEY,
+            layout=self.layout,
+            arena=self.region,
+            reserver=self.pool,
+            staging=Ground(make_layout(SLOTS, scale=SCALE), self.slots, self.staged) if staging else None,
         )
         self.address = self.server.bind("127.0.0.1")
         self.child: asyncio.subprocess.Process
 
-    async def start(self, *, relentless: bool) -> None:
+    async def start(self, *, relentless: bool, unreachable: bool = False, env: dict[str, str] | None = None) -> None:
         settings = {
+            "unreachable": unreachable,
             "blocks": BLOCKS,
             "scale": SCALE,
             "config": self.config,
@@ -56,7 +68,9 @@ class Pair:
         }
         words = [sys.executable, "-m", "tests.gpu.ipc_writer", json.dumps(settings)]
         pipe = asyncio.subprocess.PIPE
-        self.child = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
+        self.child = await asyncio.create_subprocess_exec(
+            *words, stdin=pipe, stdout=pipe, env={**os.environ, **(env or {})}
+        )
         self._reading = asyncio.create_task(self._read())
         await self.seen(60, event="ready")
 
@@ -86,6 +100,15 @@ class Pair:
         while line := await self.child.stdout.readline():
             self.events.append(json.loads(line))
 
+    def _check_slots(self, submit: Any, reservation: Reservation) -> None:
+        theirs, layout = (
+            memoryview(memory(self.layout.arena_bytes, 1).numpy().tobytes()),
+            make_layout(SLOTS, scale=SCALE),
+        )
+        for source, target in zip(self.sent[submit.request_id], reservation.blocks, strict=True):
+            there = block_bytes(self.layout, theirs, source)
+            assert block_bytes(layout, self.slots.buffer, target) == there
+
     def _check(self, submit: Any, reservation: Reservation) -> None:
         theirs = memoryview(memory(self.layout.arena_bytes, 1).numpy().tobytes())
         ours = memoryview(self.region.memory.cpu().numpy().tobytes())
@@ -94,17 +117,26 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(card: int, *, relentless: bool = False, **config: Any) -> AsyncIterator[Pair]:
-    made = Pair(card, config)
+async def pair(
+    card: int,
+    *,
+    relentless: bool = False,
+    staging: bool = False,
+    unreachable: bool = False,
+    env: dict[str, str] | None = None,
+    **config: Any,
+) -> AsyncIterator[Pair]:
+    made = Pair(card, config, staging=staging)
     running = asyncio.create_task(made.server.run(make_info("decode-0", "d0", made.layout, made.address)))
     try:
-        await made.start(relentless=relentless)
+        await made.start(relentless=relentless, unreachable=unreachable, env=env)
         yield made
     finally:
         await made.stop()
         await until(lambda: made.pool.count("quarantined") == 0)
         await made.server.close()
         await running
+        made.slots.close()
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -191,6 +223,45 @@ async def test_probes_move_real_bytes(card: int) -> None:
         before = made.pool.count("free")
         await until(lambda: len(made.pool.all) >= 4 and made.pool.count("free") > before)
         assert made.server.stats().failed.get("probe_timeout", 0) == 0
+
+
+@pytest.mark.parametrize("card", CARDS)
+async def test_auto_takes_the_way_from_card_to_card(card: int) -> None:
+    async with pair(card, staging=True, transport="auto") as made:
+        made.send("r1", range(128))
+        assert (await made.seen(event="accepted", request="r1"))["transport"] == "cuda_ipc"
+        assert made.pool.count("live") == 128
+        assert [(peer.transport, peer.reason) for peer in made.server.stats().peers] == [
+            ("cuda_ipc", "cuda_ipc: best of both offers")
+        ]
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("checksum", ["full", "sampled"])
+async def test_auto_goes_through_the_host_where_cards_do_not_reach_each_other(card: int, checksum: str) -> None:
+    async with pair(card, staging=True, unreachable=True, transport="auto", checksum=checksum) as made:
+        made.send("runs", range(64))
+        assert (await made.seen(event="accepted", request="runs"))["transport"] == "shm"
+        made.staged.free_blocks.reverse()
+        made.send("fragments", range(0, 180, 3))
+        await made.seen(event="accepted", request="fragments")
+        assert (made.pool.count("live"), made.staged.count("live")) == (0, 64 + 60)
+        await until(lambda: len(made.server.stats().peers) == 1)
+        [peer] = made.server.stats().peers
+        assert "prefill-0 does not offer cuda_ipc: cuda_ipc: card " in peer.reason
+        assert "has no peer access to" in peer.reason
+
+
+async def test_a_writer_that_does_not_see_the_receivers_card_still_serves(note: Note) -> None:
+    """Whether the driver maps memory of a card that is hidden is its business; a hand-off succeeds either way."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 cards")
+    async with pair(0, staging=True, env={"CUDA_VISIBLE_DEVICES": "1"}, transport="auto") as made:
+        made.send("r1", range(64))
+        accepted = await made.seen(event="accepted", request="r1")
+        [peer] = made.server.stats().peers
+        note(transport=accepted["transport"], reason=peer.reason)
+        assert peer.transport == accepted["transport"]
 
 
 async def test_transports_over_host_memory_are_refused_at_start() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.processes import ProcessCluster
 from tests.e2e.client import Ask, complete_all, essence, random_asks
@@ -35,10 +36,18 @@ _WHOLE: dict[str, Any] = {
 
 
 def cluster(
-    path: Path, run_dir: Path, transport: str, pages: str, *, decode_card: int = 0, **pools: int
+    path: Path,
+    run_dir: Path,
+    transport: str,
+    pages: str,
+    *,
+    decode_card: int = 0,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    **pools: int,
 ) -> ProcessCluster:
     settings = {**_WHOLE, "model.path": str(path), "transfer.transport": transport, "kv.format": pages}
-    return ProcessCluster(run_dir, settings, own={"decode-0": {"engine.device": decode_card}}, **pools)
+    own = own or {"decode-0": {"engine.device": decode_card}}
+    return ProcessCluster(run_dir, settings, own=own, **pools)
 
 
 def started(running: ProcessCluster) -> ProcessCluster:
@@ -72,7 +81,7 @@ def reference(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, asks: li
 
 @pytest.fixture(
     scope="module",
-    params=[("shm", 1), ("tcp", 1), ("cuda_ipc", 1), ("shm", 2), ("cuda_ipc", 2)],
+    params=[("shm", 1), ("tcp", 1), ("cuda_ipc", 1), ("auto", 1), ("shm", 2), ("cuda_ipc", 2), ("auto", 2)],
     ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def pair(
@@ -92,7 +101,12 @@ def test_two_processes_give_the_tokens_of_one(
 ) -> None:
     begun = time.monotonic()
     assert served(pair, asks, at_once=12) == reference
-    note(seconds=round(time.monotonic() - begun, 2), requests=len(asks), **memory(pair))
+    seconds = round(time.monotonic() - begun, 2)
+    asked_for = pair.settings["transfer.transport"]
+    expected = "cuda_ipc" if asked_for == "auto" else asked_for
+    for worker, peer in (("prefill-0", "decode-0"), ("decode-0", "prefill-0")):
+        assert links(pair, worker)[peer] == (expected, f"{expected}: best of both offers"), worker
+    note(seconds=seconds, requests=len(asks), **memory(pair))
 
 
 def test_a_killed_worker_costs_no_token(pair: ProcessCluster, asks: list[Ask], reference: list[Any]) -> None:
@@ -106,6 +120,61 @@ def test_a_killed_worker_costs_no_token(pair: ProcessCluster, asks: list[Ask], r
             return await serving
 
         assert [essence(choice) for choice in asyncio.run(disturbed())] == reference, victim
+
+
+@pytest.mark.parametrize("num_cards", [1, 2])
+def test_auto_takes_for_every_pair_what_works_and_says_why(
+    num_cards: int,
+    tiny_dir: Path,
+    tmp_path: Path,
+    asks: list[Ask],
+    reference: list[Any],
+    note: Note,
+) -> None:
+    """One decode worker is reached from card to card, the other takes tcp only."""
+    if num_cards > torch.accelerator.device_count():
+        pytest.skip(f"needs {num_cards} cards")
+    card = {"engine.device": num_cards - 1}
+    own = {"decode-0": card, "decode-1": {**card, "transfer.transport": "tcp"}}
+    running = started(cluster(tiny_dir, tmp_path, "auto", "fp8", own=own, decode=2))
+    try:
+        assert served(running, asks, at_once=12) == reference
+        assert links(running, "prefill-0") == {
+            "decode-0": ("cuda_ipc", "cuda_ipc: best of both offers"),
+            "decode-1": (
+                "tcp",
+                "tcp: best of both offers (decode-1 does not offer cuda_ipc; decode-1 does not offer shm)",
+            ),
+        }
+    finally:
+        running.stop()
+
+
+def test_auto_falls_back_where_memory_can_not_be_shared_and_says_so(
+    tiny_dir: Path, tmp_path: Path, asks: list[Ask], reference: list[Any], note: Note
+) -> None:
+    """Memory in expandable segments has no handle for other processes."""
+    running = cluster(tiny_dir, tmp_path, "auto", "fp8")
+    running.env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    started(running)
+    try:
+        assert served(running, asks, at_once=12) == reference
+        for worker, peer in (("prefill-0", "decode-0"), ("decode-0", "prefill-0")):
+            transport, reason = links(running, worker)[peer]
+            note(transport=transport, reason=reason)
+            assert transport == "shm"
+            assert "decode-0 does not offer cuda_ipc: cuIpcGetMemHandle: error " in reason
+            assert "allocate it without expandable segments" in reason
+    finally:
+        running.stop()
+
+
+def links(running: ProcessCluster, worker: str) -> dict[str, tuple[str, str]]:
+    """Peer → transport and reason, from a worker's metrics; all of them healthy."""
+    text = httpx.get(running.infos[worker]["metrics_addr"], trust_env=False).text
+    [family] = [family for family in text_string_to_metric_families(text) if family.name == "baton_link_info"]
+    assert all(sample.value == 1.0 for sample in family.samples), family.samples
+    return {s.labels["peer"].partition("/")[0]: (s.labels["transport"], s.labels["reason"]) for s in family.samples}
 
 
 def memory(running: ProcessCluster) -> dict[str, float]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pytest
 
 from kv_transfer import mooncake
+from kv_transfer.intake import Intakes
 from kv_transfer.link import Link
 from kv_transfer.local import LocalNetwork
 from kv_transfer.memory import Arena
@@ -27,6 +28,9 @@ from llm_engine.api.errors import TransferError
 from llm_engine.api.handoff import FirstToken, KvLayout, Plane
 from llm_engine.api.messages import Peer, Role, Submit, WorkerInfo
 from llm_engine.api.request import SamplingParams, pack_tokens
+
+if TYPE_CHECKING:
+    from kv_transfer.device import DeviceRegion
 
 KEY = b"k" * 32
 NO_ENGINE = mooncake.missing()
@@ -202,6 +206,7 @@ class Rig:
         self.source_layout = make_layout(source_blocks, scale=scale)
         self.arena = Arena.create(self.layout.arena_bytes, shared=True)
         self.source = Arena.create(self.source_layout.arena_bytes, shared=False)
+        self.card: DeviceRegion | None = None  # stands for a card that `source` is on
         rng = np.random.default_rng(0)
         self.source.buffer[:] = rng.integers(0, 256, self.source.num_bytes, np.uint8).tobytes()
         settings = {"canary_period_s": 60.0, **config}
@@ -218,14 +223,7 @@ class Rig:
         self.target: Peer
 
     async def __aenter__(self) -> Self:
-        self.server = HandoffServer(
-            config=self.receiver_config,
-            key=KEY,
-            layout=self.layout,
-            arena=self.arena,
-            reserver=self.pool,
-            network=self.network,
-        )
+        self.server = self.make_server()
         address = self.server.bind("127.0.0.1")
         self.info = make_info("decode-0", "d0", self.layout, address, weight_version=self.served_weights)
         self._tasks.append(asyncio.create_task(self.server.run(self.info)))
@@ -233,15 +231,36 @@ class Rig:
         self.client = await self.add_client("prefill-0")
         return self
 
+    def make_server(self) -> HandoffServer[Reservation]:
+        """The receiver."""
+        return HandoffServer(
+            config=self.receiver_config,
+            key=KEY,
+            layout=self.layout,
+            arena=self.arena,
+            reserver=self.pool,
+            network=self.network,
+        )
+
+    @property
+    def intakes(self) -> Intakes[Reservation]:
+        """Of the receiver's arena."""
+        return self.server._intakes[self.arena.region]
+
     async def add_client(
-        self, name: str, *, wrap_link: Callable[[Link], Link] = lambda link: link, **changes: str
+        self,
+        name: str,
+        *,
+        wrap_link: Callable[[Link], Link] = lambda link: link,
+        config: TransferConfig | None = None,
+        **changes: str,
     ) -> HandoffClient:
         client = HandoffClient(
-            config=self.config,
+            config=config or self.config,
             key=self.key,
             info=make_info(name, f"{name}-1", self.source_layout, **changes),
             layout=self.source_layout,
-            source=self.source.buffer,
+            source=self.card if self.card is not None else self.source.buffer,
             network=self.network,
             wrap_link=wrap_link,
         )
@@ -258,8 +277,8 @@ class Rig:
             await until(lambda: self.server.stats().pending == 0)
             await until(lambda: self.pool.count("leased") == 0)
             await until(lambda: self.pool.count("quarantined") == self.stays_quarantined)
-            self.server._intakes.custody.leases.check()
-            assert (len(self.server._intakes.custody.leases) > 0) == (self.stays_quarantined > 0)
+            self.intakes.custody.leases.check()
+            assert (len(self.intakes.custody.leases) > 0) == (self.stays_quarantined > 0)
         await self.server.close()
         await asyncio.gather(*self._tasks)
         self.arena.close()

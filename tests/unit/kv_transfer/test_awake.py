@@ -54,7 +54,7 @@ async def test_empty_messages_until_the_first_token(
         handoff = rig.offer("r1", 40)
         rig.compute(handoff)
         await until(lambda: len(heard) >= 5)
-        active = rig.server._intakes._active["r1"]
+        active = rig.intakes._active["r1"]
         assert active.verified
         assert {(each.lease_id, each.epoch) for each in heard} == {active.held.lease.key}
         await handoff.commit(FIRST, compute_end=time.monotonic())
@@ -91,7 +91,7 @@ async def test_none_without_cores_to_spare(heard: list[Progress], monkeypatch: p
     async with Rig("shm") as rig:
         handoff = rig.offer("r1", 40)
         rig.compute(handoff)
-        await until(lambda: "r1" in rig.server._intakes._active and rig.server._intakes._active["r1"].verified)
+        await until(lambda: "r1" in rig.intakes._active and rig.intakes._active["r1"].verified)
         await rig.hand_off("r2", 40)
         await handoff.commit(FIRST, compute_end=time.monotonic())
         assert heard == []

@@ -66,7 +66,7 @@ async def test_one_part_is_not_enough_when_the_writer_dies(transport: str, part:
         grant = await writer.granted("r1", 20)
         manifest = writer.send_blocks(grant)
         writer.say(writer.commit(grant, **{"manifest": manifest, **part}))
-        active = rig.server._intakes._active
+        active = rig.intakes._active
         await until(lambda: active["r1"].verified if part is MANIFEST else active["r1"].last is not None)
         writer.link.close()
         await until(lambda: rig.server.stats().pending == 0 and len(rig.pool.free_blocks) == 32)
@@ -91,7 +91,7 @@ async def test_the_manifest_travels_while_the_prompt_is_computed(transport: str)
     async with Rig(transport) as rig:
         handoff: Handoff = rig.offer("r1", 40)
         rig.compute(handoff)
-        await until(lambda: "r1" in rig.server._intakes._active and rig.server._intakes._active["r1"].verified)
+        await until(lambda: "r1" in rig.intakes._active and rig.intakes._active["r1"].verified)
         assert not rig.pool.admitted
         await handoff.commit(FIRST, compute_end=0.0)
         assert rig.pool.admitted["r1"][1] == FIRST

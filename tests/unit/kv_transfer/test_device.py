@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from kv_transfer.layout import Run, count_runs, merge_runs
-from kv_transfer.negotiate import choose
+from kv_transfer.negotiate import End, choose
 from kv_transfer.transports import usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, TransferError
 from llm_engine.api.handoff import LinkOffer
+from tests.unit.kv_transfer.rig import make_layout
 
 torch = pytest.importorskip("torch")
 
@@ -162,15 +163,15 @@ def test_long_runs_go_to_the_copy_engines() -> None:
 
 
 def test_regions_are_flat_words() -> None:
-    with pytest.raises(TransferError, match="expected words of 8"):
-        DeviceRegion(torch.zeros(12, dtype=torch.uint8))
+    with pytest.raises(TransferError, match="not the address of a word of 8"):
+        DeviceRegion(torch.zeros(16, dtype=torch.uint8)[1:9])
+    with pytest.raises(TransferError, match="memory of meta can't be handed over"):
+        DeviceRegion(torch.empty(16, dtype=torch.uint8, device="meta"))
     with pytest.raises(TransferError, match="expected flat bytes"):
         DeviceRegion(torch.zeros(16, dtype=torch.int32))
 
 
 def test_cells_must_be_whole_words() -> None:
-    from tests.unit.kv_transfer.rig import make_layout
-
     check_words(make_layout(4))
     odd = make_layout(4)
     plane = odd.planes[0]
@@ -182,19 +183,22 @@ def test_cells_must_be_whole_words() -> None:
 
 def test_memory_that_is_on_no_card_is_a_start_up_error_that_says_so() -> None:
     region = DeviceRegion(torch.zeros(64, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match=r"transport=auto: cuda_ipc does not work here: the caches are on cpu"):
-        usable(TransferConfig(transport="auto"), None, region)
+    layout = make_layout(4)
+    with pytest.raises(ConfigError, match=r"^transfer.transport=auto: cuda_ipc: the caches are on cpu, not"):
+        usable(TransferConfig(transport="auto"), None, layout, card=region, by_host=False)
     with pytest.raises(ConfigError, match=r"transport=tcp: copies from host memory"):
-        usable(TransferConfig(transport="tcp"), None, region)
-    with pytest.raises(ConfigError, match=r"transport=cuda_ipc: the caches are in host memory"):
-        usable(TransferConfig(transport="cuda_ipc"), None)
+        usable(TransferConfig(transport="tcp"), None, layout, card=region, by_host=False)
+    with pytest.raises(ConfigError, match=r"transport=cuda_ipc: the caches are in host memory, not on a card$"):
+        usable(TransferConfig(transport="cuda_ipc"), None, layout)
+    with pytest.raises(ConfigError, match=r"transport=cuda_ipc: the caches are on cpu, not on a card$"):
+        usable(TransferConfig(transport="cuda_ipc"), None, layout, card=region)
 
 
 def test_cuda_ipc_wins_where_both_ends_share_a_driver_and_says_why_where_not() -> None:
     def offers(place: str) -> list[LinkOffer]:
         return [LinkOffer(transport="cuda_ipc", host_id=place), LinkOffer(transport="tcp", address="h:1")]
 
-    assert choose("p", offers("host/13000"), "d", offers("host/13000"))[0].transport == "cuda_ipc"
-    link, reason = choose("p", offers("host/13000"), "d", offers("host/12080"))
+    assert choose(End("p", offers("host/13000")), End("d", offers("host/13000")))[0].transport == "cuda_ipc"
+    link, reason = choose(End("p", offers("host/13000")), End("d", offers("host/12080")))
     assert link.transport == "tcp"
     assert "cuda_ipc needs one host, network and PID namespace, user and driver" in reason

@@ -288,9 +288,9 @@ async def test_closing_the_server_fails_the_writers_hand_offs(transport: str) ->
             await handoff.commit(FIRST, compute_end=time.monotonic())
         await until(lambda: rig.client.bad_peers() == ["d0"])
         rig.pool.all.clear()  # the server's leases died with it
-        rig.server._intakes.custody.leases._leases.clear()
-        rig.server._intakes.custody.leases._held.clear()
-        rig.server._intakes._active.clear()
+        rig.intakes.custody.leases._leases.clear()
+        rig.intakes.custody.leases._held.clear()
+        rig.intakes._active.clear()
 
 
 async def test_offering_an_attempt_twice_leaves_the_first_alone(transport: str) -> None:
@@ -305,7 +305,7 @@ async def test_offering_an_attempt_twice_leaves_the_first_alone(transport: str) 
 
 async def test_a_repeated_grant_does_not_disturb_the_writing(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Rig(transport) as rig:
-        intakes = rig.server._intakes
+        intakes = rig.intakes
         send = intakes._send_or_raise
 
         def twice(pair: Pair, message: Message) -> None:

@@ -33,7 +33,7 @@ async def test_a_session_ends_with_its_data_connection() -> None:
 
 async def test_a_ticket_is_good_for_one_connection() -> None:
     async with Rig("tcp") as rig, raw_writers(rig) as [writer]:
-        address = rig.server._inlets["tcp"].offer()
+        address = rig.server._entrances["tcp"].inlet.offer()
         for ticket in ("", "guess"):
             with pytest.raises(TransferError, match="unknown pairing"):
                 await asyncio.to_thread(

@@ -200,7 +200,7 @@ async def serve_somebody_else(rig: Rig, request_id: str) -> None:
 
 
 def _evict(rig: Rig, keep: set[str]) -> None:
-    intakes = rig.server._intakes
+    intakes = rig.intakes
     held = [(lease.request_id, lease.attempt) for lease in intakes.custody.leases]
     waiting = [(item.request_id, item.attempt) for item in tuple(intakes.offers._waiting.values())]
     for request_id, attempt in held + waiting:

@@ -2,12 +2,12 @@ import sys
 
 import pytest
 
-from kv_transfer import negotiate
 from kv_transfer.host import host_id
 from kv_transfer.memory import Arena
 from kv_transfer.metrics import links_of
+from kv_transfer.negotiate import End, choose
 from kv_transfer.receiver import HandoffServer
-from kv_transfer.transports import offer, usable
+from kv_transfer.transports import ON_HOST, offer, usable
 from kv_transfer.writer import HandoffClient
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, LayoutMismatch, TransferError
@@ -20,11 +20,11 @@ TCP = LinkOffer(transport="tcp", address="h:1")
 
 def test_best_common_transport_wins_and_says_why() -> None:
     same = LinkOffer(transport="shm", host_id="a", address="y")
-    assert negotiate.choose("p", [HERE, TCP], "d", [TCP, same])[0] is same
-    link, reason = negotiate.choose("p", [HERE, TCP], "d", [THERE, TCP])
+    assert choose(End("p", [HERE, TCP]), End("d", [TCP, same]))[0] is same
+    link, reason = choose(End("p", [HERE, TCP]), End("d", [THERE, TCP]))
     assert link is TCP
     assert "'a' is not 'b'" in reason
-    link, reason = negotiate.choose("p", [TCP], "d", [same, TCP])
+    link, reason = choose(End("p", [TCP]), End("d", [same, TCP]))
     assert link is TCP
     assert "p does not offer shm" in reason
 
@@ -40,13 +40,13 @@ def test_best_common_transport_wins_and_says_why() -> None:
 )
 def test_no_transport_names_what_is_missing(ours: list[LinkOffer], theirs: list[LinkOffer], missing: str) -> None:
     with pytest.raises(TransferError, match=missing) as caught:
-        negotiate.choose("p", ours, "d", theirs)
+        choose(End("p", ours), End("d", theirs))
     assert "set transfer.transport to auto or tcp" in str(caught.value)
 
 
 def test_auto_offers_shm_and_tcp_with_this_host() -> None:
-    names, note = usable(TransferConfig(), None)
-    assert (names, note) == (["shm", "tcp"], "")
+    names, lacking = usable(TransferConfig(), None, make_layout(4))
+    assert (names, lacking) == (["shm", "tcp"], {"cuda_ipc": ON_HOST})
     offers = [offer(name, None) for name in names]
     assert [(o.transport, bool(o.host_id)) for o in offers] == [("shm", True), ("tcp", False)]
     assert offers[0].host_id == host_id()
@@ -78,7 +78,8 @@ async def test_automatic_choice_falls_back_and_says_so() -> None:
         assert (await rig.hand_off("r1", 20)).transport == "shm"
         reason = rig.client.stats().peers[0].reason
     assert reason.startswith("shm: ")
-    assert "on decode-0 mooncake does not work here: mooncake.engine can't be loaded" in reason
+    assert "decode-0 does not offer mooncake: mooncake.engine can't be loaded" in reason
+    assert "cuda_ipc" not in reason, "nobody asked for cards"
 
 
 @pytest.mark.parametrize(

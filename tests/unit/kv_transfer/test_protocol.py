@@ -136,7 +136,7 @@ async def test_what_arrives_after_the_commit_changes_nothing(accepted: bool, mon
     """Bytes may be overtaken by the commit that covers them, but never change what has been verified."""
     async with Rig("auto") as rig, raw_writers(rig) as [writer]:
         hashing, go_on = asyncio.Event(), asyncio.Event()
-        check = rig.server._intakes._verifier.check
+        check = rig.intakes._verifier.check
 
         async def slow(*args: Any) -> str | None:
             verdict = await check(*args)
@@ -144,7 +144,7 @@ async def test_what_arrives_after_the_commit_changes_nothing(accepted: bool, mon
             await go_on.wait()
             return verdict if accepted else "not what was sent"
 
-        monkeypatch.setattr(rig.server._intakes._verifier, "check", slow)
+        monkeypatch.setattr(rig.intakes._verifier, "check", slow)
         grant = await writer.granted("r1", 20)
         writer.say(writer.commit(grant, writer.send_blocks(grant)))
         await hashing.wait()
@@ -165,14 +165,14 @@ async def test_a_writer_may_die_right_after_its_commit(
 ) -> None:
     async with Rig("auto") as rig, raw_writers(rig, transport=transport) as [writer]:
         hashing, go_on = asyncio.Event(), asyncio.Event()
-        check = rig.server._intakes._verifier.check
+        check = rig.intakes._verifier.check
 
         async def slow(*args: Any) -> str | None:
             hashing.set()
             await go_on.wait()
             return await check(*args)
 
-        monkeypatch.setattr(rig.server._intakes._verifier, "check", slow)
+        monkeypatch.setattr(rig.intakes._verifier, "check", slow)
         grant = await writer.granted("r1", 20)
         writer.say(writer.commit(grant, writer.send_blocks(grant)))
         await hashing.wait()
@@ -249,7 +249,7 @@ async def test_a_revoked_tcp_lease_is_free_at_once() -> None:
 )
 async def test_a_writer_checks_the_grant(damage: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     async with Rig("auto") as rig:
-        intakes = rig.server._intakes
+        intakes = rig.intakes
         send = intakes._send_or_raise
 
         def damaged(pair: Any, message: Message) -> None:

@@ -70,7 +70,7 @@ async def test_a_writer_that_may_still_write_keeps_its_blocks() -> None:
     async with Rig("auto") as rig, raw_writers(rig, transport="shm") as [writer]:
         grant = await writer.granted("r1", 20, tokens=False)
         writer.say(writer.commit(grant, None))
-        active = rig.server._intakes._active
+        active = rig.intakes._active
         await until(lambda: active["r1"].last is not None)
         assert rig.pool.count("leased") == 5
         writer.say(writer.commit(grant, writer.send_blocks(grant), first=None))
