@@ -26,6 +26,11 @@ class Indexer:
         scale = spec.num_heads**-0.5 * spec.head_dim**-0.5
         self._head_weights = ops.pack_linear(weights["weights_proj.weight"] * scale, fp32=True)
 
+    @property
+    def key_form(self) -> tuple[tuple[Tensor, Tensor], float, bool]:
+        """What `write_keys` gives the table: weight and bias of the keys' norm, its eps, whether pairs interleave."""
+        return self._key_norm, _KEY_NORM_EPS, self._spec.rope_interleave
+
     def write_keys(self, key_RD: Tensor, plane_BPD: Tensor, step: Step) -> None:
         """Norm, rotate and cache the keys of all rows. Needed on every pass, also when nothing is left out."""
         weight_D, bias_D = self._key_norm

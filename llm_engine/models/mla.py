@@ -49,6 +49,14 @@ class MlaAttention:
         """Compute and store the rows' latent and index entries."""
         eps = self._spec.rms_norm_eps
         query_RQ, kv_RC, *rest = torch.split(self._ops.linear(x_RH, self._inputs), self._widths, dim=-1)
+        if self._indexer is not None and self._ops.enter is not None:
+            (key_RD,) = rest
+            key_norm, key_eps, interleaved = self._indexer.key_form
+            query_latent_RQ = self._ops.enter(
+                query_RQ, self._query_norm, planes.latent, kv_RC, self._latent_norm, _required(planes.index), key_RD,
+                key_norm, eps, key_eps, step.plan, interleaved=interleaved,
+            )  # fmt: skip
+            return Projected(x_RH, query_latent_RQ)
         self._ops.write_latent(planes.latent, kv_RC, self._latent_norm, eps, step.plan)
         if self._indexer is not None:
             (key_RD,) = rest
@@ -63,7 +71,7 @@ class MlaAttention:
             chosen = self._indexer.select(rows.x_RH, rows.query_latent_RQ, _required(planes.index), step)
         query_RhE = ops.linear(rows.query_latent_RQ, self._query).view(-1, spec.num_heads, spec.qk_dim)
         heads_RhV = ops.mla_attend(query_RhE, planes.latent, step.plan, chosen, self._kv_b, spec.softmax_scale)
-        return ops.linear(heads_RhV.flatten(1), self._output)
+        return ops.linear(heads_RhV, self._output)
 
 
 def _required(plane: Tensor | None) -> Tensor:

@@ -47,7 +47,10 @@ class PackLinear(Protocol):
 
 
 class Linear(Protocol):
-    """x · Wᵀ: [R, in] → [R, out], in the compute dtype or, if packed so, in fp32. Rows may be strided."""
+    """x · Wᵀ: [R, in] → [R, out], in the compute dtype or, if packed so, in fp32. Rows may be strided.
+
+    `x` may also be [R, …] with `in` values in a row, as `MlaAttend` gives it.
+    """
 
     def __call__(self, x_RI: Tensor, packed: PackedLinear) -> Tensor: ...
 
@@ -134,6 +137,30 @@ class WriteIndexKeys(Protocol):
         *,
         interleaved: bool = False,
     ) -> None: ...
+
+
+class Enter(Protocol):
+    """`rms_norm` of queries [R, Q], `write_latent` and `write_index_keys` (with its own eps) in fewer launches.
+
+    The results are theirs.
+    """
+
+    def __call__(
+        self,
+        query_RQ: Tensor,
+        query_norm_Q: Tensor,
+        latent_BPC: Tensor,
+        kv_RC: Tensor,
+        latent_norm_L: Tensor,
+        index_BPD: Tensor,
+        key_RD: Tensor,
+        key_norm: tuple[Tensor, Tensor],
+        eps: float,
+        key_eps: float,
+        plan: AttentionPlan,
+        *,
+        interleaved: bool = False,
+    ) -> Tensor: ...
 
 
 class IndexTopk(Protocol):

@@ -41,6 +41,7 @@ class Ops:
 
     self_check: spec.SelfCheck
     warm_up: spec.WarmUp = spec.nothing_to_warm_up
+    enter: spec.Enter | None = None  # None: the three operations that it stands for
     race: spec.Race | None = None  # None: the sampler's own, out of library calls
     capture: spec.Capture = spec.run_again
     pin: spec.Pin = spec.pin_nothing

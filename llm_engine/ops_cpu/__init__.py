@@ -62,7 +62,7 @@ def build(numerics: Literal["exact", "fast"], dtype: torch.dtype) -> Ops:
 
 
 def _apply(x_RI: Tensor, packed: PackedProduct) -> Tensor:
-    return packed(x_RI)
+    return packed(x_RI.flatten(1))
 
 
 def _nothing_to_check() -> None:

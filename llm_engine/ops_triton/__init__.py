@@ -13,6 +13,7 @@ from llm_engine.ops.spec import pin_nothing, run_again
 from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.cache import write_index_keys, write_latent
 from llm_engine.ops_triton.capture import CudaCapture, pin
+from llm_engine.ops_triton.enter import enter
 from llm_engine.ops_triton.gate import gate
 from llm_engine.ops_triton.gemm import linear, pack_linear
 from llm_engine.ops_triton.index_topk import index_topk
@@ -62,9 +63,10 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         plan=plan,
         write_latent=write_latent,
         write_index_keys=write_index_keys,
+        enter=partial(enter, dtype=dtype, fp8=fp8),
         index_topk=partial(index_topk, numerics=numerics),
         pack_kv_b=partial(mla.pack_kv_b, numerics=numerics),
-        mla_attend=mla.mla_attend,
+        mla_attend=partial(mla.mla_attend, fp8=fp8),
         self_check=check,
         race=race,
         capture=CudaCapture() if device.type == "cuda" else run_again,

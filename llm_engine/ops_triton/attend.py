@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from llm_engine.ops_triton.lang import Ptr, Val, dot, e4m3_ptr, inline, kernel, load_angles, row_slots
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, dot, e4m3_ptr, inline, kernel, load_angles, row_slots
 
 
 @inline
@@ -86,11 +86,13 @@ def _attend(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
     PARTIAL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """K = 0: no selection. P = 0: `tables` says where a sequence's keys start, which lie side by side.
 
     SPLIT = 0: the programs of a row share its keys evenly. PARTIAL: sums and maxima are left to `_merge`.
     """
+    await_inputs(OVERLAP)
     head_tiles: tl.constexpr = (HEADS + HEAD_TILE - 1) // HEAD_TILE
     row, split = (tl.program_id(0) // head_tiles).to(tl.int64), tl.program_id(1)
     head = (tl.program_id(0) % head_tiles) * HEAD_TILE + tl.arange(0, HEAD_TILE)
@@ -165,8 +167,10 @@ def _merge(
     L: tl.constexpr,
     L_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """One head of one row. SPLITS partial sums are in flight at a time; they are added in order."""
+    await_inputs(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, L_TILE)
     highest = tl.full((), -1e30, tl.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
+from llm_engine.ops_triton import arrivals
 
 T = TypeVar("T")
 
@@ -27,20 +28,28 @@ def pin(host: Tensor) -> None:
 class CudaCapture:
     """See `llm_engine.ops.spec.Capture`. All recordings share one pool: what one leaves in it the next overwrites.
 
-    The latest recording is kept, because a pool ends with the last of its recordings.
+    The latest recording is kept, because a pool ends with the last of its recordings. Nor may two of them be replayed
+    at the same time: they share their counters of arrivals too.
     """
 
     def __init__(self) -> None:
         self._latest: torch.cuda.CUDAGraph | None = None
+        self._counters: Tensor | None = None
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
         self._warm_up(function)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
+        if self._counters is None:
+            self._counters = arrivals.make(torch.device("cuda", torch.cuda.current_device()))
+        graph, counters = torch.cuda.CUDAGraph(), self._counters
+        with (
+            arrivals.set_apart(counters),
+            torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()),
+        ):
             result = function()
         self._latest = graph
 
         def replay() -> T:
+            assert counters is not None, "kept as long as the recording that counts with them"
             graph.replay()
             return result
 

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, let_next_in, tile_size
 
 _SCAN, _LONG_SCAN = 1024, 8192  # choices that a program looks at together: of few, and of many
 
@@ -27,11 +27,28 @@ class Deal:
     row_of_slot: Tensor  # int32 [T · M], -1: nobody
     expert_of_tile_T: Tensor  # int32, -1: the tile is not used
     tile_rows: int  # M
+    with_shared: bool
+    last: int  # expert
 
     @property
     def num_tiles(self) -> int:
         """T, an upper bound of the tiles in use."""
         return self.expert_of_tile_T.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class SingleDeal:
+    """A single row needs no dealing: choice k has the first slot of tile k, and behind them comes expert `last`."""
+
+    ids_K: Tensor
+    with_shared: bool
+    last: int
+    tile_rows: int
+
+    @property
+    def num_tiles(self) -> int:
+        """T."""
+        return self.ids_K.shape[0] + self.with_shared
 
 
 def deal(ids_RK: Tensor, experts: int, tile_rows: int, *, with_shared: bool) -> Deal:
@@ -40,18 +57,19 @@ def deal(ids_RK: Tensor, experts: int, tile_rows: int, *, with_shared: bool) -> 
     width = top_k + with_shared
     choices = rows * width
     tiles = min(choices, ceil_div(choices, tile_rows) + min(experts, choices))
-    counts_E = ids_RK.new_empty(experts, dtype=torch.int32)
     slot_of_choice = ids_RK.new_empty(rows, width, dtype=torch.int32)
     row_of_slot = ids_RK.new_empty(tiles * tile_rows, dtype=torch.int32)
     expert_of_tile = ids_RK.new_empty(tiles, dtype=torch.int32)
+    dealt = (slot_of_choice, row_of_slot, expert_of_tile)
     ids_RK = ids_RK.contiguous()
+    counts_E = ids_RK.new_empty(experts, dtype=torch.int32)
     scan, warps = (_SCAN, 4) if choices <= _LONG_SCAN else (_LONG_SCAN, 8)
     _count[(experts,)](ids_RK, counts_E, choices, top_k, width, experts, scan, num_warps=warps)
     _place[(experts,)](
-        ids_RK, counts_E, slot_of_choice, row_of_slot, expert_of_tile, choices, tiles,
-        top_k, width, experts, tile_size(experts), tile_rows, scan, num_warps=warps,
+        ids_RK, counts_E, *dealt, choices, tiles, top_k, width, experts, tile_size(experts), tile_rows, scan,
+        num_warps=warps,
     )  # fmt: skip
-    return Deal(slot_of_choice, row_of_slot, expert_of_tile, tile_rows)
+    return Deal(*dealt, tile_rows, with_shared, experts - 1)
 
 
 @inline
@@ -74,6 +92,7 @@ def _count(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     expert = tl.program_id(0)
     count = tl.zeros((SCAN,), tl.int32)
     for start in range(0, num_choices, SCAN):
@@ -99,6 +118,7 @@ def _place(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     expert = tl.program_id(0)
     each = tl.arange(0, E_TILE)
     tiles = (tl.load(counts + each, mask=each < E, other=0) + M - 1) // M

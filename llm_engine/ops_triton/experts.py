@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from llm_engine.ops_triton.lang import Ptr, await_inputs, kernel, sigmoid
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, let_next_in, sigmoid
 from llm_engine.ops_triton.products import blank, by_row, multiply, tile_of, upright
 from llm_engine.ops_triton.quant import quantise
+
+
+@inline
+def expert_of(expert_of_tile: Ptr, tile: Val, SINGLE: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr) -> Val:
+    """Expert of a tile, -1: nobody's. SINGLE: of one row's choices each has a tile; behind K named ones comes LAST."""
+    named, other = (tile < K, LAST) if SINGLE else (None, None)
+    return tl.load(expert_of_tile + tile, mask=named, other=other).to(tl.int64)
 
 
 @kernel
@@ -25,6 +32,9 @@ def _up_kernel(
     depth: int,
     width: int,
     GROUPED: tl.constexpr,
+    SINGLE: tl.constexpr,
+    K: tl.constexpr,
+    LAST: tl.constexpr,
     FP8: tl.constexpr,
     QUANTISED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -35,16 +45,19 @@ def _up_kernel(
     TURNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """silu(x · Wgᵀ) · (x · Wuᵀ). Without GROUPED slots are rows. QUANTISED: in fp8, COLUMNS are a block."""
-    await_inputs(OVERLAP)
+    """silu(x · Wgᵀ) · (x · Wuᵀ). Without GROUPED slots are rows. QUANTISED: in fp8, COLUMNS are a block.
+
+    SINGLE: one row, see `expert_of`.
+    """
     tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS), HEIGHT)
+    await_inputs(OVERLAP)
     slot = tile * ROWS + tl.arange(0, ROWS)
     expert = tl.full((), 0, tl.int64)
     if GROUPED:
-        expert = tl.load(expert_of_tile + tile).to(tl.int64)
+        expert = expert_of(expert_of_tile, tile, SINGLE, K, LAST)
         if expert < 0:
             return
-        row = tl.load(row_of_slot + slot)
+        row = -(slot % ROWS) if SINGLE else tl.load(row_of_slot + slot)
         row_mask = row >= 0
     else:
         row = slot
@@ -102,6 +115,9 @@ def _down_kernel(
     num_tiles: int,
     depth: int,
     width: int,
+    SINGLE: tl.constexpr,
+    K: tl.constexpr,
+    LAST: tl.constexpr,
     FP8: tl.constexpr,
     PAIRED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -112,11 +128,11 @@ def _down_kernel(
     TURNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """x · Wdᵀ. PAIRED, for fp8 only: two tiles of columns beside each other."""
+    """x · Wdᵀ. For fp8 only, PAIRED: two tiles of columns beside each other."""
     await_inputs(OVERLAP)
     tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(width, COLUMNS * (1 + PAIRED)), HEIGHT)
     column_tile *= 1 + PAIRED
-    expert = tl.load(expert_of_tile + tile).to(tl.int64)
+    expert = expert_of(expert_of_tile, tile, SINGLE, K, LAST)
     if expert < 0:
         return
     slot = tile * ROWS + tl.arange(0, ROWS)
@@ -173,6 +189,7 @@ def _swiglu(
 ) -> None:
     """silu(gate) · up of rows [2 · width] in fp8. COLUMNS are a block."""
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row, column_tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < num_rows)[:, None]
@@ -184,6 +201,12 @@ def _swiglu(
     tl.store(out_scales + column_tile.to(tl.int64) * num_rows + row, scales, mask=row < num_rows)
 
 
+@inline
+def slot_at(slot_of_choice: Ptr, choice: Val, SINGLE_ROWS: tl.constexpr) -> Val:
+    """Slot of a choice; see `_combine`."""
+    return choice * SINGLE_ROWS if SINGLE_ROWS else tl.load(slot_of_choice + choice).to(tl.int64)
+
+
 @kernel
 def _combine(
     down: Ptr,
@@ -193,23 +216,28 @@ def _combine(
     out: Ptr,
     HIDDEN: tl.constexpr,
     K: tl.constexpr,
+    SINGLE_ROWS: tl.constexpr,
     MERGED: tl.constexpr,
     SHARED: tl.constexpr,
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Σ_k weight_k · down of its slot, in rank order, plus the shared expert: a slot too if MERGED."""
+    """Σ_k weight_k · down of its slot, in rank order, plus the shared expert: a slot too if MERGED.
+
+    SINGLE_ROWS: rows of a tile, where the k-th choice of a single row has the k-th tile; or 0.
+    """
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < HIDDEN
     total = tl.zeros((TILE,), tl.float32)
     for k in tl.static_range(K):
-        slot = tl.load(slot_of_choice + row * (K + MERGED) + k).to(tl.int64)
+        slot = slot_at(slot_of_choice, row * (K + MERGED) + k, SINGLE_ROWS)
         weight = tl.load(weights + row * K + k)
         total += weight * tl.load(down + slot * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
     if MERGED:
-        slot = tl.load(slot_of_choice + row * (K + MERGED) + K).to(tl.int64)
+        slot = slot_at(slot_of_choice, row * (K + MERGED) + K, SINGLE_ROWS)
         total += tl.load(down + slot * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)

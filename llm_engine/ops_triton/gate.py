@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_engine.ops.spec import GateConfig
-from llm_engine.ops_triton.lang import Ptr, await_inputs, kernel, sigmoid, tile_size
+from llm_engine.ops_triton.lang import Ptr, await_inputs, kernel, let_next_in, sigmoid, tile_size
 
 
 def gate(logits_RE: Tensor, bias_E: Tensor, config: GateConfig) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,7 @@ def _gate(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, GROUP_TILE), tl.arange(0, SIZE_TILE)
     expert = group[:, None] * SIZE + member[None, :]

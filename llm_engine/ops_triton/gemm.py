@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops.fp8 import Weight, in_full
+from llm_engine.ops_triton import arrivals
 from llm_engine.ops_triton.lang import ceil_div
-from llm_engine.ops_triton.products import _product, _product_fp8, _sum_partials
-from llm_engine.ops_triton.quant import BLOCK, Fp8Rows, Fp8Weight, can_be_fp8, in_blocks, quantise_rows, scaled_mm
+from llm_engine.ops_triton.products import _product, _product_fp8
+from llm_engine.ops_triton.quant import (
+    BLOCK,
+    Fp8Rows,
+    Fp8Weight,
+    can_be_fp8,
+    in_blocks,
+    quantise_rows,
+    scaled_mm,
+)
 from llm_engine.ops_triton.tiles import Cut, Numerics, cut_product
 
+_OWN_HEAD_ROWS: Final = 1  # up to which products by head are faster here than with torch, measured on an H200
 _TORCH_ROWS: Final = 128  # from which on torch's products are faster than these, measured on an H200
 _WIDE_TORCH_ROWS: Final = 64  # above which that holds for products of bf16 in fp32 too
-_SUM_TILE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ def linear(x_RI: Tensor, packed: PackedLinear) -> Tensor:
     weight = packed.weight_OI
     if isinstance(weight, Fp8Weight):
         return linear_fp8(quantise_rows(x_RI), packed)
+    x_RI = x_RI.flatten(1)
     rows, depth = x_RI.shape
     if packed.numerics == "fast" and x_RI.dtype == weight.dtype == packed.out_dtype == torch.bfloat16:
         return torch.nn.functional.linear(x_RI, weight)
@@ -93,7 +103,8 @@ def suits_torch(rows: int, weight: Fp8Weight) -> bool:
 def heads_product(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, numerics: Numerics) -> None:
     """out[r, h] = x[r, h] · W[h]ᵀ. Rows and heads of `x` and `out` may be strided."""
     rows, heads, depth = x_RhI.shape
-    if numerics == "fast" and x_RhI.dtype == out_RhO.dtype == torch.bfloat16:
+    by_torch = numerics == "fast" and x_RhI.dtype == out_RhO.dtype == torch.bfloat16
+    if by_torch and (rows > _OWN_HEAD_ROWS or x_RhI.device.type == "cpu"):
         torch.bmm(x_RhI.transpose(0, 1), weight_hOI.transpose(1, 2), out=out_RhO.transpose(0, 1))
     elif rows:
         _launch(x_RhI, weight_hOI, out_RhO, cut_product(numerics, rows, depth, weight_hOI.shape[1], heads))
@@ -102,42 +113,39 @@ def heads_product(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, numerics: 
 def _launch(x_RhI: Tensor, weight_hOI: Tensor, out_RhO: Tensor, cut: Cut, *, in_two: bool = False) -> None:
     (rows, heads, depth), out = x_RhI.shape, out_RhO.shape[2]
     assert x_RhI.stride(2) == out_RhO.stride(2) == 1, "columns are adjacent"
+    assert heads == 1 or not cut.parallel, "products by head are not split"
     tile, splits = cut.tile, cut.splits
-    partial_ZRO = out_RhO
-    if cut.parallel:
-        assert heads == 1, "products by head are not split"
-        partial_ZRO = x_RhI.new_empty(splits, rows, out, dtype=torch.float32)
     grid = (ceil_div(rows, tile.rows) * ceil_div(out, tile.columns), splits if cut.parallel else 1, heads)
-    strides = (x_RhI.stride(0), x_RhI.stride(1), *((out, 0) if cut.parallel else out_RhO.stride()[:2]))
-    even = depth % tile.depth == 0 and out % tile.columns == 0
+    even, steps = depth % tile.depth == 0 and out % tile.columns == 0, _steps(depth, tile.depth, splits)
     _product[grid](
-        x_RhI, weight_hOI, partial_ZRO, rows, *strides, out, depth, _steps(depth, tile.depth, splits),
-        splits, cut.parallel, in_two, even, tile.rows, tile.columns, tile.depth, tile.turned, **tile.options(),
+        x_RhI, weight_hOI, out_RhO, *_meeting(out_RhO[:, 0], grid[0], cut), rows, x_RhI.stride(0), x_RhI.stride(1),
+        out_RhO.stride(0), out_RhO.stride(1), out, depth, steps,
+        splits, cut.parallel, in_two, even, tile.rows, tile.columns, tile.depth, tile.turned,
+        **tile.options(),
     )  # fmt: skip
-    if cut.parallel:
-        _add_partials(partial_ZRO, out_RhO[:, 0])
 
 
 def _launch_fp8(x: Fp8Rows, weight: Fp8Weight, out_RO: Tensor, cut: Cut) -> None:
     (rows, out), depth = out_RO.shape, weight.shape[1]
     tile, splits = cut.tile, cut.splits
-    partial_ZRO = x.scales_GR.new_empty(splits, rows, out) if cut.parallel else out_RO
     grid = (ceil_div(rows, tile.rows) * ceil_div(out, tile.columns), splits if cut.parallel else 1)
+    even, steps = out % tile.columns == 0, _steps(depth, BLOCK, splits)
     _product_fp8[grid](
-        x.values_RI, x.scales_GR, weight.values_OI, weight.scales, partial_ZRO, rows, out, depth,
-        _steps(depth, BLOCK, splits), splits, cut.parallel, out % tile.columns == 0, tile.rows, tile.columns, BLOCK,
-        tile.turned, **tile.options(),
+        x.values_RI, x.scales_GR, weight.values_OI, weight.scales, out_RO, *_meeting(out_RO, grid[0], cut), rows,
+        out, depth, steps,
+        splits, cut.parallel, even, tile.rows, tile.columns, BLOCK, tile.turned,
+        **tile.options(),
     )  # fmt: skip
-    if cut.parallel:
-        _add_partials(partial_ZRO, out_RO)
 
 
 def _steps(depth: int, step: int, splits: int) -> int:
     return ceil_div(ceil_div(depth, step), splits)
 
 
-def _add_partials(partial_ZRO: Tensor, out_RO: Tensor) -> None:
-    splits, rows, out = partial_ZRO.shape
-    assert out_RO.stride(1) == 1, "columns are adjacent"
-    grid = (rows, ceil_div(out, _SUM_TILE))
-    _sum_partials[grid](partial_ZRO, out_RO, rows, out_RO.stride(0), out, splits, _SUM_TILE)
+def _meeting(out_RO: Tensor, tiles: int, cut: Cut) -> tuple[Tensor | None, Tensor | None]:
+    """Where the splits of a product leave their sums, and the counters of those that have; for splits side by side."""
+    if not cut.parallel:
+        return None, None
+    assert tiles <= arrivals.MOST, "products of many tiles are not split"
+    rows, out = out_RO.shape
+    return out_RO.new_empty(cut.splits, rows, out, dtype=torch.float32), arrivals.counters(out_RO.device)

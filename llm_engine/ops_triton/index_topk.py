@@ -22,6 +22,7 @@ from llm_engine.ops_triton.lang import (
     dot,
     e4m3_ptr,
     kernel,
+    let_next_in,
     load_angles,
     pair_columns,
     row_slots,
@@ -134,6 +135,7 @@ def _turn(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEAD_TILE)
     head_mask = head[:, None] < HEADS
     source = query + row * row_stride + head[:, None] * head_stride

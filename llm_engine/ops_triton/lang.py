@@ -89,10 +89,31 @@ def tile_size(size: int, least: int = 1) -> int:
 
 @inline
 def await_inputs(OVERLAP: tl.constexpr) -> None:
-    """Let the next kernel be set up, and wait until what the kernels before this one have written can be read."""
+    """Wait until what the kernels before this one have written can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@inline
+def let_next_in(OVERLAP: tl.constexpr) -> None:
+    """Let the programs of the next kernel come in and wait, behind `await_inputs`: no kernel comes in two early.
+
+    Not for kernels whose programs fill processors. Those of the next one then crowd on the others, where they stay.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+
+
+@inline
+def arrives_last(counter: Ptr, count: Val) -> Val:
+    """Whether this program is the last of `count` to come here; it then finds what the others have stored before.
+
+    The counter is zero before and after; see `arrivals`.
+    """
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.store(counter, 0, mask=last)
+    return last
 
 
 @inline

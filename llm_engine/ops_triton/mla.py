@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llm_engine.ops_triton.attend import _attend, _merge, _unpack
 from llm_engine.ops_triton.cache import SCALE_GROUP, is_fp8
+from llm_engine.ops_triton.expand import merge_and_expand, serves
 from llm_engine.ops_triton.gemm import heads_product
 from llm_engine.ops_triton.lang import ceil_div, nvidia_arch, tile_size
 from llm_engine.ops_triton.plan import TritonPlan
@@ -55,9 +56,16 @@ def pack_kv_b(key_hDL: Tensor, value_hVL: Tensor, *, numerics: Numerics) -> Pack
 
 
 def mla_attend(
-    query_RhD: Tensor, plane_BPC: Tensor, plan: TritonPlan, sel_NK: Tensor | None, kv_b: PackedKvB, scale: float
+    query_RhD: Tensor,
+    plane_BPC: Tensor,
+    plan: TritonPlan,
+    sel_NK: Tensor | None,
+    kv_b: PackedKvB,
+    scale: float,
+    *,
+    fp8: bool = False,
 ) -> Tensor:
-    """See `llm_engine.ops.spec.MlaAttend`."""
+    """See `llm_engine.ops.spec.MlaAttend`. `fp8`: values may carry their quantised form."""
     rows, heads, width = query_RhD.shape
     (_, rank, plain), value = kv_b.absorb_hLD.shape, kv_b.expand_hVL.shape[1]
     out_RhV = query_RhD.new_empty(rows, heads, value)
@@ -72,11 +80,17 @@ def mla_attend(
     if kv_b.numerics == "fast" and is_fp8(plane_BPC) and _pays(plan, keys, rank + width - plain):
         unpacked_TC = _unpacked(plane_BPC, plan, rank, query_RhD)
     split, splits, portion = _splits(plan.num_rows, heads, rank, keys, kv_b.numerics)
+    at_once = kv_b.numerics == "fast" and rows == plan.num_rows <= portion and serves(rows, splits, kv_b.expand_hVL)
     for first in range(0, plan.num_rows, portion):
         some = slice(first, min(first + portion, plan.num_rows))
-        _attend_rows(
+        parts = _attend_rows(
             query_RhD, absorbed_RhL, plane_BPC, unpacked_TC, plan, sel_NK, latent_RhL, some, scale, split, splits
         )
+        if parts is not None and at_once:
+            return merge_and_expand(*parts, kv_b.expand_hVL, fp8=fp8)
+        if parts is not None:
+            grid, tile = (len(latent_RhL[some]), heads), tile_size(rank)
+            _merge[grid](*parts, latent_RhL[some], splits, grid[0], heads, rank, tile, _MERGED_AT_ONCE)
     heads_product(latent_RhL, kv_b.expand_hVL, out_RhV, kv_b.numerics)
     return out_RhV
 
@@ -137,8 +151,8 @@ def _attend_rows(
     scale: float,
     split: int,
     splits: int,
-) -> None:
-    """Attention of some rows, in one split or merged from several."""
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of some rows. Of several splits: their sums [Z, R, h, L], and maxima and totals [Z, R, h, 2]."""
     _, heads, rank = latent_RhL.shape
     rows, pairs = some.stop - some.start, plan.cos_RJ.shape[1]
     sel = None if sel_NK is None else sel_NK[some]
@@ -156,7 +170,7 @@ def _attend_rows(
             absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
             plan.visible_N[some], tables, out, plan.tables_SB.stride(0), scale * _LOG2_E, page,
         )  # fmt: skip
-        return
+        return None
     # Triton keeps as many tiles of keys in flight as stages are left by looking up where they are; two tiles fit.
     listed = not is_fp8(keys) and (sel is not None or unpacked_TC is None)
     _attend[(rows * ceil_div(heads, head_tile), splits)](
@@ -167,5 +181,4 @@ def _attend_rows(
         is_fp8(keys), SCALE_GROUP, _KEYS, split, splits > 1,
         num_warps=8 if head_tile * rank > 8192 else 4, num_stages=3 if listed else 2,
     )  # fmt: skip
-    if sums is not None:
-        _merge[(rows, heads)](out, sums, latent_RhL[some], splits, rows, heads, rank, tile_size(rank), _MERGED_AT_ONCE)
+    return None if sums is None else (out, sums)

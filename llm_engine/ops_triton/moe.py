@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_engine.ops.fp8 import Weight, in_full
-from llm_engine.ops_triton.deal import Deal, deal
+from llm_engine.ops_triton.deal import Deal, SingleDeal, deal
 from llm_engine.ops_triton.experts import _combine, _down_kernel, _swiglu, _up_kernel
 from llm_engine.ops_triton.gemm import PackedLinear, linear, linear_fp8, suits_torch
 from llm_engine.ops_triton.lang import ceil_div, for_hopper, tile_size
@@ -138,19 +138,23 @@ def moe(x_RH: Tensor, ids_RK: Tensor, weights_RK: Tensor, packed: PackedExperts)
     merged = packed.merged and shared is not None and not _alone_is_faster(rows, shared)
     awake = min(experts, rows * (top_k + merged))
     special = _for_hopper(packed, rows * top_k / experts)
+    dealt: Deal | SingleDeal
     if special is not None:
         dealt = deal(ids_RK, experts, special.ROWS.value, with_shared=merged)
         down_SH: Tensor = special.experts(quantise_rows(x_RH), dealt, gate_up, down)
     else:
         width = gate_up.shape[-2] // 2
         tiles = expert_tiles(packed.numerics, rows * top_k / experts, awake, hidden, width, fp8=fp8)
-        dealt = deal(ids_RK, experts, tiles[0].rows, with_shared=merged)
+        if rows == 1:
+            dealt = SingleDeal(ids_RK[0], merged, experts - 1, tiles[0].rows)
+        else:
+            dealt = deal(ids_RK, experts, tiles[0].rows, with_shared=merged)
         inner = _up(x_RH, gate_up, dealt, tiles[0], isinstance(down, Fp8Weight))
         down_SH = _down(inner, down, dealt, tiles[1], x_RH.dtype)
     shared_RH = None if merged or shared is None else mlp(x_RH, shared)
     _combine[(rows, ceil_div(hidden, _COMBINE_TILE))](
-        down_SH, dealt.slot_of_choice_RK, weights_RK, shared_RH, out_RH,
-        hidden, top_k, merged, shared_RH is not None, _COMBINE_TILE,
+        down_SH, dealt.slot_of_choice_RK if isinstance(dealt, Deal) else None, weights_RK, shared_RH, out_RH,
+        hidden, top_k, 0 if isinstance(dealt, Deal) else dealt.tile_rows, merged, shared_RH is not None, _COMBINE_TILE,
     )  # fmt: skip
     return out_RH
 
@@ -180,7 +184,9 @@ def _swiglu_fp8(gate_up_R2F: Tensor) -> Fp8Rows:
     return out
 
 
-def _up(x_RH: Tensor, gate_up: Tensor | Fp8Weight, dealt: Deal | None, tile: Tile, quantised: bool) -> Tensor | Fp8Rows:
+def _up(
+    x_RH: Tensor, gate_up: Tensor | Fp8Weight, dealt: Deal | SingleDeal | None, tile: Tile, quantised: bool
+) -> Tensor | Fp8Rows:
     """silu(x · Wgᵀ) · (x · Wuᵀ) for every slot of a deal, or for every row with one expert only.
 
     In fp8 if `quantised` and the tile has room for whole blocks.
@@ -193,30 +199,45 @@ def _up(x_RH: Tensor, gate_up: Tensor | Fp8Weight, dealt: Deal | None, tile: Til
     quantised = quantised and isinstance(gate_up, Fp8Weight) and tile.columns == BLOCK
     fp8_out = empty_rows(slots, width, x_RH.device) if quantised else None
     out = x_RH.new_empty(slots, width) if fp8_out is None else fp8_out.values_RI
-    dealt_to = (None, None) if dealt is None else (dealt.row_of_slot, dealt.expert_of_tile_T)
+    row_of_slot = dealt.row_of_slot if isinstance(dealt, Deal) else None
+    of_tile, *experts = _experts(dealt)
+    even = depth % tile.depth == 0 and width % tile.columns == 0
     if rows:
         _up_kernel[(tiles * ceil_div(width, tile.columns),)](
-            x, x_scales, weight, scales, *dealt_to, out,
+            x, x_scales, weight, scales, row_of_slot, of_tile, out,
             None if fp8_out is None else fp8_out.scales_GR, rows, tiles, x.stride(0), depth, width,
-            dealt is not None, x_scales is not None, quantised, depth % tile.depth == 0 and width % tile.columns == 0,
+            dealt is not None, *experts, x_scales is not None, quantised, even,
             tile.rows, tile.columns, tile.depth, tile.height, tile.turned, **tile.options(),
         )  # fmt: skip
     return out if fp8_out is None else fp8_out
 
 
-def _down(inner: Tensor | Fp8Rows, down: Tensor | Fp8Weight, dealt: Deal, tile: Tile, dtype: torch.dtype) -> Tensor:
+def _down(
+    inner: Tensor | Fp8Rows, down: Tensor | Fp8Weight, dealt: Deal | SingleDeal, tile: Tile, dtype: torch.dtype
+) -> Tensor:
     """x · Wdᵀ for every slot of a deal."""
     x, x_scales, weight, scales = _operands(inner, down)
+    fp8 = scales is not None
     (slots, depth), out = x.shape, down.shape[-2]
     step = min(tile.depth, tile_size(depth, 16))
     y_SH = torch.empty(slots, out, dtype=dtype, device=x.device)
-    paired = tile.paired and x_scales is not None and out % (2 * tile.columns) == 0
+    paired = tile.paired and fp8 and out % (2 * tile.columns) == 0
+    of_tile, *experts = _experts(dealt)
     _down_kernel[(dealt.num_tiles * ceil_div(out, tile.columns << paired),)](
-        x, x_scales, weight, scales, dealt.expert_of_tile_T, y_SH, dealt.num_tiles, depth, out,
-        x_scales is not None, paired, depth % step == 0 and out % tile.columns == 0,
+        x, x_scales, weight, scales, of_tile, y_SH, dealt.num_tiles, depth, out,
+        *experts, fp8, paired, depth % step == 0 and out % tile.columns == 0,
         tile.rows, tile.columns, step, tile.height, tile.turned, **tile.options(),
     )  # fmt: skip
     return y_SH
+
+
+def _experts(dealt: Deal | SingleDeal | None) -> tuple[Tensor | None, bool, int, int]:
+    """What tells kernels the expert of a tile: see `experts.expert_of`."""
+    if dealt is None:
+        return None, False, 0, 0
+    if isinstance(dealt, Deal):
+        return dealt.expert_of_tile_T, False, 0, dealt.last
+    return dealt.ids_K, True, len(dealt.ids_K), dealt.last
 
 
 def _operands(x: Tensor | Fp8Rows, weight: Tensor | Fp8Weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

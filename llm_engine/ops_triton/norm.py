@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, inline, kernel, let_next_in, tile_size
 from llm_engine.ops_triton.quant import BLOCK, carry_rows, empty_rows, quantise
 
 
@@ -54,6 +54,44 @@ def rms_scale(x: Val, eps: Val, WIDTH: tl.constexpr) -> Val:
     return 1.0 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps)
 
 
+@inline
+def norm_row(
+    x: Ptr,
+    residual: Ptr,
+    weight: Ptr,
+    out: Ptr,
+    total: Ptr,
+    out_values: Ptr,
+    out_scales: Ptr,
+    row: Val,
+    num_rows: Val,
+    x_stride: Val,
+    residual_stride: Val,
+    eps: Val,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One row normed, and quantised if FP8."""
+    column = tl.arange(0, TILE)
+    mask = column < WIDTH
+    value = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(residual + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + row * WIDTH + column, value.to(total.dtype.element_ty), mask=mask)
+    scaled = value * rms_scale(value, eps, WIDTH) * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    rounded = scaled.to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + column, rounded, mask=mask)
+    if FP8:
+        group = tl.arange(0, TILE // BLOCK)
+        values, scales = quantise(tl.reshape(rounded.to(tl.float32), (TILE // BLOCK, BLOCK)), 1)
+        at = row * WIDTH + group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(out_values + at, values, mask=(group < WIDTH // BLOCK)[:, None])
+        tl.store(out_scales + group.to(tl.int64) * num_rows + row, scales, mask=group < WIDTH // BLOCK)
+
+
 @kernel
 def _rms_norm(
     x: Ptr,
@@ -75,19 +113,9 @@ def _rms_norm(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, TILE)
-    mask = column < WIDTH
-    value = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if ADDED:
-        value += tl.load(residual + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total + row * WIDTH + column, value.to(total.dtype.element_ty), mask=mask)
-    scaled = value * rms_scale(value, eps, WIDTH) * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    rounded = scaled.to(out.dtype.element_ty)
-    tl.store(out + row * WIDTH + column, rounded, mask=mask)
-    if FP8:
-        group = tl.arange(0, TILE // BLOCK)
-        values, scales = quantise(tl.reshape(rounded.to(tl.float32), (TILE // BLOCK, BLOCK)), 1)
-        at = row * WIDTH + group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(out_values + at, values, mask=(group < WIDTH // BLOCK)[:, None])
-        tl.store(out_scales + group.to(tl.int64) * num_rows + row, scales, mask=group < WIDTH // BLOCK)
+    norm_row(
+        x, residual, weight, out, total, out_values, out_scales, row, num_rows, x_stride, residual_stride, eps, WIDTH,
+        TILE, ADDED, FP8, BLOCK,
+    )  # fmt: skip

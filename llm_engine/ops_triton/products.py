@@ -3,13 +3,16 @@
 A tile is a · bᵀ of some rows of x and some rows of W, its columns. TURNED tiles are computed as b · aᵀ: matrix units
 multiply many rows by any number of columns, and of few rows of x the weights make the better rows. Loads of weights
 then go straight from memory to the unit.
+
+Where splits of the depth run side by side, the last program of a tile to arrive adds what all have left, in the order
+of the splits: who is last changes nothing.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, dot, inline, kernel
+from llm_engine.ops_triton.lang import Ptr, Val, arrives_last, await_inputs, dot, inline, kernel, let_next_in
 
 
 @inline
@@ -45,11 +48,33 @@ def upright(tile: Val, TURNED: tl.constexpr) -> Val:
     return tl.trans(tile) if TURNED else tile
 
 
+@inline
+def store_in_turn(
+    part: Val,
+    partial_at: Ptr,
+    partial_stride: Val,
+    out_at: Ptr,
+    mask: Val,
+    arrivals: Ptr,
+    split: Val,
+    SPLITS: tl.constexpr,
+) -> None:
+    """Leave the sum of a split; the last program of a tile stores that of all."""
+    tl.store(partial_at + split * partial_stride, part, mask=mask)
+    if arrives_last(arrivals, SPLITS):
+        total = tl.zeros_like(part)
+        for each in tl.static_range(SPLITS):
+            total += tl.load(partial_at + each * partial_stride, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(out_at, total.to(out_at.dtype.scalar.element_ty), mask=mask)
+
+
 @kernel
 def _product(
     x: Ptr,
     weight: Ptr,
     out: Ptr,
+    partial: Ptr,
+    arrivals: Ptr,
     num_rows: int,
     x_stride: int,
     x_head_stride: int,
@@ -69,16 +94,17 @@ def _product(
     OVERLAP: tl.constexpr,
 ) -> None:
     """`num_steps` steps a split. TWO: the weight is two terms over each other. EVEN: only rows may be missing."""
-    await_inputs(OVERLAP)
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS), 8)
     head = tl.program_id(2).to(tl.int64)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1)  # 0 unless PARALLEL
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    x_at = x + head * x_head_stride + row.to(tl.int64)[:, None] * x_stride
     weight_at = weight + (head * width + column.to(tl.int64))[:, None] * depth
+    await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    x_at = x + head * x_head_stride + row.to(tl.int64)[:, None] * x_stride
     row_mask, column_mask = row[:, None] < num_rows, column < width
     total = blank(ROWS, COLUMNS, TURNED)
-    first = tl.program_id(1)  # 0 unless PARALLEL
     last_step = tl.cdiv(depth, STEP)
     for split in range(first, first + 1 if PARALLEL else SPLITS):
         part = blank(ROWS, COLUMNS, TURNED)
@@ -94,10 +120,15 @@ def _product(
                 low_at = weight_at + width * depth
                 part = multiply(a, tl.load(low_at + inner, mask=weight_mask, other=other), part, TURNED)
         total += part
-    if PARALLEL:
-        out += first.to(tl.int64) * num_rows * width
     at = out + head * out_head_stride + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=row_mask & column_mask[None, :])
+    mask = row_mask & column_mask[None, :]
+    if PARALLEL:
+        partial_at = partial + row.to(tl.int64)[:, None] * width + column[None, :]
+        store_in_turn(
+            upright(total, TURNED), partial_at, num_rows * width, at, mask, arrivals + tl.program_id(0), first, SPLITS
+        )
+    else:
+        tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -107,6 +138,8 @@ def _product_fp8(
     weight: Ptr,
     weight_scales: Ptr,
     out: Ptr,
+    partial: Ptr,
+    arrivals: Ptr,
     num_rows: int,
     width: int,
     depth: int,
@@ -121,49 +154,42 @@ def _product_fp8(
     OVERLAP: tl.constexpr,
 ) -> None:
     """`num_steps` groups of BLOCK values a split. EVEN: only rows may be missing. COLUMNS divide BLOCK."""
-    await_inputs(OVERLAP)
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS), 8)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1)  # 0 unless PARALLEL
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    weight_at = weight + column.to(tl.int64)[:, None] * depth
+    await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     row_mask, column_mask = row < num_rows, column < width
     groups = depth // BLOCK
     x_at = x + row.to(tl.int64)[:, None] * depth
-    weight_at = weight + column.to(tl.int64)[:, None] * depth
     scale_at = weight_scales + (column_tile * COLUMNS // BLOCK) * groups
     total = blank(ROWS, COLUMNS, TURNED)
-    first = tl.program_id(1)  # 0 unless PARALLEL
     for split in range(first, first + 1 if PARALLEL else SPLITS):
         part = blank(ROWS, COLUMNS, TURNED)
-        for group in range(split * num_steps, tl.minimum((split + 1) * num_steps, groups)):
+        end = tl.minimum((split + 1) * num_steps, groups)
+        begin = tl.minimum(split * num_steps, groups - 1)
+        weight_scale = tl.load(scale_at + begin)
+        row_scale = tl.load(x_scales + begin * num_rows + row, mask=row_mask, other=0.0)
+        for group in range(split * num_steps, end):
+            # The next scales are on their way while this step is computed: nothing else hides how far they are.
+            following = tl.minimum(group + 1, groups - 1)
+            next_weight_scale = tl.load(scale_at + following)
+            next_row_scale = tl.load(x_scales + following * num_rows + row, mask=row_mask, other=0.0)
             inner = (group * BLOCK + tl.arange(0, BLOCK))[None, :]
             a = tl.load(x_at + inner, mask=row_mask[:, None], other=0.0)
             b = tl.load(weight_at + inner, mask=None if EVEN else column_mask[:, None], other=None if EVEN else 0.0)
-            scale = tl.load(x_scales + group * num_rows + row, mask=row_mask, other=0.0) * tl.load(scale_at + group)
+            scale = row_scale * weight_scale
             part += multiply(a, b, blank(ROWS, COLUMNS, TURNED), TURNED) * by_row(scale, TURNED)
+            weight_scale, row_scale = next_weight_scale, next_row_scale
         total += part
-    if PARALLEL:
-        out += first.to(tl.int64) * num_rows * width
     at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=mask)
-
-
-@kernel
-def _sum_partials(
-    partial: Ptr,
-    out: Ptr,
-    num_rows: int,
-    out_stride: int,
-    width: int,
-    SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    await_inputs(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = column < width
-    total = tl.zeros((TILE,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partial + (split * num_rows + row) * width + column, mask=mask, other=0.0)
-    tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=mask)
+    if PARALLEL:
+        partial_at = partial + row.to(tl.int64)[:, None] * width + column[None, :]
+        store_in_turn(
+            upright(total, TURNED), partial_at, num_rows * width, at, mask, arrivals + tl.program_id(0), first, SPLITS
+        )
+    else:
+        tl.store(at, upright(total, TURNED).to(out.dtype.element_ty), mask=mask)

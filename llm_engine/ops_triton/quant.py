@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from llm_engine.ops.fp8 import Fp8Blocks, Weight, in_full
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, to_e4m3, ue8m0
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, let_next_in, to_e4m3, ue8m0
 from llm_engine.ops_triton.tiles import quantise_tile
 
 BLOCK: Final = 128
@@ -73,10 +73,11 @@ def carry_rows(x_RI: Tensor, rows: Fp8Rows) -> Tensor:
 
 
 def quantise_rows(x_RI: Tensor) -> Fp8Rows:
-    """Activations in groups of 1×128: the form they carry, or quantised on the fly. Rows may be strided."""
+    """Activations [R, …] in groups of 1×128: the form they carry, or quantised on the fly. Rows may be strided."""
     ready: Fp8Rows | None = getattr(x_RI, _FORM, None)
     if ready is not None:
         return ready
+    x_RI = x_RI.flatten(1)
     rows, depth = x_RI.shape
     out = empty_rows(rows, depth, x_RI.device)
     if rows:
@@ -164,6 +165,7 @@ def _quantise_rows(
     OVERLAP: tl.constexpr,
 ) -> None:
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     mask = (row < num_rows)[:, None] & (group < depth // BLOCK)[None, :]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_engine.ops.noise import ATANH_TERMS, GAMMA, GEOMETRIC_BITS, MIX_1, MIX_2
-from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, tile_size
+from llm_engine.ops_triton.lang import Ptr, Val, await_inputs, ceil_div, inline, kernel, let_next_in, tile_size
 
 NOISE: Final = (GAMMA, MIX_1, MIX_2, GEOMETRIC_BITS, ATANH_TERMS, math.log(2))  # constants of `exponential`
 _CHUNK: Final = 2048
@@ -89,6 +89,7 @@ def _peaks(
 ) -> None:
     """The largest scaled logit of each chunk, NaN left out: `_race` notices it."""
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row, token = tl.program_id(1).to(tl.int64), tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     scaled = _scaled(logits, temperature, row_stride, vocab, token, row)
     peak = tl.max(tl.where(scaled == scaled, scaled, float("-inf")), 0)
@@ -117,6 +118,7 @@ def _race(
 ) -> None:
     """The best score of each chunk and the lowest id that has it; NaN where a logit is, or the row has no peak."""
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     chunk, row, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     other = tl.arange(0, C_TILE)
     peak = tl.max(tl.load(peaks + row * chunks + other, mask=other < chunks, other=float("-inf")), 0)
@@ -136,6 +138,7 @@ def _race(
 def _winners(scores: Ptr, ids: Ptr, drawn: Ptr, num_chunks: int, C_TILE: tl.constexpr, OVERLAP: tl.constexpr) -> None:
     """The best of each row's chunks; the lowest id among equals, NaN if one of them is."""
     await_inputs(OVERLAP)
+    let_next_in(OVERLAP)
     row, chunk = tl.program_id(0).to(tl.int64), tl.arange(0, C_TILE)
     there = chunk < num_chunks
     score = tl.load(scores + row * num_chunks + chunk, mask=there, other=-1.0)

@@ -149,3 +149,45 @@ def test_attention_for_hopper_equals_the_general_kernel(
     assert torch.equal(special, again)
     assert ((special.float() - general).norm(**rowwise) <= 0.01 * general.norm(**rowwise)).all()
     note(format=format, num_seqs=num_seqs, rows=rows, context=context, **times)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("depth", "width"), [(7168, 2240), (7168, 256), (16384, 7168)])
+def test_split_products_give_the_same_bits_under_load(
+    depth: int, width: int, fp8: bool, card: torch.device, note: Note
+) -> None:
+    """Eager, replayed, behind each other and beside the same product on another stream: equal, and right."""
+    ops = load_ops("triton", "fast", "fp8" if fp8 else "bf16")
+    torch.manual_seed(0)
+    x = torch.randn(3, depth, device=card, dtype=torch.bfloat16)
+    x *= torch.logspace(-2, 2, depth // 128, device=card).repeat_interleave(128).bfloat16()
+    weight = torch.randn(width, depth, device=card) / depth**0.5
+    packed = ops.pack_linear(weight.bfloat16() if fp8 else weight, fp32=not fp8)
+    first = ops.linear(x, packed)
+    if not fp8:
+        expected = x.double() @ weight.double().T
+        assert (first.double() - expected).abs().max() < 1e-4 * expected.abs().max()
+    again = ops.capture(lambda: [ops.linear(x, packed) for _ in range(_CALLS)])
+    beside = torch.cuda.Stream()
+    load, got = torch.randn(4096, 4096, device=card), []
+    beside.wait_stream(torch.cuda.current_stream())
+    for _ in range(200 // _CALLS):
+        with torch.cuda.stream(beside):
+            got += [load @ load, *(ops.linear(x, packed) for _ in range(_CALLS))][1:]
+        got += [ops.linear(x, packed) for _ in range(_CALLS)]
+        got += [out.clone() for out in again()]
+    torch.accelerator.synchronize()
+    assert all(torch.equal(out, first) for out in got)
+    note(depth=depth, width=width, fp8=fp8, equal=len(got), us=_replayed_us(partial(ops.linear, x, packed), card))
+
+
+@pytest.mark.parametrize("context", [1024, 2048])
+def test_attention_of_a_row_ends_in_one_launch(
+    context: int, card: torch.device, note: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = _prefill_attention("fp8", 1, 1, context, card)
+    at_once, times = attend(), {"at_once_us": _replayed_us(attend, card)}
+    monkeypatch.setattr(mla, "serves", lambda *_: False)
+    apart = attend()
+    assert (at_once.float() - apart.float()).norm() <= 0.01 * apart.float().norm()
+    note(context=context, **times, apart_us=_replayed_us(attend, card))

@@ -26,9 +26,10 @@ REFUSED = {  # by triton-ascend 3.2.0 for the 910B, which has no fp8
     "_swiglu",
     "_unpack",
     "_write_latent_fp8",
+    "_enter",
     "_attend",
     "_choose",
-    "_choose_gathered",
+    "_choose_chunk",
     "_write_latent",
 }
 _CASES = ((False, 16, 2), (False, 1, 4096), (True, 16, 2), (True, 1, 4096))  # fp8, sequences, rows of each

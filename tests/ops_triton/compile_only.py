@@ -26,6 +26,7 @@ from llm_engine.ops_triton import build_on
 
 META = torch.device("meta")
 BLOCK_TOKENS, HIDDEN, TOPK = 64, 7168, 2048
+PHASES = {"decode": (16, 2), "few": (4, 2), "single": (1, 1), "prefill": (1, 4096)}  # sequences, rows of each
 
 
 class CompileOnly:
@@ -99,16 +100,18 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
     latent, index = (tensor(2000, BLOCK_TOKENS, width, dtype=dtype) for width in widths)
     ops.write_latent(latent, kv, tensor(512), 1e-6, plan)
     ops.write_index_keys(index, key, tensor(128, dtype=fp32), tensor(128, dtype=fp32), 1e-6, plan)
-    query = ops.rms_norm(query, tensor(1536), 1e-6)
+    assert ops.enter is not None
+    key_norm = tensor(128, dtype=fp32), tensor(128, dtype=fp32)
+    query = ops.enter(query, tensor(1536), latent, kv, tensor(512), index, key, key_norm, 1e-6, 1e-6, plan)
     index_query = ops.linear(query, ops.pack_linear(tensor(8192, 1536))).view(-1, 64, 128)
-    weights = ops.linear(x, ops.pack_linear(tensor(64, HIDDEN), fp32=True))
+    weights = ops.linear(x, ops.pack_linear(tensor(64, HIDDEN, dtype=fp32), fp32=True))
     sel = ops.index_topk(index_query, weights, index, plan, TOPK)
     heads = ops.linear(query, ops.pack_linear(tensor(24576, 1536))).view(-1, 128, 192)
     kv_b = ops.pack_kv_b(tensor(128, 128, 512), tensor(128, 128, 512))
     for selection in (sel, None):
         attended = ops.mla_attend(heads, latent, plan, selection, kv_b, 0.135)
-    ops.linear(attended.flatten(1), ops.pack_linear(tensor(HIDDEN, 16384)))
-    logits = ops.linear(x, ops.pack_linear(tensor(256, HIDDEN), fp32=True))
+    ops.linear(attended, ops.pack_linear(tensor(HIDDEN, 16384)))
+    logits = ops.linear(x, ops.pack_linear(tensor(256, HIDDEN, dtype=fp32), fp32=True))
     config = GateConfig(top_k=8, num_groups=8, top_groups=4, scale=2.5)
     ids, shares = ops.gate(logits, tensor(256, dtype=fp32), config)
     shared = ops.pack_mlp(tensor(4096, HIDDEN), tensor(HIDDEN, 2048))
@@ -180,7 +183,7 @@ def main(cases: list[str], *, once: bool) -> None:
             continue
         numerics, weights, phase = case.split("/")
         ops = build_on(META, numerics, torch.bfloat16, fp8=weights == "fp8")  # type: ignore[arg-type]
-        step = batch(16, 2, 65536) if phase == "decode" else batch(1, 4096, 65536)
+        step = batch(*PHASES[phase], 65536)
         run_layer(ops, step, fp8_pages=weights == "fp8")
     json.dump([report(kernel) for kernel in card.compiled], sys.stdout, indent=1)
 

@@ -53,8 +53,8 @@ def test_what_is_made_for_hopper_compiles(case: str, names: list[str], cache_dir
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles(cache_dir: Path) -> None:
-    """Each once, of three passes that together launch all of them."""
-    kernels = compiled("--once exact/bf16/decode fast/fp8/decode fast/fp8/prefill", cache_dir)
+    """Each once, of four passes that together launch all of them."""
+    kernels = compiled("--once exact/bf16/decode fast/fp8/decode fast/fp8/single fast/fp8/prefill", cache_dir)
     names = {kernel["name"] for kernel in kernels}
     sources = "".join(path.read_text() for path in Path(ops_triton.__file__).parent.glob("*.py"))
     assert names == set(re.findall(r"@(?:gluon_|fp8_)?kernel\ndef (\w+)", sources))
@@ -68,6 +68,6 @@ def test_every_kernel_compiles(cache_dir: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("phase", ["decode", "few", "single", "prefill"])
 def test_every_launch_compiles(numerics: str, weights: str, phase: str, cache_dir: Path) -> None:
     assert compiled(f"{numerics}/{weights}/{phase}", cache_dir)

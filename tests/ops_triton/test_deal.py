@@ -7,7 +7,9 @@ from llm_engine.ops_triton.deal import deal
 
 
 @pytest.mark.parametrize("with_shared", [False, True])
-@pytest.mark.parametrize(("rows", "experts", "tile_rows"), [(1, 7, 16), (30, 4, 16), (700, 5, 64), (4200, 3, 64)])
+@pytest.mark.parametrize(("rows", "experts", "tile_rows"), [
+    (1, 7, 16), (9, 40, 16), (16, 4, 16), (28, 300, 64), (17, 4, 16), (30, 4, 16), (700, 5, 64), (4200, 3, 64),
+])  # fmt: skip
 def test_every_choice_has_a_slot_of_its_expert(rows: int, experts: int, tile_rows: int, with_shared: bool) -> None:
     """700 rows are more choices than one scan takes, 4200 more than one long scan does."""
     torch.manual_seed(rows)

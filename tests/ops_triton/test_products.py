@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
-from llm_engine.ops_triton import gemm
+from llm_engine.ops_triton import arrivals, gemm
 from llm_engine.ops_triton.deal import deal
+from llm_engine.ops_triton.lang import INTERPRETED
 from llm_engine.ops_triton.moe import _down, _swiglu_fp8, _up, moe, pack_experts, pack_mlp
 from llm_engine.ops_triton.norm import add_rms_norm, rms_norm
 from llm_engine.ops_triton.quant import (
@@ -21,7 +26,7 @@ from llm_engine.ops_triton.quant import (
     quantise_weight,
     scaled_mm,
 )
-from llm_engine.ops_triton.tiles import Cut, Tile
+from llm_engine.ops_triton.tiles import Cut, Tile, cut_product
 
 UPRIGHT = Tile(rows=16, columns=64, depth=128, warps=4, stages=2)
 CUTS = [Cut(UPRIGHT, 1, parallel=False), Cut(UPRIGHT, 3, parallel=False), Cut(UPRIGHT, 2, parallel=True)]
@@ -59,6 +64,73 @@ def test_turned_tiles_give_the_same_product_in_fp8(cut: Cut, width: int) -> None
         out = torch.full((21, width), torch.nan, dtype=torch.bfloat16)
         gemm._launch_fp8(x, weight, out, each)
         torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=1e-2)
+
+
+@contextmanager
+def arriving(order: Callable[[int], list[int]]) -> Iterator[None]:
+    """Interpreted programs run in another order along the splits of a launch."""
+    plain = interpreter.interpreter_builder.set_grid_idx
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        splits = interpreter.interpreter_builder.grid_dim[1]
+        plain(x, order(splits)[y], z)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.interpreter_builder, "set_grid_idx", set_grid_idx)
+        yield
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a card has its own order")
+@pytest.mark.parametrize("fp8", [False, True])
+def test_who_arrives_last_changes_nothing(fp8: bool) -> None:
+    """The same bits in any order, from counters that every product leaves at zero."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 1024).bfloat16(), torch.randn(200, 1024).bfloat16() / 9
+    x *= torch.logspace(-3, 3, 8).repeat_interleave(BLOCK)  # sums that depend on their order
+    cut, outs = Cut(UPRIGHT, 8, parallel=True), []
+    orders: list[Callable[[int], list[int]]] = [
+        lambda count: list(range(count)),
+        lambda count: list(range(count))[::-1],
+        lambda count: [(3 * place + 2) % count for place in range(count)],
+    ]
+    for order in orders:
+        out = torch.full((5, 200), torch.nan)
+        with arriving(order):
+            if fp8:
+                gemm._launch_fp8(quantise_rows(x), quantise_weight(weight), out, cut)
+            else:
+                gemm._launch(x[:, None], weight[None], out[:, None], cut)
+        outs.append(out)
+        assert not arrivals.counters(out.device).any()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    in_turn = torch.full((5, 200), torch.nan)
+    if not fp8:
+        gemm._launch(x[:, None], weight[None], in_turn[:, None], replace(cut, parallel=False))
+        assert torch.equal(in_turn, outs[0])
+
+
+def test_counters_are_shared_by_nobody_at_the_same_time() -> None:
+    device = torch.get_default_device()
+    here = arrivals.counters(device)
+    assert arrivals.counters(device) is here
+    apart = arrivals.make(device)
+    with arrivals.set_apart(apart):
+        assert arrivals.counters(device) is apart
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(arrivals.counters, torch.device("cpu")).result(timeout=10)
+    assert there is not arrivals.counters(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize(("depth", "width", "heads"), [(128, 512, 3), (512, 128, 3)])
+def test_products_by_head_of_few_rows(rows: int, depth: int, width: int, heads: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(heads, rows, depth + 64).bfloat16(), torch.randn(heads, width, depth).bfloat16() / 16
+    x_RhI = x.transpose(0, 1)[..., :depth]
+    out = torch.full((rows, heads, width), torch.nan, dtype=torch.bfloat16)
+    gemm._launch(x_RhI, weight, out, cut_product("fast", rows, depth, width, heads))
+    expected = torch.einsum("rhi,hoi->rho", x_RhI.double(), weight.double())
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=1e-2)
 
 
 def test_a_weight_in_two_terms_is_multiplied_in_fp32() -> None:
