@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llm_engine.ops_triton.deal import Deal
-from llm_engine.ops_triton.fp8_hopper import (
+from llm_engine.ops_triton.experts_hopper_lang import (
     BLOCK,
     PRODUCERS,
     PROGRAMS,

@@ -25,15 +25,21 @@ from llm_engine.ops_triton.lang import Ptr, Val
 
 
 @gluon_inline
-def _slots(sel: Ptr, table: Ptr, start: Val, tile: Val, count: Val, K: gl.constexpr, P: gl.constexpr) -> Val:
-    """Cache rows of a tile's keys; beyond the end that of the last key again."""
-    place = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LINES))
-    position = gl.maximum(gl.minimum(place, count - 1), 0)
+def position(sel: Ptr, place: Val, end: Val, K: gl.constexpr) -> Val:
+    """Positions of some of a row's keys; beyond the end that of the last key again."""
+    at = gl.maximum(gl.minimum(place, end - 1), 0)
     if K > 0:
-        position = gl.maximum(gl.load(sel + position), 0)
+        at = gl.maximum(gl.load(sel + at), 0)
+    return at
+
+
+@gluon_inline
+def _slots(sel: Ptr, table: Ptr, start: Val, tile: Val, limits: Group, K: gl.constexpr, P: gl.constexpr) -> Val:
+    """Cache rows of a tile's keys."""
+    at = position(sel, limits[0] + tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LINES)), limits[1], K)
     if P == 0:
-        return start + position.to(gl.int64)
-    return gl.load(table + position // P).to(gl.int64) * P + position % P
+        return start + at.to(gl.int64)
+    return gl.load(table + at // P).to(gl.int64) * P + at % P
 
 
 @gluon_inline
@@ -57,20 +63,18 @@ def _fetch_half(
 
 @gluon_inline
 def produce(
-    plane: Ptr, sel: Ptr, table: Ptr, start: Val, count: Val, pairs: Val, keys: Group, bars: Group,
-    K: gl.constexpr, P: gl.constexpr,
+    plane: Ptr, sel: Ptr, table: Ptr, start: Val, limits: Group, pairs: Val, keys: Group, bars: Group,
+    K: gl.constexpr, P: gl.constexpr, _PROGRAMS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fetch all tiles, in the order in which halves become free."""
-    left, right, rest = keys
+    """Fetch all tiles of keys `limits[0]` to `limits[1]`, in the order in which halves become free."""
+    latents, rest = keys
     full, free, _, _ = bars
-    slot = _slots(sel, table, start, 0, count, K, P)
+    slot = _slots(sel, table, start, 0, limits, K, P)
     for pair in range(pairs):
         for side in gl.static_range(2):
             rows = plane + slot * (L + E)
-            slot = _slots(sel, table, start, 2 * pair + side + 1, count, K, P)
+            slot = _slots(sel, table, start, 2 * pair + side + 1, limits, K, P)
             for far in gl.static_range(2):
                 mbarrier.wait(free.index(2 * side + far), (pair & 1) ^ 1)
-                if side == far:
-                    _fetch_half(left.index(side), rest.index(side), rows, full, 0, 2 * side + far, far)
-                else:
-                    _fetch_half(right.index(side), rest.index(side), rows, full, HALF, 2 * side + far, far)
+                half = latents.index(2 * side + (side ^ far))
+                _fetch_half(half, rest.index(side), rows, full, (side ^ far) * HALF, 2 * side + far, far)

@@ -18,11 +18,12 @@ from llm_engine.ops_triton.lang import Kernel
 
 F = TypeVar("F", bound=Callable[..., Any])
 Tile: TypeAlias = gl.shared_memory_descriptor
-Group: TypeAlias = gl.tuple  # of tiles: left halves, right halves, rests; of barriers: full, free, ready, met
+Group: TypeAlias = gl.tuple  # of tiles: halves of latents, rests; of barriers: full, free, ready, met
 
 # Names that Triton 3.9 changed.
 copy_async = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
 sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+view = Tile.reinterpret if hasattr(Tile, "reinterpret") else Tile._reinterpret
 
 HEAD_TILE: Final = gl.constexpr(64)
 KEYS: Final = gl.constexpr(64)  # of a tile
@@ -33,12 +34,10 @@ CHUNKS: Final = gl.constexpr(2)  # of half a tile; one costs a tenth, four gain 
 
 _SCORES: Final = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
 SCORES: Final = gl.constexpr(_SCORES)
-SUMS: Final = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 HEADS_OF_SCORES: Final = gl.constexpr(gl.SliceLayout(1, _SCORES))
 KEYS_OF_SCORES: Final = gl.constexpr(gl.SliceLayout(0, _SCORES))
 LINES: Final = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 128 bytes for eight threads
 WIDE: Final = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
-EVERY: Final = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 TILE: Final = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 PLAIN: Final = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 BARRIER: Final = gl.constexpr(mbarrier.MBarrierLayout())

@@ -4,7 +4,7 @@ A row walks over its keys in ascending position, whether they are a selection or
 number of keys that `exact` fixes. Every split keeps its own maximum and sums; they are merged in order, and one split
 alone merges to what it was. So a row's bits depend on its own keys only, and a selection of everything equals none.
 With `fast`, rows share their keys evenly among splits, and where many rows read the same fp8 pages these are unpacked
-once for all of them. Rows that need no splits and have keys in bf16 go to `attend_hopper` on cards of that kind.
+once for all of them. Rows in a few splits at most go to `attend_hopper` on cards of that kind.
 
 Shapes: R rows, N real rows, h heads, D query width without rotated part, J rope pairs, L latent rank, C = L + 2J,
 V value width, K selected, Z splits.
@@ -13,8 +13,6 @@ V value width, K selected, Z splits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 from typing import Final
 
 import torch
@@ -24,7 +22,7 @@ from llm_engine.ops_triton.attend import _attend, _merge, _unpack
 from llm_engine.ops_triton.cache import SCALE_GROUP, is_fp8
 from llm_engine.ops_triton.expand import merge_and_expand, serves
 from llm_engine.ops_triton.gemm import heads_product
-from llm_engine.ops_triton.lang import ceil_div, nvidia_arch, tile_size
+from llm_engine.ops_triton.lang import ceil_div, for_hopper, tile_size
 from llm_engine.ops_triton.plan import TritonPlan
 from llm_engine.ops_triton.tiles import Numerics
 
@@ -33,6 +31,7 @@ _KEYS: Final = 64  # of one step; 32 cost half as much again
 _HEADS: Final = 64  # of one program, at most: the rows of one product, and their sums fill its registers
 _EXACT_SPLIT: Final = 512  # keys
 _WANTED_PROGRAMS: Final = 132  # one for every processor, which holds no more
+_HOPPER_SPLITS: Final = 4  # above, rows are few and a program's start weighs more than its keys
 _PARTIAL_BYTES: Final = 512 << 20
 _MERGED_AT_ONCE: Final = 16  # partial sums in flight, at most
 _UNPACKED_BYTES: Final = 512 << 20
@@ -127,18 +126,6 @@ def _unpacked(plane: Tensor, plan: TritonPlan, rank: int, like: Tensor) -> Tenso
     return out_TC
 
 
-@cache
-def _hopper() -> ModuleType | None:
-    """`attend_hopper` where the card and the language are those it was written for."""
-    if nvidia_arch() != 90:
-        return None
-    try:
-        from llm_engine.ops_triton import attend_hopper
-    except (ImportError, AttributeError):  # Gluon is experimental: names come and go
-        return None
-    return attend_hopper
-
-
 def _attend_rows(
     query_RhD: Tensor,
     absorbed_RhL: Tensor,
@@ -164,21 +151,21 @@ def _attend_rows(
     keys, tables, page = plane, plan.tables_SB, plan.block_tokens
     if unpacked_TC is not None:
         keys, tables, page = unpacked_TC, plan.starts_S, 0
-    special = _hopper() if not split and splits == 1 else None
+    special = for_hopper("attend_hopper") if not split and splits <= _HOPPER_SPLITS else None
     if special is not None and special.serves(absorbed_RhL, keys, 2 * pairs):
         special.attend_pairs(
             absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
-            plan.visible_N[some], tables, out, plan.tables_SB.stride(0), scale * _LOG2_E, page,
+            plan.visible_N[some], tables, out, sums, plan.tables_SB.stride(0), scale * _LOG2_E, page,
         )  # fmt: skip
-        return None
-    # Triton keeps as many tiles of keys in flight as stages are left by looking up where they are; two tiles fit.
-    listed = not is_fp8(keys) and (sel is not None or unpacked_TC is None)
-    _attend[(rows * ceil_div(heads, head_tile), splits)](
-        absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
-        plan.visible_N[some], tables, out, sums, rows, plan.tables_SB.stride(0), *query_RhD.stride()[:2],
-        scale * _LOG2_E, heads, head_tile, query_RhD.shape[2] - 2 * pairs, rank, tile_size(rank, 16),
-        2 * pairs, tile_size(2 * pairs, 16), chosen, tile_size(chosen), page,
-        is_fp8(keys), SCALE_GROUP, _KEYS, split, splits > 1,
-        num_warps=8 if head_tile * rank > 8192 else 4, num_stages=3 if listed else 2,
-    )  # fmt: skip
+    else:
+        # Triton keeps as many tiles of keys in flight as stages are left by looking up where they are; two tiles fit.
+        listed = not is_fp8(keys) and (sel is not None or unpacked_TC is None)
+        _attend[(rows * ceil_div(heads, head_tile), splits)](
+            absorbed_RhL[some], query_RhD[some], plan.cos_RJ[some], plan.sin_RJ[some], keys, sel, plan.seqs_N[some],
+            plan.visible_N[some], tables, out, sums, rows, plan.tables_SB.stride(0), *query_RhD.stride()[:2],
+            scale * _LOG2_E, heads, head_tile, query_RhD.shape[2] - 2 * pairs, rank, tile_size(rank, 16),
+            2 * pairs, tile_size(2 * pairs, 16), chosen, tile_size(chosen), page,
+            is_fp8(keys), SCALE_GROUP, _KEYS, split, splits > 1,
+            num_warps=8 if head_tile * rank > 8192 else 4, num_stages=3 if listed else 2,
+        )  # fmt: skip
     return None if sums is None else (out, sums)

@@ -97,8 +97,11 @@ def test_draws_by_the_kernel_are_those_of_library_calls(rows: int, card: torch.d
     )  # fmt: skip
 
 
-def _prefill_attention(format: str, num_seqs: int, rows: int, context: int, card: torch.device) -> Callable[[], Tensor]:
-    """Attention of the last `rows` rows of each of some sequences, every row over 2,048 keys at most."""
+def _attention(format: str, num_seqs: int, rows: int, context: int, card: torch.device) -> Callable[[], Tensor]:
+    """Attention of the last `rows` rows of each of some sequences, every row over 2,048 keys at most.
+
+    Contexts of no more than that come without a selection.
+    """
     ops, block, int32 = load_ops("triton", "fast", "bf16"), 64, torch.int32
     blocks, total = context // block, num_seqs * rows
     positions = torch.arange(context - rows, context, device=card).repeat(num_seqs)
@@ -125,25 +128,26 @@ def _prefill_attention(format: str, num_seqs: int, rows: int, context: int, card
     )
     chosen = chance.topk(min(2048, context), 1)
     sel = torch.where(chosen.values >= 0, chosen.indices, context).sort(1).values
-    sel = torch.where(sel < context, sel, -1).to(int32)
+    sel = None if context <= 2048 else torch.where(sel < context, sel, -1).to(int32)
     query = torch.randn(total, 128, 192, device=card, dtype=torch.bfloat16)
     halves = (torch.randn(128, 128, 512, device=card, dtype=torch.bfloat16) * 0.05 for _ in range(2))
     return partial(ops.mla_attend, query, plane, plan, sel, ops.pack_kv_b(*halves), 0.1)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
-@pytest.mark.parametrize(
-    ("num_seqs", "rows", "context"), [(1, 4096, 4096), (3, 77, 2112), (1, 4096, 32768), (96, 1, 2112)]
-)
+@pytest.mark.parametrize(("num_seqs", "rows", "context"), [
+    (1, 4096, 4096), (3, 77, 2112), (1, 4096, 32768), (1, 1, 4096), (1, 1, 1024), (5, 3, 960), (16, 1, 8192),
+    (64, 1, 4096), (96, 1, 2112),
+])  # fmt: skip
 def test_attention_for_hopper_equals_the_general_kernel(
     format: str, num_seqs: int, rows: int, context: int, card: torch.device, note: Note, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend, rowwise = _prefill_attention(format, num_seqs, rows, context, card), {"dim": (1, 2)}
-    if mla._hopper() is None:
+    attend, rowwise = _attention(format, num_seqs, rows, context, card), {"dim": (1, 2)}
+    if mla.for_hopper("attend_hopper") is None:
         pytest.skip("made for another card")
     special, again = attend(), attend()
     times = {"special_us": _replayed_us(attend, card)}
-    monkeypatch.setattr(mla, "_hopper", lambda: None)
+    monkeypatch.setattr(mla, "for_hopper", lambda _name: None)
     general = attend().float()
     times["general_us"] = _replayed_us(attend, card)
     assert torch.equal(special, again)
@@ -185,7 +189,7 @@ def test_split_products_give_the_same_bits_under_load(
 def test_attention_of_a_row_ends_in_one_launch(
     context: int, card: torch.device, note: Note, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = _prefill_attention("fp8", 1, 1, context, card)
+    attend = _attention("fp8", 1, 1, context, card)
     at_once, times = attend(), {"at_once_us": _replayed_us(attend, card)}
     monkeypatch.setattr(mla, "serves", lambda *_: False)
     apart = attend()

@@ -124,14 +124,18 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
 
 
 def run_attend_pairs() -> None:
-    """Over keys side by side."""
+    """Over keys side by side and over fp8 pages, with whole rows and with parts of them."""
     from llm_engine.ops_triton.attend_hopper import attend_pairs
 
-    rows, int32 = 8, torch.int32
-    latent, angles = tensor(rows, 128, 512), tensor(rows, 32, dtype=torch.float32)
+    rows, int32, fp32 = 8, torch.int32, torch.float32
+    latent, angles = tensor(rows, 128, 512), tensor(rows, 32, dtype=fp32)
     sel, of_row, starts = tensor(rows, TOPK, dtype=int32), tensor(rows, dtype=int32), tensor(1, dtype=int32)
-    query, keys = tensor(rows, 128, 192), tensor(4096, 576)
-    attend_pairs(latent, query, angles, angles, keys, sel, of_row, of_row, starts, latent, 64, 0.2, 0)
+    keys, pages = tensor(4096, 576), tensor(64, BLOCK_TOKENS, 656, dtype=torch.uint8)
+    sums, parts, table = tensor(2, rows, 128, 512, dtype=fp32), tensor(2, rows, 128, 2, dtype=fp32), starts[None]
+    for out, rest in ((latent, None), (sums, parts)):
+        row = (latent, tensor(rows, 128, 192), angles, angles)
+        attend_pairs(*row, keys, sel, of_row, of_row, starts, out, rest, 64, 0.2, 0)
+        attend_pairs(*row, pages, sel, of_row, of_row, table, out, rest, 64, 0.2, BLOCK_TOKENS)
 
 
 def run_experts() -> None:
