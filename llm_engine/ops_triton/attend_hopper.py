@@ -117,10 +117,12 @@ def _attend_pairs(
     )
     COLUMNS: gl.constexpr = HALF // 2 if FP8 else HALF  # of one product: sixteen warps have fewer registers at first
     limits, sizes = (first, end), (count, pairs, scale)
-    fetched = (plane, sel, table, start, limits, pairs, keys, bars, K, P, gl.constexpr(head_tiles))
     gl.warp_specialize(
         [
-            (produce_fp8 if FP8 else produce, fetched),
+            (
+                produce_fp8 if FP8 else produce,
+                (plane, sel, table, start, limits, pairs, keys, bars, K, P, gl.constexpr(head_tiles)),
+            ),
             (consume, (rows, sizes, queries, keys, tops, bars, PARTIAL, COLUMNS, gl.constexpr(0))),
             (consume, (rows, sizes, queries, keys, tops, bars, PARTIAL, COLUMNS, gl.constexpr(1))),
         ],
