@@ -39,10 +39,14 @@ class Indexer:
             plane_BPD, key_RD, weight_D, bias_D, _KEY_NORM_EPS, step.plan, interleaved=interleaved
         )
 
+    def leaves_out(self, step: Step) -> bool:
+        """Whether some row of the batch may see more positions than are chosen."""
+        return step.longest > self._spec.topk
+
     def select(self, x_RH: Tensor, query_latent_RQ: Tensor, plane_BPD: Tensor, step: Step) -> Tensor | None:
         """Positions [R, K] each row attends to, or None when no row of the batch has to leave any out."""
         spec = self._spec
-        if step.longest <= spec.topk:
+        if not self.leaves_out(step):
             return None
         query_RiD = self._ops.linear(query_latent_RQ, self._query).view(-1, spec.num_heads, spec.head_dim)
         g_Ri = self._ops.linear(x_RH, self._head_weights)

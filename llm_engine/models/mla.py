@@ -6,6 +6,7 @@ Shapes: R rows, H hidden, Q query rank, C latent cache width (latent ‖ rotated
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from llm_engine.models.layers import LayerPlanes, LayerWeights, Step
 from llm_engine.models.spec import ModelSpec
 from llm_engine.ops import Ops
 from llm_engine.ops.fp8 import over_each_other
+from llm_engine.ops.spec import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,10 @@ class MlaAttention:
     def attend(self, rows: Projected, planes: LayerPlanes, step: Step) -> Tensor:
         """Attention output [R, H] of rows that `write` has stored."""
         spec, ops = self._spec, self._ops
-        chosen = None
-        if self._indexer is not None:
-            chosen = self._indexer.select(rows.x_RH, rows.query_latent_RQ, _required(planes.index), step)
+        chosen: Selection = None
+        if self._indexer is not None and self._indexer.leaves_out(step):
+            index = _required(planes.index)
+            chosen = ops.beside(partial(self._indexer.select, rows.x_RH, rows.query_latent_RQ, index, step))
         query_RhE = ops.linear(rows.query_latent_RQ, self._query).view(-1, spec.num_heads, spec.qk_dim)
         heads_RhV = ops.mla_attend(query_RhE, planes.latent, step.plan, chosen, self._kv_b, spec.softmax_scale)
         return ops.linear(heads_RhV, self._output)

@@ -26,6 +26,7 @@ PackedMlp: TypeAlias = Any
 PackedExperts: TypeAlias = Any
 PackedKvB: TypeAlias = Any
 AttentionPlan: TypeAlias = Any
+Selection: TypeAlias = Tensor | Callable[[], Tensor | None] | None  # positions, or a call that waits for them
 T = TypeVar("T")
 
 
@@ -193,7 +194,8 @@ class MlaAttend(Protocol):
     """Latent attention: query [R, h, D + 2J] → [R, h, V].
 
     The last 2J query columns are rotated here (interleaved pairs). Row r sees the positions up to its own, or those in
-    `sel_NK` (ascending, -1 behind). Whether keys are expanded or queries absorbed is the backend's choice.
+    `selection` (ascending, -1 behind), for `made` as late as may be. Whether keys are expanded or queries absorbed is
+    the backend's choice.
     A row without keys gives zeros, never NaN; a NaN in a cache row that is not seen changes nothing.
     """
 
@@ -202,10 +204,15 @@ class MlaAttend(Protocol):
         query_RhD: Tensor,
         plane_BPC: Tensor,
         plan: AttentionPlan,
-        sel_NK: Tensor | None,
+        selection: Selection,
         kv_b: PackedKvB,
         scale: float,
     ) -> Tensor: ...
+
+
+def made(selection: Selection) -> Tensor | None:
+    """The positions, once they are there."""
+    return selection() if callable(selection) else selection
 
 
 class Race(Protocol):
@@ -243,6 +250,21 @@ class Pin(Protocol):
 
 def pin_nothing(host: Tensor) -> None:
     """The pin of backends whose device is the host."""
+
+
+class Beside(Protocol):
+    """Begin what `function` does; the call that is returned waits for it, and must be made.
+
+    What `function` reads is there when it begins, and nobody writes it meanwhile; nobody else reads what it writes.
+    """
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]: ...
+
+
+def at_once(function: Callable[[], T]) -> Callable[[], T]:
+    """The `Beside` of backends that do one thing at a time."""
+    result = function()
+    return lambda: result
 
 
 class Capture(Protocol):

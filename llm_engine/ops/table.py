@@ -44,4 +44,5 @@ class Ops:
     enter: spec.Enter | None = None  # None: the three operations that it stands for
     race: spec.Race | None = None  # None: the sampler's own, out of library calls
     capture: spec.Capture = spec.run_again
+    beside: spec.Beside = spec.at_once
     pin: spec.Pin = spec.pin_nothing

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_engine.ops.spec import Selection, made
 from llm_engine.ops_cpu.gemm import Gemm, PackedProduct
 from llm_engine.ops_cpu.jit import (
     CACHE,
@@ -53,9 +54,10 @@ class PackedKvB:
 
 
 def mla_attend(
-    query_RhD: Tensor, plane_BPC: Tensor, plan: CpuPlan, sel_NK: Tensor | None, kv_b: PackedKvB, scale: float
+    query_RhD: Tensor, plane_BPC: Tensor, plan: CpuPlan, selection: Selection, kv_b: PackedKvB, scale: float
 ) -> Tensor:
     """See `llm_engine.ops.spec.MlaAttend`."""
+    sel_NK = made(selection)
     query = query_RhD.float()
     absorbed_hRL = kv_b.absorb(query[..., : -2 * plan.cos_RJ.shape[1]]).contiguous()
     heads, _, rank = absorbed_hRL.shape

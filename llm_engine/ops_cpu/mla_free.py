@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from llm_engine.ops import ForwardBatch
+from llm_engine.ops.spec import Selection, made
 from llm_engine.ops_cpu import mla_tiles
 from llm_engine.ops_cpu.gemm import Gemm, PackedProduct
 from llm_engine.ops_cpu.jit import (
@@ -161,9 +162,10 @@ def _group(plan: CpuPlan, rows_n: Longs, counts_n: Longs, sel_NK: Longs | None) 
 
 
 def mla_attend(
-    query_RhD: Tensor, plane_BPC: Tensor, plan: FreePlan, sel_NK: Tensor | None, kv_b: FreeKvB, scale: float
+    query_RhD: Tensor, plane_BPC: Tensor, plan: FreePlan, selection: Selection, kv_b: FreeKvB, scale: float
 ) -> Tensor:
     """See `llm_engine.ops.spec.MlaAttend`."""
+    sel_NK = made(selection)
     turned_RhD = _turned(query_RhD, plan)
     cache_SC = plane_BPC.view(-1, plane_BPC.shape[-1])
     spans = plan.spans if sel_NK is None else ()

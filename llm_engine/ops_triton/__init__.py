@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
 from llm_engine.ops import Ops
-from llm_engine.ops.spec import pin_nothing, run_again
+from llm_engine.ops.spec import at_once, pin_nothing, run_again
 from llm_engine.ops_triton import mla
 from llm_engine.ops_triton.cache import write_index_keys, write_latent
 from llm_engine.ops_triton.capture import CudaCapture, pin
@@ -44,6 +44,7 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         return lambda rows_RI: linear(rows_RI, packed)
 
     check = partial(check_products, make_product, dtype, device) if numerics == "exact" else _nothing_to_check
+    capture = CudaCapture() if device.type == "cuda" else None
     name = str(dtype).removeprefix("torch.")
     return Ops(
         name=f"triton/{numerics}/{name}{'+fp8' if fp8 else ''}",
@@ -69,7 +70,8 @@ def build_on(device: torch.device, numerics: Numerics, dtype: torch.dtype, *, fp
         mla_attend=partial(mla.mla_attend, fp8=fp8),
         self_check=check,
         race=race,
-        capture=CudaCapture() if device.type == "cuda" else run_again,
+        capture=run_again if capture is None else capture,
+        beside=at_once if capture is None else capture.beside,
         pin=pin if device.type == "cuda" else pin_nothing,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm_engine.api.errors import ConfigError
+from llm_engine.ops.spec import at_once
 from llm_engine.ops_triton import arrivals
 
 T = TypeVar("T")
@@ -35,25 +37,36 @@ class CudaCapture:
     def __init__(self) -> None:
         self._latest: torch.cuda.CUDAGraph | None = None
         self._counters: Tensor | None = None
+        self._beside: tuple[torch.cuda.Stream, Tensor] | None = None
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
         self._warm_up(function)
         if self._counters is None:
             self._counters = arrivals.make(torch.device("cuda", torch.cuda.current_device()))
-        graph, counters = torch.cuda.CUDAGraph(), self._counters
+            self._beside = torch.cuda.Stream(), arrivals.make(self._counters.device)  # type: ignore[no-untyped-call]
+        graph, counters, beside = torch.cuda.CUDAGraph(), self._counters, self._beside
         with (
             arrivals.set_apart(counters),
             torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()),
         ):
             result = function()
         self._latest = graph
+        return partial(_replay, graph, result, (counters, beside))
 
-        def replay() -> T:
-            assert counters is not None, "kept as long as the recording that counts with them"
-            graph.replay()
+    def beside(self, function: Callable[[], T]) -> Callable[[], T]:
+        """See `llm_engine.ops.spec.Beside`: by a stream of its own while recording, at once otherwise."""
+        if self._beside is None or not torch.cuda.is_current_stream_capturing():
+            return at_once(function)
+        here, (there, counters) = torch.cuda.current_stream(), self._beside
+        there.wait_stream(here)
+        with torch.cuda.stream(there), arrivals.set_apart(counters):
+            result = function()
+
+        def join() -> T:
+            here.wait_stream(there)
             return result
 
-        return replay
+        return join
 
     @staticmethod
     def _warm_up(function: Callable[[], object]) -> None:
@@ -63,3 +76,9 @@ class CudaCapture:
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, result: T, _counters: object) -> T:
+    """Counters are kept as long as the recording that counts with them."""
+    graph.replay()
+    return result

@@ -27,8 +27,6 @@ class Deal:
     row_of_slot: Tensor  # int32 [T · M], -1: nobody
     expert_of_tile_T: Tensor  # int32, -1: the tile is not used
     tile_rows: int  # M
-    with_shared: bool
-    last: int  # expert
 
     @property
     def num_tiles(self) -> int:
@@ -57,19 +55,18 @@ def deal(ids_RK: Tensor, experts: int, tile_rows: int, *, with_shared: bool) -> 
     width = top_k + with_shared
     choices = rows * width
     tiles = min(choices, ceil_div(choices, tile_rows) + min(experts, choices))
+    counts_E = ids_RK.new_empty(experts, dtype=torch.int32)
     slot_of_choice = ids_RK.new_empty(rows, width, dtype=torch.int32)
     row_of_slot = ids_RK.new_empty(tiles * tile_rows, dtype=torch.int32)
     expert_of_tile = ids_RK.new_empty(tiles, dtype=torch.int32)
-    dealt = (slot_of_choice, row_of_slot, expert_of_tile)
     ids_RK = ids_RK.contiguous()
-    counts_E = ids_RK.new_empty(experts, dtype=torch.int32)
     scan, warps = (_SCAN, 4) if choices <= _LONG_SCAN else (_LONG_SCAN, 8)
     _count[(experts,)](ids_RK, counts_E, choices, top_k, width, experts, scan, num_warps=warps)
     _place[(experts,)](
-        ids_RK, counts_E, *dealt, choices, tiles, top_k, width, experts, tile_size(experts), tile_rows, scan,
-        num_warps=warps,
+        ids_RK, counts_E, slot_of_choice, row_of_slot, expert_of_tile, choices, tiles,
+        top_k, width, experts, tile_size(experts), tile_rows, scan, num_warps=warps,
     )  # fmt: skip
-    return Deal(*dealt, tile_rows, with_shared, experts - 1)
+    return Deal(slot_of_choice, row_of_slot, expert_of_tile, tile_rows)
 
 
 @inline

@@ -32,7 +32,7 @@ def merge_and_expand(partial_ZRhL: Tensor, sums_ZRh2: Tensor, expand_hVL: Tensor
     values, scales = (None, None) if quantised is None else (quantised.values_RI, quantised.scales_GR)
     _merge_and_expand[(heads, rows)](
         partial_ZRhL, sums_ZRh2, expand_hVL, out_RhV, values, scales, splits, tile_size(splits), heads, rank, value,
-        quantised is not None, _STEP, num_warps=8,
+        quantised is not None, _STEP, num_warps=4,
     )  # fmt: skip
     return out_RhV if quantised is None else carry_rows(out_RhV, quantised)
 

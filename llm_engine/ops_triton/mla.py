@@ -18,6 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from llm_engine.ops.spec import Selection, made
 from llm_engine.ops_triton.attend import _attend, _merge, _unpack
 from llm_engine.ops_triton.cache import SCALE_GROUP, is_fp8
 from llm_engine.ops_triton.expand import merge_and_expand, serves
@@ -58,7 +59,7 @@ def mla_attend(
     query_RhD: Tensor,
     plane_BPC: Tensor,
     plan: TritonPlan,
-    sel_NK: Tensor | None,
+    selection: Selection,
     kv_b: PackedKvB,
     scale: float,
     *,
@@ -69,9 +70,11 @@ def mla_attend(
     (_, rank, plain), value = kv_b.absorb_hLD.shape, kv_b.expand_hVL.shape[1]
     out_RhV = query_RhD.new_empty(rows, heads, value)
     if not plan.num_rows:
+        made(selection)
         return out_RhV.zero_()
     absorbed_RhL = query_RhD.new_empty(rows, heads, rank)
     heads_product(query_RhD[..., :plain], kv_b.absorb_hLD, absorbed_RhL, kv_b.numerics)
+    sel_NK = made(selection)
     latent_RhL = query_RhD.new_empty(rows, heads, rank)
     latent_RhL[plan.num_rows :] = 0
     keys = plan.max_visible if sel_NK is None else sel_NK.shape[1]

@@ -236,7 +236,7 @@ def _experts(dealt: Deal | SingleDeal | None) -> tuple[Tensor | None, bool, int,
     if dealt is None:
         return None, False, 0, 0
     if isinstance(dealt, Deal):
-        return dealt.expert_of_tile_T, False, 0, dealt.last
+        return dealt.expert_of_tile_T, False, 0, 0
     return dealt.ids_K, True, len(dealt.ids_K), dealt.last
 
 

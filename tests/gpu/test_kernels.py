@@ -195,3 +195,28 @@ def test_attention_of_a_row_ends_in_one_launch(
     apart = attend()
     assert (at_once.float() - apart.float()).norm() <= 0.01 * apart.float().norm()
     note(context=context, **times, apart_us=_replayed_us(attend, card))
+
+
+def test_what_runs_beside_is_waited_for(card: torch.device) -> None:
+    """Two chains of split products in a recording give what they give one after the other, replay after replay."""
+    ops = load_ops("triton", "fast", "fp8")
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7168, device=card).bfloat16(), torch.randn(7168, 7168, device=card).bfloat16() / 85
+    packed = ops.pack_linear(weight)
+
+    def chain(row: Tensor) -> Tensor:
+        for _ in range(_CALLS):
+            row = ops.linear(row, packed)
+        return row
+
+    def both() -> tuple[Tensor, Tensor]:
+        begun = ops.beside(partial(chain, x))
+        own = chain(-x)
+        return begun(), own
+
+    expected, again = both(), ops.capture(both)
+    for _ in range(20):
+        got = again()
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+        for out in got:
+            out.fill_(torch.nan)

@@ -69,6 +69,14 @@ def test_sparse_attention_sees_the_selection_and_nothing_else(ops: Ops) -> None:
     assert torch.equal(got[2], torch.zeros_like(got[2])), "a row without keys gives zeros"
 
 
+def test_a_selection_may_be_made_late(ops: Ops) -> None:
+    cache = Paged.random([40], WIDTH, ops.dtype)
+    attention, sel = Attention(ops, 1), torch.tensor([[3, 17, 30]], dtype=torch.int32)
+    rows, plan = padded_rows(attention.query, ops.row_tile), cache.plan(ops, [(0, 39, 40)])
+    late = ops.mla_attend(rows, cache.plane, plan, lambda: sel, attention.kv_b, SCALE)
+    assert torch.equal(late[:1], attention(cache, [(0, 39, 40)], attention.query, sel))
+
+
 def test_swapped_rope_layout_is_noticed(exact: Ops) -> None:
     cache = Paged.random([40], WIDTH, torch.float32)
     attention = Attention(exact, 1)

@@ -146,8 +146,7 @@ def run_experts() -> None:
     from llm_engine.ops_triton.quant import Fp8Rows, Fp8Weight
 
     fp8, fp32, int32 = torch.float8_e4m3fn, torch.float32, torch.int32
-    choices, slots, tiles = ((8192, 8), (768 * 128,), (768,))
-    dealt = Deal(*(tensor(*size, dtype=int32) for size in (choices, slots, tiles)), 128, with_shared=False, last=255)
+    dealt = Deal(tensor(8192, 8, dtype=int32), tensor(768 * 128, dtype=int32), tensor(768, dtype=int32), 128)
     gate_up = Fp8Weight(tensor(256, 4096, HIDDEN, dtype=fp8), tensor(256, 32, 56, dtype=fp32))
     down = Fp8Weight(tensor(256, HIDDEN, 2048, dtype=fp8), tensor(256, 56, 16, dtype=fp32))
     experts(Fp8Rows(tensor(8192, HIDDEN, dtype=fp8), tensor(56, 8192, dtype=fp32)), dealt, gate_up, down)
