@@ -110,6 +110,7 @@ class Outbox:
         self._items: deque[Item] = deque()
         self._next = [0] * len(layer_planes(layout))
         self._checked = Blocks()
+        self._last: tuple[int, ...] | None = None  # as it was given; nobody can have changed it since
         self._chunk: Chunk | None = None  # the sender's last
         self._granted: Granted | None = None
         self._queued = False  # the sender has been woken; until its turn has ended
@@ -127,12 +128,13 @@ class Outbox:
             if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
                 last = first + len(blocks) - 1
                 raise ValueError(f"layer {layer}: {first}..{last} are not the next of {self.num_blocks} blocks")
-            # Every layer of a chunk reports the same blocks.
-            if blocks is not self._checked and tuple(blocks) != self._checked:
+            # Every layer of a chunk reports the same blocks, most often in the same tuple.
+            if blocks is not self._last and tuple(blocks) != self._checked:
                 if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
                     expected = f"expected 0..{self._layout.num_blocks - 1}"
                     raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
                 self._checked = Blocks(blocks)
+            self._last = blocks if isinstance(blocks, tuple) else None
             self._next[layer] = first + len(blocks)
             self._items.append(Item(layer, first, self._checked, ready))
             return self._wake()
