@@ -159,6 +159,7 @@ def test_a_killed_controller_finds_everything_again(cluster: Site, api: OpenAI) 
     assert [worker["pid"] for worker in after["workers"]] == [worker["pid"] for worker in before["workers"]]
 
 
+@pytest.mark.slow
 def test_a_pool_scales_and_a_worker_drains(cluster: Site, api: OpenAI) -> None:
     text = complete(api)
     grown = cluster.baton("scale", "decode", "2")

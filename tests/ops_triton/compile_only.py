@@ -124,7 +124,7 @@ def run_layer(ops: Ops, step: ForwardBatch, *, fp8_pages: bool) -> None:
 
 
 def run_attend_pairs() -> None:
-    """Over keys side by side and over fp8 pages, with whole rows and with parts of them, chosen keys and all."""
+    """Over keys side by side and over fp8 pages, each with whole rows and with parts, chosen keys and all of them."""
     from llm_engine.ops_triton.attend_hopper import attend_pairs
 
     rows, int32, fp32 = 8, torch.int32, torch.float32
@@ -134,9 +134,9 @@ def run_attend_pairs() -> None:
     sums, parts, table = tensor(2, rows, 128, 512, dtype=fp32), tensor(2, rows, 128, 2, dtype=fp32), starts[None]
     for out, rest in ((latent, None), (sums, parts)):
         row = (latent, tensor(rows, 128, 192), angles, angles)
-        for chosen in (sel, None):
-            attend_pairs(*row, keys, chosen, of_row, of_row, starts, out, rest, 64, 0.2, 0)
-            attend_pairs(*row, pages, chosen, of_row, of_row, table, out, rest, 64, 0.2, BLOCK_TOKENS)
+        some, others = (sel, None) if rest is None else (None, sel)
+        attend_pairs(*row, keys, some, of_row, of_row, starts, out, rest, 64, 0.2, 0)
+        attend_pairs(*row, pages, others, of_row, of_row, table, out, rest, 64, 0.2, BLOCK_TOKENS)
 
 
 def run_experts() -> None:
