@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,20 +98,21 @@ async def test_none_without_cores_to_spare(heard: list[Progress], monkeypatch: p
         assert heard == []
 
 
-async def test_it_stops_after_a_while_or_when_told() -> None:
-    said: list[float] = []
+async def test_it_stops_after_a_while_or_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said, told, pace = [100.0], list[float](), list[float](), list[float]()
+    monkeypatch.setattr(awake, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def say_nothing() -> bool:
-        said.append(time.monotonic())
+    def say_nothing(to: list[float]) -> bool:
+        to.append(now[0])
         return True
 
-    started = time.monotonic()
-    awake.keep_awake(say_nothing)
-    await asyncio.sleep(4 * awake.LONGEST_S)
-    assert said
-    assert said[-1] - started <= awake.LONGEST_S + 0.02  # the last was due before, and may have been late
+    awake.keep_awake(partial(say_nothing, said))
+    awake.keep_awake(lambda: bool(told.append(now[0])))
+    now[0] += awake.LONGEST_S
+    await until(lambda: len(said) >= 3)
+    now[0] += awake.EVERY_S
     count = len(said)
-    awake.keep_awake(lambda: bool(said.append(0.0)))
-    await until(lambda: len(said) > count)
-    await asyncio.sleep(20 * awake.EVERY_S)
-    assert len(said) == count + 1
+    awake.keep_awake(partial(say_nothing, pace))
+    await until(lambda: len(pace) >= 5)  # by then the others would have gone on too
+    assert len(said) == count
+    assert len(told) == 1
