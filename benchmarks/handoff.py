@@ -118,19 +118,22 @@ class Writer:
         return Sample(parcel, report, started, compute_end, ended)
 
     def _compute(self, handoff: Handoff, blocks: list[int], cached_tokens: int) -> float:
-        """The step thread: cached blocks are ready at once, the others chunk by chunk and layer by layer."""
-        num_layers = sum(plane.num_layers for plane in self._layout.planes) // 2
-        cached = cached_tokens // BLOCK_TOKENS
-        for layer in range(num_layers if cached else 0):
-            handoff.layer_ready(layer, 0, blocks[:cached])
+        """The step thread: the prefix found in the cache is ready at once, all else chunk by chunk and layer by layer.
+
+        With nothing to compute everything is such a prefix.
+        """
+        layers = range(sum(plane.num_layers for plane in self._layout.planes) // 2)
+        cached = cached_tokens // BLOCK_TOKENS if self._layer_s else len(blocks)
+        if cached:
+            handoff.layers_ready(layers, 0, blocks[:cached])
         compute = self._compute_layer.begin()
         for first in range(cached, len(blocks), self._chunk_blocks):
             chunk = tuple(blocks[first : first + self._chunk_blocks])
-            for layer in range(num_layers):
+            for layer in layers:
                 started = time.monotonic()
                 seconds = self._layer_s * len(chunk) / min(self._chunk_blocks, len(blocks))
                 compute.layer(seconds * self._ready_at)
-                handoff.layer_ready(layer, first, chunk)
+                handoff.layers_ready(range(layer, layer + 1), first, chunk)
                 compute.layer(seconds * (1 - self._ready_at))
                 self._trace.add("compute", f"layer {layer}", started, time.monotonic())
         ended = compute.end()

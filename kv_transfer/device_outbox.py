@@ -102,6 +102,8 @@ class DeviceOutbox(Outbox):
             while self._fill(device, cost, granted, turn):
                 self._tell(turn, _PROGRESS_BYTES)
                 if self._unsent() == 0:
+                    if "enqueued" not in self.marks:
+                        turn.tell(())
                     self.marks.reach("enqueued")
                     if len(self._flying) == 1:  # checksums are there before the copies
                         self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
@@ -165,7 +167,8 @@ class DeviceOutbox(Outbox):
             self._layer_s = max(1e-6, self._landed_at - before) / len(piece.group)
         elif piece.num_bytes:
             cost.measured(piece.num_bytes, self._landed_at - before)
-        self._region.recycle([piece.done, *(cast(Mark, item.ready) for item in piece.group)])
+        own = (cast(Mark, item.ready) for item in piece.group if not item.is_shared)
+        self._region.recycle([piece.done, *own])
 
     def _unsent(self) -> int:
         """(layer, block) pairs that are not even enqueued."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kv_transfer.device import DeviceRegion
@@ -48,8 +48,8 @@ class DeviceLanding:
         """Layers that are hashed at all."""
         return len(self._row_bytes)
 
-    def advance(self, layers: Iterable[tuple[int, int]]) -> None:
-        """See Landing.advance."""
+    def advance(self, layers: Sequence[tuple[int, int]]) -> None:
+        """See Landing.advance. No layers: the last will land soon."""
         due: list[tuple[int, int]] = []
         for layer, num_blocks in layers:
             wanted = min(num_blocks, len(self.blocks))
@@ -58,6 +58,8 @@ class DeviceLanding:
                 due.append((layer, wanted))
         if due:
             self._enqueue(due)  # launches only: less than a hop to a thread takes
+        elif not layers and self._digests is not None and self._left_bytes:
+            self._digests.rehearse(self.blocks)
 
     def on_landed(self, cells: Sequence[Cells]) -> None:
         """Peers store here unseen."""

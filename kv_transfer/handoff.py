@@ -1,6 +1,6 @@
 """One hand-off on the writer's side: from the offer to the verdict.
 
-Runs on the event loop, except `layer_ready` and `complete`, which any thread may call; see `delivery`. A hand-off is
+Runs on the event loop, except `layers_ready` and `complete`, which any thread may call; see `delivery`. A hand-off is
 over when `ended` is set: then no write is in flight and the receiver has been told, or has accepted, or is gone.
 """
 
@@ -80,13 +80,13 @@ class Handoff:
         """Why the hand-off has failed, or None. It still needs `abort` before its blocks are released."""
         return self._error
 
-    def layer_ready(self, layer: int, first_block_index: int, block_ids: Sequence[int]) -> None:
-        """Blocks `first_block_index …` of the sequence are complete in `layer` (0..L-1 main, L.. MTP). Thread-safe.
+    def layers_ready(self, layers: range, first_block_index: int, block_ids: Sequence[int]) -> None:
+        """Blocks `first_block_index …` of the sequence are complete in `layers` (0..L-1 main, L.. MTP). Thread-safe.
 
         Never blocks. Per layer the calls must come in block order without gaps or repeats (ValueError otherwise); a
         call after the end is ignored.
         """
-        wake = self._outbox.put(layer, first_block_index, block_ids)
+        wake = self._outbox.put(layers, first_block_index, block_ids)
         if (delivery := self._delivery) is not None:
             delivery.news(wake)
 

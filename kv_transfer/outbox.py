@@ -55,6 +55,7 @@ class Item(NamedTuple):
     first: int
     blocks: tuple[int, ...]
     ready: object
+    is_shared: bool  # other items have the same `ready`
 
 
 @dataclass(frozen=True)
@@ -116,27 +117,28 @@ class Outbox:
         self._queued = False  # the sender has been woken; until its turn has ended
         self._left = -1  # (layer, block) pairs still to be written; -1 before the grant
 
-    def put(self, layer: int, first: int, blocks: Sequence[int]) -> bool:
-        """Blocks `first …` are complete in `layer`. Any thread. True: wake the sender.
+    def put(self, layers: range, first: int, blocks: Sequence[int]) -> bool:
+        """Blocks `first …` are complete in these layers. Any thread. True: wake the sender.
 
-        Raises ValueError if the call leaves a gap, repeats blocks, or names blocks that do not exist.
+        Raises ValueError if the call leaves a gap, repeats blocks, or names blocks or layers that do not exist.
         """
         if self.gate.stopped():
             return False
         ready = self._mark()
         with self._lock:
-            if not 0 <= layer < len(self._next) or first != self._next[layer] or first + len(blocks) > self.num_blocks:
+            fits = 0 <= layers.start < layers.stop <= len(self._next) and first + len(blocks) <= self.num_blocks
+            if not fits or any(self._next[layer] != first for layer in layers):
                 last = first + len(blocks) - 1
-                raise ValueError(f"layer {layer}: {first}..{last} are not the next of {self.num_blocks} blocks")
+                raise ValueError(f"layers {layers}: {first}..{last} are not the next of {self.num_blocks} blocks")
             # Every layer of a chunk reports the same blocks, most often in the same tuple.
             if blocks is not self._last and tuple(blocks) != self._checked:
                 if len(blocks) and not (min(blocks) >= 0 and max(blocks) < self._layout.num_blocks):
                     expected = f"expected 0..{self._layout.num_blocks - 1}"
-                    raise ValueError(f"layer {layer}: block ids {list(blocks)}, {expected}")
+                    raise ValueError(f"layers {layers}: block ids {list(blocks)}, {expected}")
                 self._checked = Blocks(blocks)
             self._last = blocks if isinstance(blocks, tuple) else None
-            self._next[layer] = first + len(blocks)
-            self._items.append(Item(layer, first, self._checked, ready))
+            self._next[layers.start : layers.stop] = [first + len(blocks)] * len(layers)
+            self._items.extend(Item(layer, first, self._checked, ready, len(layers) > 1) for layer in layers)
             return self._wake()
 
     def prepare(self) -> None:

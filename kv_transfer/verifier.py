@@ -32,8 +32,8 @@ class AnyLanding(Protocol):
 
     policy: Policy
 
-    def advance(self, layers: Iterable[tuple[int, int]]) -> None:
-        """The writer says that so many blocks of these layers have landed."""
+    def advance(self, layers: Sequence[tuple[int, int]]) -> None:
+        """The writer says that so many blocks of these layers have landed; no layers: that the last will soon."""
         ...
 
     def on_landed(self, cells: Sequence[Cells]) -> None:
@@ -123,7 +123,7 @@ class Landing:
         """Layers that are hashed at all."""
         return len(self._layers)
 
-    def advance(self, layers: Iterable[tuple[int, int]]) -> None:
+    def advance(self, layers: Sequence[tuple[int, int]]) -> None:
         """Hash the first `num_blocks` blocks of each layer, in a thread. On the loop; ignores what is no block here."""
         due: list[tuple[int, int]] = []
         for layer, num_blocks in layers:

@@ -1,7 +1,7 @@
 """Writer side of the hand-off, as the prefill worker uses it.
 
-Everything here runs on one asyncio loop except `Handoff.layer_ready`, which any thread may call, and the copying, which
-runs on one sender thread per peer.
+Everything here runs on one asyncio loop except `Handoff.layers_ready`, which any thread may call, and the copying,
+which runs on one sender thread per peer.
 """
 
 from __future__ import annotations

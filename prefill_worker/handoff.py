@@ -32,15 +32,15 @@ class Outbound:
         self.started = False
         self._lock = threading.Lock()
         self._handoff: Handoff | None = None
-        self._early: list[tuple[int, int, Seq[int]]] = []
+        self._early: list[tuple[range, int, Seq[int]]] = []
 
-    def layer_ready(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
+    def layers_ready(self, layers: range, first_block_index: int, block_ids: Seq[int]) -> None:
         """Blocks that are computed, or will be by what is submitted to the device; on the step thread. Never waits."""
         with self._lock:
             if self._handoff is None:
-                self._early.append((layer, first_block_index, block_ids))
+                self._early.append((layers, first_block_index, block_ids))
                 return
-        self._handoff.layer_ready(layer, first_block_index, block_ids)
+        self._handoff.layers_ready(layers, first_block_index, block_ids)
 
     def complete(self, prefilled: Prefilled) -> None:
         """Everything is computed, on the step thread: the hand-off, if it is offered by now, need not wait for more."""
@@ -53,7 +53,7 @@ class Outbound:
         """Pass on what has been reported so far, in order, and everything that follows."""
         with self._lock:
             for report in self._early:
-                handoff.layer_ready(*report)
+                handoff.layers_ready(*report)
             self._early.clear()
             self._handoff = handoff
 
@@ -79,11 +79,11 @@ class Outbox:
         if outbound is not None:
             self.on_started(outbound)
 
-    def layer_ready(self, seq: Sequence, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
+    def layers_ready(self, seq: Sequence, layers: range, first_block_index: int, block_ids: Seq[int]) -> None:
         """`LayerSink`."""
         outbound = self._outbound.get((seq.request_id, seq.attempt))
         if outbound is not None:
-            outbound.layer_ready(layer, first_block_index, block_ids)
+            outbound.layers_ready(layers, first_block_index, block_ids)
 
     def prefilled(self, prefilled: Prefilled) -> None:
         """A sequence is computed, on the step thread."""

@@ -34,8 +34,7 @@ class LayerFeed:
         self._sink.started(seq)
         hits = seq.blocks[: seq.num_cached // self._block_tokens]
         if hits:
-            for layer in range(self._num_layers + self._with_mtp):
-                self._sink.layer_ready(seq, layer, 0, hits)
+            self._sink.layers_ready(seq, range(self._num_layers + self._with_mtp), 0, hits)
 
     def spans(self, chunks: Seq[Chunk]) -> list[Span]:
         """The blocks that these chunks complete."""
@@ -52,7 +51,7 @@ class LayerFeed:
 
         def report(layer: int) -> None:
             for span in spans:
-                self._sink.layer_ready(span.seq, layer, span.first, span.blocks)
+                self._sink.layers_ready(span.seq, range(layer, layer + 1), span.first, span.blocks)
 
         return report
 

@@ -20,11 +20,12 @@ class LayerSink(Protocol):
     def started(self, seq: Sequence) -> None:
         """The first chunk of `seq` is about to be computed; `seq.blocks` holds the blocks of all its tokens."""
 
-    def layer_ready(self, seq: Sequence, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
-        """Rows of `layer` in these blocks are final: `block_ids[i]` is block `first_block_index + i` of `seq`.
+    def layers_ready(self, seq: Sequence, layers: range, first_block_index: int, block_ids: Seq[int]) -> None:
+        """Rows of `layers` in these blocks are final: `block_ids[i]` is block `first_block_index + i` of `seq`.
 
         Layers 0 … L-1 are the main model's, L is the MTP layer where its planes exist. Every (layer, block) is reported
-        once per sequence; prefix hits for all layers right after `started`. The last block may be partly filled.
+        once per sequence; prefix hits of all layers in one call, right after `started`. The last block may be partly
+        filled.
         """
 
 

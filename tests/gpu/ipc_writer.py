@@ -95,7 +95,7 @@ async def main(settings: dict[str, Any]) -> None:
             submit = make_submit(request_id, len(blocks) * BLOCK_TOKENS, target)
             handoffs[request_id] = client.offer(submit, len(blocks) * BLOCK_TOKENS, "w1", on_failed=say_failed)
         for layer in layers:
-            handoffs[request_id].layer_ready(layer, 0, blocks)
+            handoffs[request_id].layers_ready(range(layer, layer + 1), 0, blocks)
         if 3 in layers:
             asyncio.create_task(commit(handoffs[request_id]))  # noqa: RUF006
     await client.close()

@@ -141,9 +141,9 @@ class StagedPair:
         """`LayerSink`."""
         self._sent[seq.request_id] = []
 
-    def layer_ready(self, seq: Sequence, layer: int, first: int, blocks: Seq[int]) -> None:
+    def layers_ready(self, seq: Sequence, layers: range, first: int, blocks: Seq[int]) -> None:
         """`LayerSink`."""
-        if layer == 0:
+        if 0 in layers:
             assert first == len(self._sent[seq.request_id]), "blocks arrive in order, each once"
             self._sent[seq.request_id] += blocks
 

@@ -81,8 +81,7 @@ async def writer(settings: dict[str, Any]) -> None:
         request_id, num_blocks, num_layers = json.loads(line)
         submit = make_submit(request_id, num_blocks * BLOCK_TOKENS, target)
         handoff = client.offer(submit, num_blocks * BLOCK_TOKENS, "w1", on_failed=say_failed)
-        for layer in range(num_layers):
-            handoff.layer_ready(layer, 0, range(num_blocks))
+        handoff.layers_ready(range(num_layers), 0, range(num_blocks))
         if num_layers == 4:
             asyncio.create_task(commit(handoff))  # noqa: RUF006
     await client.close()

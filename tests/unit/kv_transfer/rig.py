@@ -304,7 +304,7 @@ class Rig:
         blocks = self.sent[handoff.request_id, handoff.attempt]
         for first in range(0, len(blocks), chunk):
             for layer in layers:
-                handoff.layer_ready(layer, first, blocks[first : first + chunk])
+                handoff.layers_ready(range(layer, layer + 1), first, blocks[first : first + chunk])
 
     async def hand_off(self, request_id: str, num_tokens: int, **kwargs: object) -> HandoffReport:
         handoff = self.offer(request_id, num_tokens, **kwargs)  # type: ignore[arg-type]

@@ -97,10 +97,21 @@ async def test_offers_beyond_the_bound_are_refused(transport: str) -> None:
 async def test_gaps_and_repeats_are_programming_errors(transport: str) -> None:
     async with Rig(transport) as rig:
         handoff = rig.offer("r1", 20)
-        handoff.layer_ready(0, 0, [0, 1])
-        for layer, first, blocks in [(0, 3, [3]), (0, 1, [1]), (0, 2, [2, 3, 4, 5]), (4, 0, [0]), (1, 0, [99])]:
+        handoff.layers_ready(range(2), 0, [0, 1])
+        handoff.layers_ready(range(1), 2, [2])
+        for layers, first, blocks in [
+            (range(1), 4, [4]),
+            (range(1, 2), 1, [1]),
+            (range(1, 2), 2, [2, 3, 4, 5]),
+            (range(2), 2, [2]),  # the first layer has come further than the second
+            (range(2, 3), 0, [99]),
+            (range(2, 5), 0, [0]),
+            (range(-1, 1), 0, [0]),
+            (range(2, 2), 0, [0]),
+        ]:
             with pytest.raises(ValueError, match="layer"):
-                handoff.layer_ready(layer, first, blocks)
+                handoff.layers_ready(layers, first, blocks)
+        handoff.layers_ready(range(1, 2), 2, [2])  # what was refused has left nothing behind
         await handoff.abort()
 
 

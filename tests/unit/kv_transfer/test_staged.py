@@ -175,8 +175,8 @@ async def test_a_hand_off_that_waits_for_the_card_lets_others_go_first() -> None
     async with rig:
         client = await rig.add_client("prefill-1", wrap_link=gate)
         slow = rig.offer("slow", 20, client=client)
-        slow.layer_ready(0, 0, rig.sent["slow", 0])
-        slow.layer_ready(1, 0, rig.sent["slow", 0])
+        for layer in (0, 1):
+            slow.layers_ready(range(layer, layer + 1), 0, rig.sent["slow", 0])
         card.computed[0].set()
         await until(lambda: bool(links) and links[0].begun.is_set())
         quick = rig.offer("quick", 20, client=client)
@@ -189,7 +189,7 @@ async def test_a_hand_off_that_waits_for_the_card_lets_others_go_first() -> None
         assert not slow._outbox._items or not card.computed[1].is_set()
         card.computed[1].set()
         for layer in (2, 3):
-            slow.layer_ready(layer, 0, rig.sent["slow", 0])
+            slow.layers_ready(range(layer, layer + 1), 0, rig.sent["slow", 0])
             card.computed[-1].set()
         await slow.commit(FIRST, compute_end=time.monotonic())
 

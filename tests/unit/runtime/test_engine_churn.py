@@ -6,6 +6,7 @@ disaggregated runs hand-offs land late, fail, or leave a writer at large.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Sequence as Seq
@@ -137,8 +138,8 @@ class Sink:
         assert len(seq.blocks) == -(-len(seq.tokens) // BLOCK)
         self.reported[seq] = {}
 
-    def layer_ready(self, seq: Sequence, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
-        for index, block in enumerate(block_ids, first_block_index):
+    def layers_ready(self, seq: Sequence, layers: range, first_block_index: int, block_ids: Seq[int]) -> None:
+        for layer, (index, block) in itertools.product(layers, enumerate(block_ids, first_block_index)):
             assert seq.blocks[index] == block
             assert (layer, index) not in self.reported[seq], "reported twice"
             self.reported[seq][layer, index] = block, block_bytes(self._store, layer, block)

@@ -117,8 +117,8 @@ def test_the_sink_hears_prefix_hits_at_once_and_chunks_as_they_complete() -> Non
         def started(self, seq: Sequence) -> None:
             heard.append((seq.request_id, -1, 0, len(seq.blocks)))
 
-        def layer_ready(self, seq, layer, first_block_index, block_ids) -> None:  # type: ignore[no-untyped-def]
-            heard.append((seq.request_id, layer, first_block_index, len(block_ids)))
+        def layers_ready(self, seq, layers, first_block_index, block_ids) -> None:  # type: ignore[no-untyped-def]
+            heard.extend((seq.request_id, layer, first_block_index, len(block_ids)) for layer in layers)
 
     driver = fake_driver(Role.PREFILL, num_drafts=1, chunk=18, on_layer=Sink())
     driver.add(prompt_of("a", [1] * 9))

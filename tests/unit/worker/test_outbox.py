@@ -20,10 +20,10 @@ class Taken:
     """A hand-off that remembers the reports it got."""
 
     def __init__(self) -> None:
-        self.reports: list[tuple[int, int, list[int]]] = []
+        self.reports: list[tuple[range, int, list[int]]] = []
 
-    def layer_ready(self, layer: int, first_block_index: int, block_ids: Seq[int]) -> None:
-        self.reports.append((layer, first_block_index, list(block_ids)))
+    def layers_ready(self, layers: range, first_block_index: int, block_ids: Seq[int]) -> None:
+        self.reports.append((layers, first_block_index, list(block_ids)))
 
 
 LOOP = asyncio.new_event_loop()
@@ -47,7 +47,7 @@ def test_reports_made_before_the_handoff_exists_come_first_and_none_is_lost() ->
 
     def engine() -> None:
         for index in range(2000):
-            box.layer_ready(seq, 0, index, [index])
+            box.layers_ready(seq, range(1), index, [index])
             if index == 1000:
                 halfway.set()
 
@@ -56,7 +56,7 @@ def test_reports_made_before_the_handoff_exists_come_first_and_none_is_lost() ->
     halfway.wait(10.0)
     out.attach(taken)
     thread.join()
-    assert taken.reports == [(0, index, [index]) for index in range(2000)]
+    assert taken.reports == [(range(1), index, [index]) for index in range(2000)]
 
 
 def test_only_open_attempts_are_reported() -> None:
@@ -71,7 +71,7 @@ def test_only_open_attempts_are_reported() -> None:
     assert started == [out]
     box.close(out)
     box.close(out)
-    box.layer_ready(seq, 0, 0, [1])
+    box.layers_ready(seq, range(1), 0, [1])
     assert taken.reports == []
 
 
