@@ -1,6 +1,6 @@
-"""Keeps both ends awake between the two parts of Commit: an empty message every millisecond, for a while.
+"""Keeps both ends awake around the end of a hand-off: an empty message every millisecond, for a while.
 
-A processor that has slept for some milliseconds takes longer to wake up than all that is left to do takes.
+A processor that has slept for some milliseconds takes several times as long for everything that is left to do.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ def can_spare(num_cores: int | None = None) -> bool:
     return (len(os.sched_getaffinity(0)) if num_cores is None else num_cores) >= _MANY
 
 
-def keep_awake(say_nothing: Callable[[], bool]) -> None:
-    """On the loop: call `say_nothing` every EVERY_S until it returns False, or LONGEST_S have passed."""
-    loop = asyncio.get_running_loop()
-    until = time.monotonic() + LONGEST_S
+class Awake:
+    """Of one hand-off. On the loop."""
 
-    def again() -> None:
-        if time.monotonic() <= until and say_nothing():
-            loop.call_later(EVERY_S, again)
+    def __init__(self, say_nothing: Callable[[], bool]) -> None:
+        """`say_nothing`: False when there is no need any more."""
+        self._say_nothing = say_nothing
+        self._until = 0.0
+        self._running = False
 
-    loop.call_later(EVERY_S, again)
+    def stay(self) -> None:
+        """Stay awake for LONGEST_S from now, if there are cores to spare."""
+        if can_spare():
+            self._until = time.monotonic() + LONGEST_S
+            if not self._running:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        self._running = time.monotonic() <= self._until and self._say_nothing()
+        if self._running:
+            asyncio.get_running_loop().call_later(EVERY_S, self._go_on)

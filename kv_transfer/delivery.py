@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kv_transfer.awake import can_spare, keep_awake
+from kv_transfer.awake import EVERY_S, Awake
 from kv_transfer.commit_parts import CommitParts
 from kv_transfer.link import LeaseKey, Link
 from kv_transfer.outbox import News, Outbox, Pumped, Turn
@@ -33,6 +33,7 @@ class Delivery:
         self._session = session
         self._fail = fail
         self._prepared = False
+        self._awake = Awake(self.say_nothing)
 
     def open(self, grant: Grant) -> None:
         """On the loop: blocks are reserved. Raises ProtocolError for an impossible grant."""
@@ -63,7 +64,10 @@ class Delivery:
         def tell(news: News) -> None:
             link.confirm(lease).add_done_callback(partial(self._on_progress, lease, news))
 
-        pumped = self._outbox.pump(link, session.cost, Turn(session.sender.has_jobs, tell))
+        def near() -> None:
+            session.context.post(self._awake.stay)
+
+        pumped = self._outbox.pump(link, session.cost, Turn(session.sender.has_jobs, tell, near))
         if pumped is Pumped.WRITTEN:
             link.confirm(lease).add_done_callback(partial(self._on_confirmed, lease))
         return pumped is Pumped.MORE
@@ -85,16 +89,18 @@ class Delivery:
                 self._fail("incomplete", f"{outbox.num_bytes} bytes sent, {landed} arrived")
                 return
             self._parts.add_manifest(outbox.manifest())
-            if not self._parts.told_first and can_spare():
-                context.post(keep_awake, partial(self.say_nothing, lease))
+            if not self._parts.told_first:
+                context.post(self._awake.stay)
         except Exception as exc:  # a future swallows what its callbacks raise
             context.post(context.crash, exc)
 
-    def say_nothing(self, lease: LeaseKey) -> bool:
-        """On the loop. False: there is no need, the first token has left or never will."""
-        if self._parts.told_first or self._parts.closed:
+    def say_nothing(self) -> bool:
+        """On the loop. False: there is no need, everything has left or never will."""
+        lease = self._outbox.lease
+        if lease is None or self._parts.closed or (self._parts.told_first and self._parts.told_manifest):
             return False
-        self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
+        if self._session.silent_s() >= EVERY_S / 2:
+            self._session.send_quietly(Progress(lease_id=lease.lease_id, epoch=lease.epoch, layers=()))
         return True
 
     def _send(self, message: Message) -> None:

@@ -86,6 +86,11 @@ class DeviceRegion:
         return self.device.index or 0
 
     @property
+    def check_handle(self) -> int:
+        """The driver's handle of the checksums' stream."""
+        return self._check_stream.cuda_stream if self._check_stream is not None else 0
+
+    @property
     def uuid(self) -> str:
         """Of the card."""
         return str(torch.cuda.get_device_properties(self.device).uuid)
@@ -130,9 +135,14 @@ class DeviceRegion:
         """What torch and Triton enqueue inside goes to the copies' stream, behind `after`."""
         return _behind(self.stream, after)
 
-    def checking(self, after: Mark = None) -> AbstractContextManager[object]:
-        """What torch and Triton enqueue inside goes to the checksums' stream, behind `after`."""
-        return _behind(self._check_stream, after)
+    def checking(self) -> AbstractContextManager[object]:
+        """What torch and Triton enqueue inside goes to the checksums' stream."""
+        return _behind(self._check_stream, None)
+
+    def check_after(self, mark: Mark) -> None:
+        """What is enqueued on the checksums' stream from now on runs when the device has passed `mark`."""
+        if self._check_stream is not None and mark is not None:
+            self._check_stream.wait_event(mark)
 
     def synchronize(self) -> None:
         """Wait, without the interpreter's lock, until every copy has been done. Checksums may still be running."""

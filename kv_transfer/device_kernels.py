@@ -62,11 +62,12 @@ def copy_cells(
 @_kernel
 def digest_cells(
     memory: Ptr,  # int64 words
-    rows: Ptr,  # int64[r, 4]: first word of the row, words of a cell, running number, whether its pages are sampled
+    rows: Ptr,  # int64[, 4]: first word of the row, words of a cell, running number, whether its pages are sampled
     blocks: Ptr,  # int32[n]
     sums: Ptr,  # int64[SLOTS, rows of the layout]: the checksums so far, in parts to be added up
     num_blocks: int,  # n
     num_rows: int,  # of the layout
+    num_begin: int,  # of the table: the first of the r rows
     num_first: int,  # position of blocks[0] in the lease
     num_phase: int,  # first sampled word of every page
     SLOTS: tl.constexpr,  # additions to one address wait for each other
@@ -77,7 +78,7 @@ def digest_cells(
     """Add the cells of blocks[0 … n) to the checksums of r rows. Grid: (⌈n / CELLS⌉, r)."""
     cell_C = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     real_C = cell_C < num_blocks
-    row = rows + tl.program_id(1) * 4
+    row = rows + (num_begin + tl.program_id(1)) * 4
     words = tl.load(row + 1)
     base_C = tl.load(blocks + cell_C, mask=real_C, other=0).to(tl.int64) * words + tl.load(row)
     taken = words

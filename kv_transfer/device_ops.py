@@ -22,6 +22,7 @@ from kv_transfer.device_kernels import (
     copy_cells,
     digest_cells,
 )
+from kv_transfer.launcher import Launcher
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, layer_planes, plane_rows
 from kv_transfer.manifest import PAGE_BYTES
 from llm_engine.api.handoff import KvLayout
@@ -143,6 +144,11 @@ def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
     return region.tensor(np.array(entries, np.int64))
 
 
+def _digest_kernel(region: DeviceRegion, *, sampled: bool) -> Launcher:
+    cells, tile = (SAMPLE_CELLS, SAMPLE_TILE) if sampled else (1, DIGEST_TILE)
+    return Launcher(region, digest_cells, 4, SLOTS=SLOTS, SAMPLED=sampled, CELLS=cells, TILE=tile)
+
+
 class DeviceDigests:
     """Checksums of a lease's plane rows, over blocks in the order of the lease. Thread-safe."""
 
@@ -153,6 +159,8 @@ class DeviceDigests:
         self._starts = row_starts(layout)
         self._phase = phase
         self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
+        self._kernel = region.once(("digest", phase is None), lambda: _digest_kernel(region, sampled=phase is not None))
+        self._used = 0  # slots
         self._lock = threading.Lock()
         with region.checking():
             self._sums = torch.zeros((SLOTS, len(self._rows)), dtype=torch.int64, device=region.device)
@@ -165,15 +173,13 @@ class DeviceDigests:
 
         They are read when the device has passed `ready`.
         """
-        begin, end = self._starts[layers.start], self._starts[layers.stop]
         with self._lock:
-            table = self._region.table(blocks)
-            with self._region.checking(ready):
-                self._launch(self._rows[begin:end], table, len(blocks), first)
+            self._region.check_after(ready)
+            self._launch(range(self._starts[layers.start], self._starts[layers.stop]), blocks, len(blocks), first)
 
     def fetch(self) -> None:
         """Everything was added: enqueue the way of the checksums to the host."""
-        with self._lock, self._region.checking():
+        with self._lock:
             self._copy()
             self._fetched = True
             self._fetched_at = self._region.checked()
@@ -182,38 +188,36 @@ class DeviceDigests:
         """The last of these blocks will soon be added and fetched: do it with none, as the first time after a pause
         is several times as slow."""
         with self._lock:
-            table = self._region.table(blocks)
-            with self._region.checking():
-                self._launch(self._rows[:1], table, 0, 0)
-                self._copy()
+            self._launch(range(1), blocks, 0, 0)
+            self._copy()
 
-    def _launch(self, rows: Tensor, blocks: Tensor, num_blocks: int, first: int) -> None:
-        cells = 1 if self._phase is None else SAMPLE_CELLS
-        digest_cells[(max(1, -(-num_blocks // cells)), len(rows))](
+    def _launch(self, rows: range, blocks: Sequence[int], num_blocks: int, first: int) -> None:
+        """The first `num_blocks` of `blocks`."""
+        programs = max(1, -(-num_blocks // (1 if self._phase is None else SAMPLE_CELLS)))
+        self._used = max(self._used, min(SLOTS, programs))
+        self._kernel(
+            (programs, len(rows), 1),
             self._region.words,
-            rows,
-            blocks,
+            self._rows,
+            self._region.table(blocks),
             self._sums,
             num_blocks,
             len(self._rows),
+            rows.start,
             first,
             0 if self._phase is None else self._phase // WORD_BYTES,
-            SLOTS=SLOTS,
-            SAMPLED=self._phase is not None,
-            CELLS=cells,
-            TILE=DIGEST_TILE if self._phase is None else SAMPLE_TILE,
-            num_warps=4,
         )
 
     def _copy(self) -> None:
-        self._on_host.copy_(self._sums, non_blocking=self._sums.is_cuda)
+        with self._region.checking():
+            self._on_host[: self._used].copy_(self._sums[: self._used], non_blocking=self._sums.is_cuda)
 
     def values(self) -> list[list[int]]:
         """Of every plane's layers, as unsigned numbers. Waits for what was added on this region."""
         if not self._fetched:
             self.fetch()
         self._region.wait(self._fetched_at)
-        flat = self._on_host.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
+        flat = self._on_host[: self._used].numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
         values, start = [], 0
         for plane in self._planes:
             values.append(flat[start : start + plane.num_layers])

@@ -21,6 +21,7 @@ START = CostCurve(50e-6, 200e9)  # of a link between cards, until it is measured
 _IN_FLIGHT = 2  # slices: the card has the next one when it ends one
 _LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver checks the last one when all is written
 _AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
+_NEAR_S = 6e-3  # before the end both processes begin to stay awake
 _SUM_BYTES = 32 << 20  # fewer are hashed with those that follow, in one go
 _PROGRESS_BYTES = 8 << 20  # the receiver hears of so many, and stays ready to check the last ones at once
 
@@ -71,7 +72,9 @@ class DeviceOutbox(Outbox):
         self._flying: deque[_Slice] = deque()
         self._landed_at = 0.0  # the last slice
         self._built: Manifest | None = None
-        self._layer_s = math.inf  # what the card takes to compute a layer, as far as known
+        self._layer_s = math.inf  # what the card takes to compute a layer of the chunk, as far as known …
+        self._cell_s = 0.0  # … and one of its blocks
+        self._is_near = False  # the end: that was told
         self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
     def prepare(self) -> None:
@@ -101,9 +104,10 @@ class DeviceOutbox(Outbox):
         try:
             while self._fill(device, cost, granted, turn):
                 self._tell(turn, _PROGRESS_BYTES)
+                if not self._is_near and self._left_s(cost) <= _NEAR_S:
+                    self._is_near = True
+                    turn.near()
                 if self._unsent() == 0:
-                    if "enqueued" not in self.marks:
-                        turn.tell(())
                     self.marks.reach("enqueued")
                     if len(self._flying) == 1:  # checksums are there before the copies
                         self._built = self._checksums().build(self.num_tokens, self.num_sent_blocks)
@@ -165,6 +169,7 @@ class DeviceOutbox(Outbox):
         self.num_bytes += piece.num_bytes
         if piece.ahead:
             self._layer_s = max(1e-6, self._landed_at - before) / len(piece.group)
+            self._cell_s = self._layer_s / max(1, len(piece.chunk.sources))
         elif piece.num_bytes:
             cost.measured(piece.num_bytes, self._landed_at - before)
         own = (cast(Mark, item.ready) for item in piece.group if not item.is_shared)
@@ -173,6 +178,10 @@ class DeviceOutbox(Outbox):
     def _unsent(self) -> int:
         """(layer, block) pairs that are not even enqueued."""
         return self._left - sum(len(piece.group) * len(piece.chunk.sources) for piece in self._flying)
+
+    def _left_s(self, cost: CostMeter) -> float:
+        """Until everything is written, about."""
+        return self._left * max(self._cell_s, self._layer_bytes / cost.curve.bytes_per_s)
 
     def _room(self, cost: CostMeter, granted: Granted) -> int:
         """Bytes of the next slice: half a turn, or half of what is left."""

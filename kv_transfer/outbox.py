@@ -46,6 +46,7 @@ class Turn(NamedTuple):
 
     others_wait: Callable[[], bool]
     tell: Callable[[News], None]  # this has been written
+    near: Callable[[], None]  # everything will be within milliseconds
 
 
 class Item(NamedTuple):

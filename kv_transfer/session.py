@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 
 from kv_transfer.canary import Canary
 from kv_transfer.client_context import ClientContext
@@ -59,6 +60,7 @@ class Session:
         self._channel: Channel | None = None
         self._link: Link | None = None
         self._handoffs: dict[tuple[str, int], Handoff] = {}
+        self._sent_at = 0.0
         self._lost = asyncio.Event()
         self._error: TransferError | None = None
 
@@ -140,6 +142,11 @@ class Session:
         if self._error is not None or self._channel is None:
             raise TransferError(f"{self.target.name}: {self._error or 'not connected'}")
         self._channel.send(self.context.codec.encode(message))
+        self._sent_at = time.monotonic()
+
+    def silent_s(self) -> float:
+        """How long nothing has been sent."""
+        return time.monotonic() - self._sent_at
 
     def send_quietly(self, message: Message) -> None:
         """The same for messages whose loss is harmless."""

@@ -1,4 +1,4 @@
-"""Empty messages between the two parts of Commit: they go out where there are cores to spare, and change nothing."""
+"""Empty messages around the end of a hand-off: they go out where there are cores to spare, and change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from kv_transfer import awake
 from kv_transfer.intake import Intakes
-from kv_transfer.link import LeaseKey
 from kv_transfer.pairs import Pair
 from llm_engine.api.handoff import Progress
 from tests.unit.kv_transfer.rig import FIRST, Reservation, Rig, until
@@ -62,7 +61,7 @@ async def test_empty_messages_until_the_first_token(
         assert rig.pool.admitted["r1"][1] == FIRST
         assert rig.server.stats().dropped_frames == 0
         assert handoff._delivery is not None
-        assert not handoff._delivery.say_nothing(active.held.lease.key)  # the first token was the end of it
+        assert not handoff._delivery.say_nothing()  # the first token was the end of it
         count = len(heard)
         await rig.hand_off("r2", 40)  # everything that was said before has been read
         assert len(heard) == count
@@ -83,7 +82,7 @@ async def test_a_hand_off_that_has_ended_says_no_more(
             await until(lambda: handoff.error is not None)
         await handoff.abort()
         assert handoff._delivery is not None
-        assert not handoff._delivery.say_nothing(LeaseKey(heard[0].lease_id, heard[0].epoch))
+        assert not handoff._delivery.say_nothing()
         assert rig.pool.admitted == {}
 
 
@@ -106,13 +105,20 @@ async def test_it_stops_after_a_while_or_when_told(monkeypatch: pytest.MonkeyPat
         to.append(now[0])
         return True
 
-    awake.keep_awake(partial(say_nothing, said))
-    awake.keep_awake(lambda: bool(told.append(now[0])))
+    with_cores(monkeypatch, 8)
+    first = awake.Awake(partial(say_nothing, said))
+    first.stay()
+    awake.Awake(lambda: bool(told.append(now[0]))).stay()
     now[0] += awake.LONGEST_S
     await until(lambda: len(said) >= 3)
     now[0] += awake.EVERY_S
     count = len(said)
-    awake.keep_awake(partial(say_nothing, pace))
+    awake.Awake(partial(say_nothing, pace)).stay()
     await until(lambda: len(pace) >= 5)  # by then the others would have gone on too
     assert len(said) == count
     assert len(told) == 1
+    first.stay()
+    first.stay()  # twice is no more than once
+    pace.clear()
+    await until(lambda: len(pace) >= 10)
+    assert 5 <= len(said) - count <= len(pace) + 3
