@@ -35,7 +35,7 @@ class Driver:
         except OSError as exc:
             raise TransferError(f"NVIDIA's driver is not installed ({exc})") from exc
         self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._copy = self._lib.cuMemcpyDtoDAsync_v2
+        self._copy = self._lib.cuMemcpyAsync
         self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
         self._call("cuInit", 0)
         version = ctypes.c_int()
@@ -71,9 +71,9 @@ class Driver:
         self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
     def copy(self, runs: Sequence[tuple[int, int, int]], stream: int) -> None:
-        """Enqueue copies, each (to address, from address, bytes), both ends on devices."""
+        """Enqueue copies, each (to address, from address, bytes), ends on devices or in pinned memory of the host."""
         for target, source, num_bytes in runs:
-            self._check("cuMemcpyDtoDAsync_v2", self._copy(target, source, num_bytes, stream))
+            self._check("cuMemcpyAsync", self._copy(target, source, num_bytes, stream))
 
     def _call(self, name: str, *args: object) -> None:
         self._check(name, getattr(self._lib, name)(*args))

@@ -74,6 +74,7 @@ class DeviceRegion:
         self.stream = _stream(memory)
         self._check_stream = _stream(memory)
         self._marks: deque[torch.cuda.Event] = deque(maxlen=_KEPT_MARKS)
+        self._fetches: deque[tuple[Mark, Tensor]] = deque()  # under way, or just over
         self._last_stream: tuple[int, torch.cuda.Stream] | None = None  # of `mark`, with its handle
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, ...], Tensor] = {}
@@ -122,6 +123,24 @@ class DeviceRegion:
     def checked(self) -> Mark:
         """Every checksum enqueued so far."""
         return self._record(self._check_stream)
+
+    def fetch(self, source: Tensor, target: Tensor) -> Mark:
+        """Enqueue a copy into pinned memory of the host, behind every checksum so far; the end of it.
+
+        The target is kept until then, whoever else lets it go.
+        """
+        if self._check_stream is None:
+            target.copy_(source)
+            return None
+        cuda, num_bytes = driver(), source.numel() * source.element_size()
+        cuda.bind(self.ordinal)
+        cuda.copy([(target.data_ptr(), source.data_ptr(), num_bytes)], self.check_handle)
+        mark = self.checked()
+        with self._lock:
+            self._fetches.append((mark, target))
+            while self._fetches and self.reached(self._fetches[0][0]):
+                self._fetches.popleft()
+        return mark
 
     def recycle(self, marks: Iterable[Mark]) -> None:
         """Nobody will ask for these any more; what was enqueued behind them stays so."""

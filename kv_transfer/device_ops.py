@@ -159,12 +159,13 @@ class DeviceDigests:
         self._starts = row_starts(layout)
         self._phase = phase
         self._rows = region.once(("digest", layout), lambda: _digest_rows(region, layout))
-        self._kernel = region.once(("digest", phase is None), lambda: _digest_kernel(region, sampled=phase is not None))
+        self._kernel = region.once(("sums", phase is None), lambda: _digest_kernel(region, sampled=phase is not None))
         self._used = 0  # slots
         self._lock = threading.Lock()
         with region.checking():
             self._sums = torch.zeros((SLOTS, len(self._rows)), dtype=torch.int64, device=region.device)
             self._on_host = torch.empty(self._sums.shape, dtype=torch.int64, pin_memory=self._sums.is_cuda)
+        self._values = self._on_host.numpy().view(np.uint64)
         self._fetched = False  # or under way to the host: there once the card has passed the mark
         self._fetched_at: Mark = None
 
@@ -180,16 +181,15 @@ class DeviceDigests:
     def fetch(self) -> None:
         """Everything was added: enqueue the way of the checksums to the host."""
         with self._lock:
-            self._copy()
+            self._fetched_at = self._region.fetch(self._sums, self._on_host)
             self._fetched = True
-            self._fetched_at = self._region.checked()
 
     def rehearse(self, blocks: Sequence[int]) -> None:
         """The last of these blocks will soon be added and fetched: do it with none, as the first time after a pause
         is several times as slow."""
         with self._lock:
             self._launch(range(1), blocks, 0, 0)
-            self._copy()
+            self._region.fetch(self._sums, self._on_host)
 
     def _launch(self, rows: range, blocks: Sequence[int], num_blocks: int, first: int) -> None:
         """The first `num_blocks` of `blocks`."""
@@ -208,16 +208,13 @@ class DeviceDigests:
             0 if self._phase is None else self._phase // WORD_BYTES,
         )
 
-    def _copy(self) -> None:
-        with self._region.checking():
-            self._on_host[: self._used].copy_(self._sums[: self._used], non_blocking=self._sums.is_cuda)
-
     def values(self) -> list[list[int]]:
         """Of every plane's layers, as unsigned numbers. Waits for what was added on this region."""
         if not self._fetched:
             self.fetch()
         self._region.wait(self._fetched_at)
-        flat = self._on_host[: self._used].numpy().view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
+        used = self._values[: self._used]
+        flat = (used[0] if len(used) == 1 else used.sum(axis=0, dtype=np.uint64)).tolist()
         values, start = [], 0
         for plane in self._planes:
             values.append(flat[start : start + plane.num_layers])
