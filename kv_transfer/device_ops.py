@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -33,10 +33,9 @@ _WARPS = 4
 class PeerMemory:
     """Device memory of another process, mapped at `address`, as an argument of kernels."""
 
-    dtype = torch.int64
-
-    def __init__(self, address: int) -> None:
+    def __init__(self, address: int, dtype: torch.dtype = torch.int64) -> None:
         self.address = address
+        self.dtype = dtype
 
     def data_ptr(self) -> int:
         """Where it begins."""
@@ -44,6 +43,7 @@ class PeerMemory:
 
 
 Target: TypeAlias = "PeerMemory | Tensor"  # a tensor: the peer is this process (tests)
+Copies: TypeAlias = Callable[[range, Tensor, Tensor], None]  # of layers, from blocks here to blocks there
 
 
 def push_blocks(
@@ -103,35 +103,57 @@ def _scatter(
     targets: Sequence[int],
     ready: Mark,
 ) -> None:
-    table = region.once(plan, lambda: _copy_rows(region, plan))
+    copies = region.once((plan, target.data_ptr()), lambda: make_copies(region, target, plan))
     tables = region.table(sources), region.table(targets)
-    first, last = table.starts[layers.start], table.starts[layers.stop]
-    tile = min(COPY_TILE, 1 << (table.most_words - 1).bit_length())
     with region.copying(ready):
-        copy_cells[(len(sources), -(-table.most_words // tile), last - first)](
-            region.words, target, table.rows[first:last], *tables, ALIGN=table.align, TILE=tile, num_warps=_WARPS
-        )
+        copies(layers, *tables)
 
 
-class _CopyRows(NamedTuple):
-    """Plane rows on the device in the order of layers."""
+def make_copies(region: DeviceRegion, target: Target, plan: CopyPlan) -> Copies:
+    """By tensor copies where the card has them and the layouts suit them."""
+    if _is_hopper(region.device):
+        try:
+            from kv_transfer.device_hopper import TileCopies, row_bytes
+        except (ImportError, AttributeError):  # Gluon is experimental: names come and go
+            return CellCopies(region, target, plan)
+        if size := row_bytes(region, target, plan):
+            return TileCopies(region, target, plan, size)
+    return CellCopies(region, target, plan)
 
-    rows: Tensor
-    starts: Sequence[int]  # see row_starts
-    align: int  # words that divide all their starts and cells
-    most_words: int  # of a cell
+
+def _is_hopper(device: torch.device) -> bool:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _copy_rows(region: DeviceRegion, plan: CopyPlan) -> _CopyRows:
-    entries = [
+class CellCopies:
+    """Copies of blocks from a region to one target, by loads and stores of any card."""
+
+    def __init__(self, region: DeviceRegion, target: Target, plan: CopyPlan) -> None:
+        self._words, self._target = region.words, target
+        cells = first_cells(plan)
+        self._align = alignment(*itertools.chain.from_iterable(cells))
+        self._rows = region.tensor(np.array(cells, np.int64) // WORD_BYTES)
+        self._starts = row_starts(plan.source)
+        self._most_words = max(size for _, _, size in cells) // WORD_BYTES
+
+    def __call__(self, layers: range, source_blocks: Tensor, target_blocks: Tensor) -> None:
+        """Enqueue copies of some blocks of consecutive layers on the current stream."""
+        rows = self._rows[self._starts[layers.start] : self._starts[layers.stop]]
+        tile = min(COPY_TILE, 1 << (self._most_words - 1).bit_length())
+        copy_cells[(len(source_blocks), -(-self._most_words // tile), len(rows))](
+            self._words, self._target, rows, source_blocks, target_blocks, ALIGN=self._align, TILE=tile,
+            num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def first_cells(plan: CopyPlan) -> list[tuple[int, int, int]]:
+    """Of block 0 of every plane row in the order of layers: start in the source, in the target, bytes."""
+    return [
         (row_start(plan.source, row), row_start(plan.target, row), plan.source.planes[row.plane].block_bytes)
         for rows in plan.layers
         for row in rows
     ]
-    align = alignment(*(size for entry in entries for size in entry))
-    words = [[size // WORD_BYTES for size in entry] for entry in entries]
-    most_words = max(size for _, _, size in words)
-    return _CopyRows(region.tensor(np.array(words, np.int64)), row_starts(plan.source), align, most_words)
 
 
 def _digest_rows(region: DeviceRegion, layout: KvLayout) -> Tensor:
