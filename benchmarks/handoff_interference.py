@@ -17,11 +17,11 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.handoff_rig import BLOCK_TOKENS, FORMATS, MTP_LAYERS, make_layout
 from kv_transfer.cuda import driver
@@ -34,6 +34,7 @@ _LONGER = 4  # products last so many times as long as the copies alone
 _TIMES = 2  # hand-offs in a row
 
 Way = Callable[[range], None]
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class Copies:
@@ -50,7 +51,8 @@ class Copies:
         self._region = DeviceRegion(words.view(torch.uint8))
         self._target = torch.zeros_like(words, device=f"cuda:{min(1, torch.cuda.device_count() - 1)}")
         self._target[:1].copy_(words[:1])  # torch lets the cards reach each other
-        tables = self._order(num_blocks, 1), self._order(num_blocks, 2)
+        orders = [random.Random(seed).sample(range(num_blocks), num_blocks) for seed in (1, 2)]
+        tables = [self._region.table(order) for order in orders]
         plan = CopyPlan(layout, layout)
         kernel, stores = make_copies(self._region, self._target, plan), CellCopies(self._region, self._target, plan)
         self.kernel = type(kernel).__name__
@@ -60,18 +62,12 @@ class Copies:
             "engine": self._by_engine,
         }
 
-    def enqueue(self, name: str, after: Mark = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def enqueue(self, name: str, after: Mark = None) -> Events:
         """Everything, `_TIMES` over; events before and behind."""
-        begin, end = _events()
-        with self._region.copying(after):
-            begin.record()
+        with self._region.copying(after), _timed() as events:
             for group in self._groups * _TIMES:
                 self.ways[name](group)
-            end.record()
-        return begin, end
-
-    def _order(self, num_blocks: int, seed: int) -> Tensor:
-        return self._region.table(random.Random(seed).sample(range(num_blocks), num_blocks))
+        return events
 
     def _by_engine(self, layers: range) -> None:
         stream, size = self._region.stream, self.num_bytes // self._layers
@@ -89,16 +85,14 @@ class Products:
         self._out = torch.empty_like(self._a)
         self._stream = torch.cuda.Stream("cuda:0")  # type: ignore[no-untyped-call]
 
-    def enqueue(self, times: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def enqueue(self, times: int) -> Events:
         """Events before and behind; a product more runs first, while the others and what goes beside are enqueued."""
-        begin, end = _events()
         with torch.cuda.stream(self._stream):
             torch.mm(self._a, self._b, out=self._out)
-            begin.record()
-            for _ in range(times):
-                torch.mm(self._a, self._b, out=self._out)
-            end.record()
-        return begin, end
+            with _timed() as events:
+                for _ in range(times):
+                    torch.mm(self._a, self._b, out=self._out)
+        return events
 
 
 def measure(copies: Copies, rounds: int) -> dict[str, Any]:
@@ -127,12 +121,15 @@ def measure(copies: Copies, rounds: int) -> dict[str, Any]:
     return {**report, "product_ms": round(product_ms, 3)}
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    return first, second
+@contextmanager
+def _timed() -> Iterator[Events]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    yield begin, end
+    end.record()
 
 
-def _ms(events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+def _ms(events: Events) -> float:
     torch.cuda.synchronize("cuda:0")
     return float(events[0].elapsed_time(events[1]))
 
@@ -152,11 +149,7 @@ def main() -> int:
         return 2
     torch.cuda.set_device(0)
     report = measure(Copies(args.tokens, args.layers, args.groups, args.kv_format), args.rounds)
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        for name, value in report.items():
-            print(f"{name:<12}{value}")
+    print(json.dumps(report, indent=2) if args.json else "\n".join(f"{name:<12}{report[name]}" for name in report))
     return 0
 
 

@@ -38,6 +38,7 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _view = Tile.reinterpret if hasattr(Tile, "reinterpret") else Tile._reinterpret
 
+PROGRAMS: Final = 132  # one for every processor
 TILE_BYTES: Final = 8192
 ROW_BYTES: Final = (256, 1024)  # at least, and at most
 STAGES: Final = gl.constexpr(4)
@@ -121,7 +122,6 @@ class TileCopies:
         self._row_bytes = row_bytes
         self._rows = TILE_BYTES // row_bytes
         self._pieces, self._starts = _pieces(region, plan, self._rows, row_bytes)
-        self._processors = torch.cuda.get_device_properties(region.device).multi_processor_count
         self._views = (
             self._view(region.words, plan.source.arena_bytes, self._rows),
             self._view(target, plan.target.arena_bytes, self._rows),
@@ -133,7 +133,7 @@ class TileCopies:
         pieces = self._pieces[self._starts[layers.start] : self._starts[layers.stop]]
         num_blocks = len(source_blocks)
         num_copies = len(pieces) * num_blocks
-        copy_tiles[(min(self._processors, num_copies),)](
+        copy_tiles[(min(PROGRAMS, num_copies),)](
             *self._views, pieces, source_blocks, target_blocks, num_blocks, num_copies,
             ROWS=self._rows, WIDTH=self._row_bytes // 4, num_warps=1,
         )  # fmt: skip

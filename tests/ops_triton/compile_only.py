@@ -1,7 +1,7 @@
 """Compile what passes of the real model launch: `python -m tests.ops_triton.compile_only [--once] exact/bf16/decode …`.
 
 Prints a JSON list with what the assembler says of every kernel: registers, bytes spilled, shared memory. With `--once`
-a kernel is compiled for its first launch only. `attend_pairs` or `experts` as a case: what is made for
+a kernel is compiled for its first launch only. `attend_pairs`, `experts` or `copies` as a case: what is made for
 Hopper alone.
 """
 
@@ -152,7 +152,22 @@ def run_experts() -> None:
     experts(Fp8Rows(tensor(8192, HIDDEN, dtype=fp8), tensor(56, 8192, dtype=fp32)), dealt, gate_up, down)
 
 
-ALONE = {"attend_pairs": run_attend_pairs, "experts": run_experts}
+def run_copies() -> None:
+    """Of scattered blocks to a peer, for both formats of pages."""
+    from benchmarks.handoff_rig import make_layout
+    from kv_transfer.device import DeviceRegion
+    from kv_transfer.device_hopper import TileCopies, row_bytes
+    from kv_transfer.layout import CopyPlan
+
+    for kv_format in ("bf16", "fp8"):
+        layout = make_layout(2, 4, kv_format)
+        region, plan = DeviceRegion(torch.zeros(layout.arena_bytes, dtype=torch.uint8)), CopyPlan(layout, layout)
+        copies = TileCopies(region, region.words, plan, row_bytes(region, region.words, plan))
+        for layers, blocks in ((range(3), range(4)), (range(1, 2), range(1))):
+            copies(layers, region.table(blocks), region.table(blocks))
+
+
+ALONE = {"attend_pairs": run_attend_pairs, "experts": run_experts, "copies": run_copies}
 
 
 def report(kernel: Any) -> dict[str, Any]:
@@ -174,6 +189,7 @@ def report(kernel: Any) -> dict[str, Any]:
         "spilled": spilled,
         "tensor_cores": "mma" in kernel.asm["ptx"],
         "fused": "fma.rn.f32" in kernel.asm["ptx"],
+        "awaits_writes": re.search(r"cp\.async\.bulk\.wait_group\s+0;", kernel.asm["ptx"]) is not None,
         "one_by_one": "wgmma.mma_async instructions are serialized" in said,
     }
 

@@ -19,6 +19,7 @@ import pytest
 from llm_engine import ops_triton
 
 _MAX_SHARED = 227 << 10  # bytes a block may use on sm_90
+_MAX_SHARED_BESIDE = 33 << 10
 _MAX_SPILL = 512  # bytes a thread
 _MAX_HOPPER_SPILL = 128  # outside of loops
 
@@ -51,6 +52,16 @@ def test_what_is_made_for_hopper_compiles(case: str, names: list[str], cache_dir
     assert [kernel["name"] for kernel in kernels] == names
     assert all(kernel["tensor_cores"] and not kernel["one_by_one"] for kernel in kernels)
     assert all(kernel["spilled"] <= _MAX_HOPPER_SPILL for kernel in kernels)
+
+
+@pytest.mark.slow
+def test_copies_for_hopper_fit_beside_products_and_end_when_they_have_landed(cache_dir: Path) -> None:
+    """A large product takes nearly all of a processor's registers and leaves room for a warp with few of them."""
+    kernels = compiled("copies", cache_dir)
+    assert [kernel["name"] for kernel in kernels] == ["copy_tiles"] * 2, "one for each format of pages"
+    assert all(kernel["warps"] == 1 and kernel["registers"] <= 32 for kernel in kernels)
+    assert all(kernel["shared"] <= _MAX_SHARED_BESIDE for kernel in kernels)
+    assert all(kernel["awaits_writes"] for kernel in kernels)
 
 
 @pytest.mark.slow
