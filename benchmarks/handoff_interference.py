@@ -32,6 +32,7 @@ from kv_transfer.layout import CopyPlan
 _SIDE = 8192  # of the matrices
 _LONGER = 4  # products last so many times as long as the copies alone
 _TIMES = 2  # hand-offs in a row
+_PREHEAT = 400  # products
 
 Way = Callable[[range], None]
 Events = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -100,15 +101,16 @@ def measure(copies: Copies, rounds: int) -> dict[str, Any]:
     products = Products()
     for name in copies.ways:
         _ms(copies.enqueue(name))
+    _ms(products.enqueue(_PREHEAT))
     product_ms = _ms(products.enqueue(20)) / 20
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in copies.ways}
     for _, name in itertools.product(range(rounds), copies.ways):
         alone = _ms(copies.enqueue(name))
         count = round(_LONGER * alone / product_ms)
-        undisturbed = _ms(products.enqueue(count))
-        running = products.enqueue(count)
+        # A card under load gets slower by itself: what ran before and what ran after, in one go, say how fast it is.
+        before, running, after = (products.enqueue(count) for _ in range(3))
         beside = _ms(copies.enqueue(name, running[0]))
-        rows[name].append((alone, beside, _ms(running) - undisturbed))
+        rows[name].append((alone, beside, _ms(running) - (_ms(before) + _ms(after)) / 2))
     report: dict[str, Any] = {"card": torch.cuda.get_device_name(0), "kernel": copies.kernel, "bytes": copies.num_bytes}
     for name, measured in rows.items():
         alone, beside, lost = (statistics.median(column) / _TIMES for column in zip(*measured, strict=True))
