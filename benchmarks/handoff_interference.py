@@ -26,7 +26,7 @@ import torch
 from benchmarks.handoff_rig import BLOCK_TOKENS, FORMATS, MTP_LAYERS, make_layout
 from kv_transfer.cuda import driver
 from kv_transfer.device import DeviceRegion, Mark
-from kv_transfer.device_ops import CellCopies, make_copies
+from kv_transfer.device_copies import CellCopies, make_copies
 from kv_transfer.layout import CopyPlan
 
 _SIDE = 8192  # of the matrices

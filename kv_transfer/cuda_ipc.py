@@ -31,7 +31,7 @@ import torch
 from kv_transfer.auth import HANDSHAKE_TIMEOUT_S, Handshake
 from kv_transfer.cuda import driver
 from kv_transfer.device import Descriptor, DeviceRegion, Mark, missing, place_id
-from kv_transfer.device_ops import PeerMemory, push_blocks
+from kv_transfer.device_copies import PeerMemory, push_blocks
 from kv_transfer.layout import CopyPlan
 from kv_transfer.link import Copy, LeaseKey, Sent, all_landed, no_news
 from kv_transfer.listener import Events, UnseenInlet

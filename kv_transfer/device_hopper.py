@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kv_transfer.device import DeviceRegion
+from kv_transfer.device_copies import PeerMemory, Target, first_cells
 from kv_transfer.device_kernels import Kernel, Ptr, Val
-from kv_transfer.device_ops import PeerMemory, Target, first_cells
 from kv_transfer.layout import CopyPlan
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kv_transfer.device import DeviceRegion, Mark
-from kv_transfer.device_ops import DeviceDigests
+from kv_transfer.device_digests import DeviceDigests
 from kv_transfer.link import LeaseKey
 from kv_transfer.manifest import Policy, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest, PlaneManifest

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kv_transfer.device import DeviceRegion
-from kv_transfer.device_ops import DeviceDigests
+from kv_transfer.device_digests import DeviceDigests
 from kv_transfer.layout import Blocks, layer_planes, plane_rows
 from kv_transfer.link import Cells, LeaseKey
 from kv_transfer.manifest import Policy, check_counts, checksum, sample_phase

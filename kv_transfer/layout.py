@@ -76,6 +76,11 @@ def layer_planes(layout: KvLayout) -> tuple[tuple[PlaneLayer, ...], ...]:
     return tuple(layers)
 
 
+def row_starts(layout: KvLayout) -> tuple[int, ...]:
+    """Where the rows of each layer begin among all rows in the order of layers; after the last, their number."""
+    return tuple(itertools.accumulate((len(rows) for rows in layer_planes(layout)), initial=0))
+
+
 def plane_rows(layout: KvLayout) -> Iterator[PlaneLayer]:
     """Every plane row by its running number."""
     for index, plane in enumerate(layout.planes):

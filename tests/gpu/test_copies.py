@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.handoff_rig import make_layout
 from kv_transfer.device import DeviceRegion
-from kv_transfer.device_ops import CellCopies, make_copies
+from kv_transfer.device_copies import CellCopies, make_copies
 from kv_transfer.layout import CopyPlan
 from llm_engine.api.handoff import KvLayout
 from tests.unit.kv_transfer.rig import make_layout as make_odd_layout

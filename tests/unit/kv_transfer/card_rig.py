@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kv_transfer import cuda_ipc, device, device_ops, transports
+from kv_transfer import cuda_ipc, device, device_copies, transports
 from kv_transfer.cuda_ipc import CudaIpcLink
 from kv_transfer.device import DeviceRegion, Mark
-from kv_transfer.device_ops import PeerMemory
+from kv_transfer.device_copies import PeerMemory
 from kv_transfer.fault import Fault, FaultyLink
 from kv_transfer.layout import CopyPlan
 from kv_transfer.link import Copy, LeaseKey, Sent, no_news
@@ -62,7 +62,7 @@ def push(
     targets: Sequence[int],
     ready: Mark,
 ) -> int:
-    """`device_ops.push_blocks` by the processor."""
+    """`device_copies.push_blocks` by the processor."""
     total = 0
     for row in (row for layer in layers for row in plan.layers[layer]):
         here, there = plan.source.planes[row.plane], plan.target.planes[row.plane]
@@ -100,7 +100,7 @@ class FaultyCards(FaultyLink):
 def driver(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
     """What stands for NVIDIA's."""
     made = HostDriver()
-    for module in (cuda_ipc, device, device_ops):
+    for module in (cuda_ipc, device, device_copies):
         monkeypatch.setattr(module, "driver", lambda: made)
     for module in (cuda_ipc, device):
         monkeypatch.setattr(module, "missing", lambda region: "")

@@ -26,7 +26,8 @@ _KERNELS = """
 import json, sys
 import torch
 from kv_transfer.device import DeviceRegion
-from kv_transfer.device_ops import DeviceDigests, push_blocks
+from kv_transfer.device_copies import push_blocks
+from kv_transfer.device_digests import DeviceDigests
 from kv_transfer.layout import CopyPlan
 from tests.unit.kv_transfer.rig import block_bytes, make_layout
 
