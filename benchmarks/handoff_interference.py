@@ -4,7 +4,8 @@ Blocks of V3.2's geometry go from card 0 to card 1, or to other memory of card 0
 layers as a prefill worker sends them, in turns by: `kernel`, what a hand-off takes here; `stores`, loads and stores,
 which any card has; `engine`, the copy engine, which would need runs of blocks. Each alone, and beside bf16 products of
 8192³ that begin before the first copy and go on after the last one. `lost_ms`: what one hand-off's bytes added to the
-time of the products; `lost_share`: of the time that the copies took beside them. Medians of `--rounds`.
+time of the products, as they were right before and after; `lost_share`: of the time that the copies took beside them.
+Medians of `--rounds`; what `engine` seems to take is noise.
 
     python -m benchmarks.handoff_interference --json
 """
@@ -107,11 +108,11 @@ def measure(copies: Copies, rounds: int) -> dict[str, Any]:
     for _, name in itertools.product(range(rounds), copies.ways):
         alone = _ms(copies.enqueue(name))
         count = round(_LONGER * alone / product_ms)
-        # A card under load gets slower by itself: what ran before and what ran after, in one go, say how fast it is.
+        # A card that has rested is faster, so that products right before and after, in one go, say how fast it is.
         before, running, after = (products.enqueue(count) for _ in range(3))
         beside = _ms(copies.enqueue(name, running[0]))
         rows[name].append((alone, beside, _ms(running) - (_ms(before) + _ms(after)) / 2))
-    report: dict[str, Any] = {"card": torch.cuda.get_device_name(0), "kernel": copies.kernel, "bytes": copies.num_bytes}
+    report: dict[str, Any] = {"card": torch.cuda.get_device_name(0), "by": copies.kernel, "bytes": copies.num_bytes}
     for name, measured in rows.items():
         alone, beside, lost = (statistics.median(column) / _TIMES for column in zip(*measured, strict=True))
         report[name] = {

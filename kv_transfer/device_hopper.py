@@ -60,10 +60,13 @@ def _kernel(function: Callable[..., None]) -> Kernel:
 
 
 @_inline
-def _find(index: Val, pieces: Ptr, blocks: Ptr, num_blocks: Val, SIDE: gl.constexpr) -> tuple[Ptr, Val]:
+def _find(
+    index: Val, pieces: Ptr, blocks: Ptr, num_blocks: Val, num_together: Val, SIDE: gl.constexpr
+) -> tuple[Ptr, Val]:
     """The piece of a copy, and its first row on one side."""
-    piece = pieces + index // num_blocks * 4
-    block = gl.load(blocks + index % num_blocks)
+    turn = index // num_together
+    piece = pieces + (turn // num_blocks * num_together + index % num_together) * 4
+    block = gl.load(blocks + turn % num_blocks)
     return piece, gl.load(piece + SIDE) + block * gl.load(piece + 2)
 
 
@@ -77,6 +80,7 @@ def copy_tiles(
     target_blocks: Ptr,  # int32[n]
     num_blocks: int,  # n
     num_copies: int,  # n · p
+    num_together: int,  # divides p: so many pieces of a block, then the next block
     ROWS: gl.constexpr,  # of a tile
     WIDTH: gl.constexpr,  # of a row, in words of 4 bytes
 ) -> None:
@@ -93,13 +97,13 @@ def copy_tiles(
         if turn < count:
             tma.store_wait(STAGES - AHEAD - 1)  # what was in the stage has been read
             stage = turn % STAGES
-            _piece, origin = _find(first + turn * step, pieces, source_blocks, num_blocks, SOURCE)
+            _piece, origin = _find(first + turn * step, pieces, source_blocks, num_blocks, num_together, SOURCE)
             mbarrier.expect(full.index(stage), ROWS * WIDTH * 4)
             _load_tile(source, [origin, 0], full.index(stage), tiles.index(stage))
         done = turn - AHEAD
         if done >= 0:
             here = done % STAGES
-            piece, place = _find(first + done * step, pieces, target_blocks, num_blocks, TARGET)
+            piece, place = _find(first + done * step, pieces, target_blocks, num_blocks, num_together, TARGET)
             rows = gl.load(piece + 3)
             mbarrier.wait(full.index(here), (done // STAGES) & 1)
             if rows == ROWS:
@@ -133,8 +137,10 @@ class TileCopies:
         pieces = self._pieces[self._starts[layers.start] : self._starts[layers.stop]]
         num_blocks = len(source_blocks)
         num_copies = len(pieces) * num_blocks
+        # Layer by layer, where they are alike, and cell by cell: programs that run side by side read and write runs.
+        together = len(pieces) // len(layers) if len(pieces) % len(layers) == 0 else 1
         copy_tiles[(min(PROGRAMS, num_copies),)](
-            *self._views, pieces, source_blocks, target_blocks, num_blocks, num_copies,
+            *self._views, pieces, source_blocks, target_blocks, num_blocks, num_copies, together,
             ROWS=self._rows, WIDTH=self._row_bytes // 4, num_warps=1,
         )  # fmt: skip
 
