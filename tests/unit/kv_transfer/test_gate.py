@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kv_transfer import gate as gate_module
 from kv_transfer.gate import Doors, WriteGate
 from kv_transfer.layout import CellMap, merge_runs
-from kv_transfer.link import LeaseKey
+from kv_transfer.link import Landed, LeaseKey
 from llm_engine.api.errors import ProtocolError
 from tests.unit.kv_transfer.rig import make_layout
 
@@ -56,7 +56,8 @@ def test_the_stop_is_reported_when_the_running_write_has_ended() -> None:
     data=st.data(),
 )
 def test_ranges_become_stretches_of_the_lease(lease: list[int], row: int, cached: int, data: st.DataObject) -> None:
-    """Whatever is written of it, in runs or block by block: the same blocks, in order, in pieces that fit the cache."""
+    """Whatever is written of it, in runs or block by block, in whatever order: those blocks, in pieces that fit the
+    cache."""
     layout = make_layout(16)
     plane, layer = [(plane, layer) for plane in layout.planes for layer in range(plane.num_layers)][row]
     memory = memoryview(bytes(index * 37 % 251 for index in range(layout.arena_bytes)))
@@ -66,16 +67,16 @@ def test_ranges_become_stretches_of_the_lease(lease: list[int], row: int, cached
     door = doors.find(key, 7)
     assert door is not None
     first = data.draw(st.integers(0, len(lease) - 1))
-    last = data.draw(st.integers(first + 1, len(lease)))
-    written = lease[first:last]
+    written = lease[first : data.draw(st.integers(first + 1, len(lease)))]
     runs = [(run.source, run.num_blocks) for run in merge_runs(written, written)]
     if data.draw(st.booleans()):
         runs = [(block, 1) for block in written]
+    runs = data.draw(st.just(runs) | st.permutations(runs) | st.lists(st.sampled_from(runs), min_size=1, max_size=20))
     ranges = [(plane.address(layer, block, 16), count * plane.block_bytes) for block, count in runs]
     with mock.patch.object(gate_module, "CACHED_BYTES", cached):
         stretches = doors.check(door, ranges, memory)
     positions = [position for each in stretches for position in range(each.first, each.last)]
-    assert positions == list(range(first, last))
+    assert positions == [lease.index(block) + n for block, count in runs for n in range(count)]
     for each in stretches:
         starts = [plane.address(layer, block, 16) for block in lease[each.first : each.last]]
         assert b"".join(each.parts) == b"".join(memory[start : start + plane.block_bytes] for start in starts)
@@ -83,7 +84,7 @@ def test_ranges_become_stretches_of_the_lease(lease: list[int], row: int, cached
         assert each.row == row
         door.record(each)
         door.record(each)
-    assert door.landed() == gate_module.Landed(last - first, (last - first) * plane.block_bytes)
+    assert door.landed() == Landed(len(set(positions)), len(set(positions)) * plane.block_bytes)
 
 
 @pytest.mark.parametrize(("block", "count"), [(3, 2), (4, 2), (5, 2), (2, 1), (6, 1), (3, 3)])
