@@ -2,8 +2,8 @@
 
 A frame is a header, a table of (offset in the region, length) and the bytes in that order; one frame carries many
 blocks, because small sends cost tens of microseconds each. The receiver stores a frame only if its lease is open for
-this connection and every range is whole blocks of that lease. Bytes of a lease that is over are read and thrown away;
-a range outside the lease cuts the connection.
+this connection and every range is whole blocks of that lease, in its order. Bytes of a lease that is over are read and
+thrown away; any other range cuts the connection.
 
 Every slice is stored under the lease's door, so ending a lease proves on the spot that nothing lands any more: neither
 a stopped writer nor a slow network keeps blocks in quarantine.

@@ -85,15 +85,15 @@ class TcpInlet(SeenInlet, Listener):
             raise ProtocolError(f"frame announces {num_bytes} bytes, its ranges hold another number")
         door = self._doors.find(lease, connection)
         left = num_bytes
-        for each in self._doors.check(door, ranges, self._buffer) if door is not None else ():
-            assert door is not None
-            stored = self._store(sock, poll, door, each.parts)
-            if stored is None:
-                return False
-            left -= stored
-            if stored < each.num_bytes:
-                break
-            door.record(each)
+        if door is not None:
+            for each in self._doors.check(door, ranges, self._buffer):
+                stored = self._store(sock, poll, door, each.parts)
+                if stored is None:
+                    return False
+                left -= stored
+                if stored < each.num_bytes:
+                    break
+                door.record(each)
         self._late += left
         return left == 0 or _discard(sock, left)
 
