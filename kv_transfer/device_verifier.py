@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kv_transfer.device import DeviceRegion
 from kv_transfer.device_digests import DeviceDigests
 from kv_transfer.layout import Blocks, layer_planes, plane_rows
-from kv_transfer.link import Cells, LeaseKey
+from kv_transfer.link import LeaseKey, Stretch
 from kv_transfer.manifest import Policy, check_counts, checksum, sample_phase
 from kv_transfer.verifier import AnyLanding
 from llm_engine.api.handoff import KvLayout, Manifest
@@ -61,7 +61,7 @@ class DeviceLanding:
         elif not layers and self._digests is not None and self._left_bytes:
             self._digests.rehearse(self.blocks)
 
-    def on_landed(self, cells: Sequence[Cells]) -> None:
+    def on_landed(self, stretch: Stretch) -> None:
         """Peers store here unseen."""
 
     def end(self) -> None:

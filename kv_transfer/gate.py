@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kv_transfer.layout import CellMap
-from kv_transfer.link import Cells, Landed, LeaseKey
+from kv_transfer.link import CACHED_BYTES, Landed, LeaseKey, Stretch
 from llm_engine.api.errors import ProtocolError
 from llm_engine.api.handoff import KvLayout
 
@@ -63,26 +63,29 @@ class Door:
         self.connection = connection
         self.lock = threading.Lock()
         self.is_open = True
-        self.on_landed: Callable[[Sequence[Cells]], None] = lambda _: None
-        self._width = len(blocks)
+        self.on_landed: Callable[[Stretch], None] = lambda _: None
+        self._blocks = tuple(blocks)
         self._position = {block: index for index, block in enumerate(blocks)}
         self._landed = bytearray(num_rows * len(blocks))
         self._num_bytes = 0
 
-    def admits(self, cells: Cells) -> bool:
-        """Whether the lease holds every one of the blocks."""
-        return all(block in self._position for block in range(cells.block, cells.block + cells.num_blocks))
+    def find(self, block: int, num_blocks: int) -> int | None:
+        """Position in the lease of these neighbours in memory. None unless it holds them all, one after the other."""
+        first = self._position.get(block)
+        if num_blocks == 1 or first is None:
+            return first
+        expected = tuple(range(block, block + num_blocks))
+        return first if self._blocks[first : first + num_blocks] == expected else None
 
-    def record(self, cells: Sequence[Cells], ranges: Sequence[tuple[int, int]]) -> None:
-        """These cells, which are these (offset, length) ranges, have landed completely."""
-        for (row, first, count), (_, length) in zip(cells, ranges, strict=True):
-            base = row * self._width
-            for block in range(first, first + count):
-                index = base + self._position[block]
-                if not self._landed[index]:
-                    self._landed[index] = 1
-                    self._num_bytes += length // count
-        self.on_landed(cells)
+    def record(self, stretch: Stretch) -> None:
+        """These blocks have landed completely."""
+        count = stretch.last - stretch.first
+        begin = stretch.row * len(self._blocks) + stretch.first
+        missing = self._landed.count(0, begin, begin + count)
+        if missing:
+            self._landed[begin : begin + count] = b"\1" * count
+            self._num_bytes += stretch.num_bytes // count * missing
+        self.on_landed(stretch)
 
     def landed(self) -> Landed:
         """What has landed so far; a cell written twice counts once."""
@@ -106,7 +109,7 @@ class Doors:
         """From now on `connection` may fill `blocks`."""
         self._doors[lease] = Door(connection, blocks, self._cells.num_rows)
 
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Stretch], None]) -> None:
         """Report what lands under this lease, if it is open."""
         if (door := self._doors.get(lease)) is not None:
             door.on_landed = on_landed
@@ -116,14 +119,25 @@ class Doors:
         door = self._doors.get(lease)
         return door if door is not None and door.connection == connection else None
 
-    def check(self, door: Door, ranges: Sequence[tuple[int, int]]) -> list[Cells]:
-        """Cells of (offset, length) ranges. Raises ProtocolError for a range outside the lease's blocks."""
-        cells = [self._cells.locate(offset, length) for offset, length in ranges]
-        for item in cells:
-            if not door.admits(item):
-                last = item.block + item.num_blocks - 1
-                raise ProtocolError(f"blocks {item.block}..{last} are not all in the lease they are written under")
-        return cells
+    def check(self, door: Door, ranges: Iterable[tuple[int, int]], memory: memoryview) -> list[Stretch]:
+        """What (offset, length) ranges of `memory` are under the lease, in stretches of CACHED_BYTES or one block.
+
+        Raises ProtocolError for a range that is not whole blocks of the lease in its order.
+        """
+        stretches: list[Stretch] = []
+        for offset, length in ranges:
+            row, block, num_blocks = self._cells.locate(offset, length)
+            first = door.find(block, num_blocks)
+            if first is None:
+                named = f"{block}..{block + num_blocks - 1}"
+                raise ProtocolError(f"blocks {named} do not follow each other in the lease they are written under")
+            size = length // num_blocks
+            step = max(1, CACHED_BYTES // size)
+            for done in range(0, num_blocks, step):
+                count = min(step, num_blocks - done)
+                begin = offset + done * size
+                _append(stretches, row, first + done, count, memory[begin : begin + count * size])
+        return stretches
 
     def landed(self, lease: LeaseKey) -> Landed:
         """What has landed under an open lease (nothing under any other)."""
@@ -135,6 +149,17 @@ class Doors:
         door = self._doors.pop(lease, None)
         if door is not None:
             door.shut()
+
+
+def _append(stretches: list[Stretch], row: int, first: int, num_blocks: int, part: memoryview) -> None:
+    """To the last stretch, if it ends there and has room; otherwise it begins the next one."""
+    last = stretches[-1] if stretches else None
+    if last is not None and (last.row, last.last) == (row, first) and last.num_bytes + len(part) <= CACHED_BYTES:
+        last.last += num_blocks
+        last.num_bytes += len(part)
+        last.parts.append(part)
+    else:
+        stretches.append(Stretch(row, first, first + num_blocks, len(part), [part]))
 
 
 class SeenInlet:
@@ -153,7 +178,7 @@ class SeenInlet:
         """Bytes under this lease are stored from now on."""
         self._doors.open(lease, connection, blocks)
 
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Stretch], None]) -> None:
         """See Inlet.watch."""
         self._doors.watch(lease, on_landed)
 

@@ -119,12 +119,12 @@ class CopyPlan:
         source, target = self.source.planes[row.plane], self.target.planes[row.plane]
         size = source.block_bytes
         step = max(1, PIECE_BYTES // size)
+        from_ = source.address(row.layer, 0, self.source.num_blocks)
+        to = target.address(row.layer, 0, self.target.num_blocks)
         for run in runs:
-            from_ = source.address(row.layer, run.source, self.source.num_blocks)
-            to = target.address(row.layer, run.target, self.target.num_blocks)
             for first in range(0, run.num_blocks, step):
                 length = min(step, run.num_blocks - first) * size
-                yield Copy(from_ + first * size, to + first * size, length)
+                yield Copy(from_ + (run.source + first) * size, to + (run.target + first) * size, length)
 
     def block_copies(self, block: int) -> Iterator[Copy]:
         """Copies that fill every plane and layer of target block `block` from one packed buffer (for probes)."""

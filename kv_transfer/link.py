@@ -33,6 +33,17 @@ class Cells(NamedTuple):
     num_blocks: int
 
 
+@dataclass(slots=True)
+class Stretch:
+    """Blocks [first, last) of one lease, counted in its order, in one plane row, and the memory that they are."""
+
+    row: int  # as in Cells
+    first: int
+    last: int
+    num_bytes: int
+    parts: list[memoryview]
+
+
 class Copy(NamedTuple):
     """`num_bytes` from `source` (offset in the writer's buffer) to `target` (offset in the receiver's region)."""
 
@@ -42,7 +53,7 @@ class Copy(NamedTuple):
 
 
 Sent = Callable[[int, int, int], None]
-CACHED_BYTES = 256 << 10  # read twice, so much comes from the cache the second time
+CACHED_BYTES = 512 << 10  # read twice, so much comes from the cache the second time
 
 
 def all_landed() -> Future[int | None]:
@@ -119,8 +130,8 @@ class Inlet(Protocol):
         """From now on this connection may write into these blocks."""
         ...
 
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
-        """Call this with cells that have just been stored under an open lease, from the thread that stored them: they
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Stretch], None]) -> None:
+        """Call this with blocks that have just been stored under an open lease, from the thread that stored them: they
         are in its cache. Not called by transports that can't see what lands."""
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kv_transfer.auth import Handshake, Verdict
-from kv_transfer.link import Cells, Landed, LeaseKey
+from kv_transfer.link import Landed, LeaseKey, Stretch
 from llm_engine.api.errors import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class UnseenInlet(Listener):
     def open_lease(self, lease: LeaseKey, connection: int, blocks: Sequence[int]) -> None:
         """The writer is told by the grant."""
 
-    def watch(self, lease: LeaseKey, on_landed: Callable[[Sequence[Cells]], None]) -> None:
+    def watch(self, lease: LeaseKey, on_landed: Callable[[Stretch], None]) -> None:
         """Not visible here."""
 
     def landed(self, lease: LeaseKey) -> Landed | None:

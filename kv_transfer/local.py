@@ -135,14 +135,16 @@ class LocalInlet(SeenInlet):
         if door is None:
             self._late += len(data)
             return
-        ranges = [(target, len(data))]
-        cells = self._doors.check(door, ranges)
+        memory = self._memory
+        if memory is None:
+            raise TransferError("local link closed by the receiver")
+        stretches = self._doors.check(door, [(target, len(data))], memory)
         with door.lock:
-            memory = self._memory
-            if memory is None:
+            if self._memory is None:
                 raise TransferError("local link closed by the receiver")
             if not door.is_open:
                 self._late += len(data)
                 return
             np.copyto(np.frombuffer(memory[target : target + len(data)], np.uint8), np.frombuffer(data, np.uint8))
-        door.record(cells, ranges)
+        for each in stretches:
+            door.record(each)

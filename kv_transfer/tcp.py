@@ -2,8 +2,8 @@
 
 A frame is a header, a table of (offset in the region, length) and the bytes in that order; one frame carries many
 blocks, because small sends cost tens of microseconds each. The receiver stores a frame only if its lease is open for
-this connection and every range is whole blocks of that lease. Bytes of a lease that is over are read and thrown away;
-a range outside the lease cuts the connection.
+this connection and every range is whole blocks of that lease, in its order. Bytes of a lease that is over are read and
+thrown away; any other range cuts the connection.
 
 Every slice is stored under the lease's door, so ending a lease proves on the spot that nothing lands any more: neither
 a stopped writer nor a slow network keeps blocks in quarantine.
@@ -16,11 +16,10 @@ import itertools
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
 
-from kv_transfer.link import CACHED_BYTES, Copy, LeaseKey, Sent, cuts, no_news
+from kv_transfer.link import CACHED_BYTES, Copy, LeaseKey, Sent, no_news
 from kv_transfer.sockets import dial
 from llm_engine.api.errors import LeaseRevoked, TransferError
 from llm_engine.api.handoff import LinkOffer
@@ -77,15 +76,13 @@ class TcpLink:
         sent: Sent = no_news,
     ) -> None:
         """See Link.write. A frame once begun is finished: frames hold _FRAME_BYTES, or one copy if that is longer."""
-        done = 0
-        for frame in _frames(copies):
+        for first, last, num_bytes in _frames(copies):
             if stopped():
                 raise LeaseRevoked(f"lease {lease.lease_id}: stopped")
-            table = b"".join(RANGE.pack(copy.target, copy.num_bytes) for copy in frame)
-            num_bytes = sum(copy.num_bytes for copy in frame)
+            frame = copies[first:last]
             header = HEADER.pack(DATA, len(frame), lease.lease_id, lease.epoch, num_bytes)
-            self._send_frame(header + table, source, frame, partial(_renumbered, sent, done))
-            done += len(frame)
+            table = b"".join([RANGE.pack(copy.target, copy.num_bytes) for copy in frame])
+            self._send_frame(header + table, source, enumerate(frame, first), sent)
 
     def confirm(self, lease: LeaseKey) -> Future[int | None]:
         """Ask, behind everything written so far, how much was stored."""
@@ -109,28 +106,35 @@ class TcpLink:
         with self._lock:  # a failing send has returned: the descriptor can't be reused under it
             self._sock.close()
 
-    def _send_frame(self, head: bytes, source: memoryview, frame: Sequence[Copy], sent: Sent) -> None:
-        """Head and payload, the payload hashed piece by piece right before the kernel reads it."""
-        views: list[memoryview] = [memoryview(head)]
-        waiting = 0
+    def _send_frame(self, head: bytes, source: memoryview, frame: Iterable[tuple[int, Copy]], sent: Sent) -> None:
+        """Head and payload, the payload hashed piece by piece right after the kernel has read it."""
+        views = [memoryview(head)]
+        pieces: list[tuple[int, int, int]] = []
+        room = CACHED_BYTES
         with self._sending():
-            for index, copy in enumerate(frame):
-                for first, last in cuts(copy.num_bytes):
-                    sent(index, first, last)
+            for index, copy in frame:
+                for first in range(0, copy.num_bytes, CACHED_BYTES):
+                    last = min(first + CACHED_BYTES, copy.num_bytes)
                     views.append(source[copy.source + first : copy.source + last])
-                    waiting += last - first
-                    if waiting >= CACHED_BYTES:
-                        self._send_all(views, socket.MSG_MORE)
-                        waiting = 0
-            self._send_all(views)
+                    pieces.append((index, first, last))
+                    room -= last - first
+                    if room <= 0:
+                        self._send_pieces(views, pieces, sent)
+                        views, pieces, room = [], [], CACHED_BYTES
+            self._send_pieces(views, pieces, sent)
+
+    def _send_pieces(self, views: list[memoryview], pieces: Sequence[tuple[int, int, int]], sent: Sent) -> None:
+        self._send_all(views)
+        for piece in pieces:
+            sent(*piece)
 
     def _send(self, head: bytes) -> None:
         with self._sending():
             self._sock.sendall(head)
 
-    def _send_all(self, views: list[memoryview], flags: int = 0) -> None:
+    def _send_all(self, views: list[memoryview]) -> None:
         while views:
-            advance(views, self._sock.sendmsg(views[:IOV], (), flags))
+            advance(views, self._sock.sendmsg(views[:IOV]))
 
     @contextlib.contextmanager
     def _sending(self) -> Iterator[None]:
@@ -163,21 +167,16 @@ class TcpLink:
             self._on_lost(error)
 
 
-def _renumbered(sent: Sent, offset: int, index: int, first: int, last: int) -> None:
-    sent(offset + index, first, last)
-
-
-def _frames(copies: Sequence[Copy]) -> list[list[Copy]]:
-    """Group copies into frames of at most _FRAME_BYTES and MAX_RANGES, one copy at least."""
-    frames: list[list[Copy]] = []
-    room = 0
-    for copy in copies:
-        if not frames or copy.num_bytes > room or len(frames[-1]) == MAX_RANGES:
-            frames.append([])
-            room = _FRAME_BYTES
-        frames[-1].append(copy)
-        room -= copy.num_bytes
-    return frames
+def _frames(copies: Sequence[Copy]) -> Iterator[tuple[int, int, int]]:
+    """[first, last) of copies that make a frame, of at most _FRAME_BYTES and MAX_RANGES or one copy, and its bytes."""
+    first = num_bytes = 0
+    for index, copy in enumerate(copies):
+        if index > first and (num_bytes + copy.num_bytes > _FRAME_BYTES or index - first == MAX_RANGES):
+            yield first, index, num_bytes
+            first, num_bytes = index, 0
+        num_bytes += copy.num_bytes
+    if copies:
+        yield first, len(copies), num_bytes
 
 
 def advance(views: list[memoryview], count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Sequence
 
 from kv_transfer.gate import Door, SeenInlet
 from kv_transfer.link import LeaseKey
@@ -83,20 +84,23 @@ class TcpInlet(SeenInlet, Listener):
         if sum(length for _, length in ranges) != num_bytes:
             raise ProtocolError(f"frame announces {num_bytes} bytes, its ranges hold another number")
         door = self._doors.find(lease, connection)
-        cells = self._doors.check(door, ranges) if door is not None else []
-        views = [self._buffer[offset : offset + length] for offset, length in ranges] if door is not None else []
-        stored = self._store(sock, poll, door, views) if door is not None else 0
-        if stored is None:
-            return False
-        if door is not None and stored == num_bytes:
-            door.record(cells, ranges)
-            return True
-        self._late += num_bytes - stored
-        return _discard(sock, num_bytes - stored)
+        left = num_bytes
+        if door is not None:
+            for each in self._doors.check(door, ranges, self._buffer):
+                stored = self._store(sock, poll, door, each.parts)
+                if stored is None:
+                    return False
+                left -= stored
+                if stored < each.num_bytes:
+                    break
+                door.record(each)
+        self._late += left
+        return left == 0 or _discard(sock, left)
 
-    def _store(self, sock: socket.socket, poll: select.poll, door: Door, views: list[memoryview]) -> int | None:
-        """Fill the views while the door is open; bytes stored, or None at end of file."""
+    def _store(self, sock: socket.socket, poll: select.poll, door: Door, parts: Sequence[memoryview]) -> int | None:
+        """Fill the parts while the door is open; bytes stored, or None at end of file."""
         stored = 0
+        views = list(parts)
         while views and door.is_open:
             with door.lock:
                 if not door.is_open:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from kv_transfer.layout import PlaneLayer, Run, layer_planes, merge_runs, plane_rows
-from kv_transfer.link import Cells, LeaseKey
+from kv_transfer.layout import PlaneLayer, layer_planes, merge_runs, plane_rows
+from kv_transfer.link import LeaseKey, Stretch
 from kv_transfer.manifest import Policy, RowDigest, block_checksum, check_counts, sample_phase
 from llm_engine.api.handoff import KvLayout, Manifest
 
@@ -36,8 +36,8 @@ class AnyLanding(Protocol):
         """The writer says that so many blocks of these layers have landed; no layers: that the last will soon."""
         ...
 
-    def on_landed(self, cells: Sequence[Cells]) -> None:
-        """The link has stored these cells."""
+    def on_landed(self, stretch: Stretch) -> None:
+        """The link has stored these blocks."""
         ...
 
     def end(self) -> None:
@@ -112,9 +112,8 @@ class Landing:
         self._submit = submit
         self._phase = sample_phase(policy, lease)
         self._layers = [] if policy == "count" else list(layer_planes(layout))
-        self._position = {block: index for index, block in enumerate(blocks)}
-        self._numbers = list(plane_rows(layout))  # by running number, as links count rows
-        self._rows = {row: _Row(self._new_digest(row)) for row in self._numbers}
+        self._rows = {row: _Row(self._new_digest(row)) for row in plane_rows(layout)}
+        self._numbered = list(self._rows.values())  # as links count rows
         self._asked = [0] * len(self._layers)  # loop only
         self._over = False
 
@@ -135,21 +134,16 @@ class Landing:
         if due:
             self._submit(partial(self._hash_all, due))
 
-    def on_landed(self, cells: Sequence[Cells]) -> None:
-        """These cells of the lease have just been stored. Any thread; hashes those that are next in their row."""
+    def on_landed(self, stretch: Stretch) -> None:
+        """These blocks of the lease have just been stored. Any thread; hashes them if they are next in their row."""
         if self.policy == "count":
             return
-        for number, block, num_blocks in cells:
-            key = self._numbers[number]
-            row = self._rows[key]
-            first = self._position[block]
-            with row.lock:
-                if first < row.done:
-                    row.rewritten, row.value = True, None
-                elif first == row.done:
-                    # A run of blocks in memory is one in the lease only if their positions follow each other.
-                    end = self._run_end(first, block, num_blocks)
-                    self._hash_locked(key, row, end, [Run(block, block, end - first)])
+        row = self._numbered[stretch.row]
+        with row.lock:
+            if stretch.first < row.done:
+                row.rewritten, row.value = True, None
+            elif stretch.first == row.done:
+                self._hash_locked(row, stretch.last, stretch.parts)
 
     def end(self) -> None:
         """Hash no more: the blocks have another owner."""
@@ -191,26 +185,24 @@ class Landing:
         with row.lock:
             if last and row.rewritten:
                 row.digest, row.done, row.rewritten = self._new_digest(key), 0, False
-            blocks = self.blocks[row.done : num_blocks]
-            self._hash_locked(key, row, num_blocks, merge_runs(blocks, blocks))
+            self._hash_locked(row, num_blocks, self._parts(key, self.blocks[row.done : num_blocks]))
 
-    def _hash_locked(self, key: PlaneLayer, row: _Row, num_blocks: int, runs: Sequence[Run]) -> None:
-        """Hash the next blocks of the lease, up to `num_blocks`; `runs`: they. With the row's lock held."""
+    def _hash_locked(self, row: _Row, num_blocks: int, parts: Iterable[memoryview]) -> None:
+        """Hash the next blocks of the lease, up to `num_blocks`; `parts`: they. With the row's lock held."""
         if self._over or num_blocks <= row.done:
             return
-        plane = self.layout.planes[key.plane]
-        for run in runs:
-            start = plane.address(key.layer, run.source, self.layout.num_blocks)
-            row.digest.update(self._memory[start : start + run.num_blocks * plane.block_bytes])
+        for part in parts:
+            row.digest.update(part)
         row.done = num_blocks
         if num_blocks == len(self.blocks) and not row.rewritten:
             row.value = row.digest.value()
 
-    def _run_end(self, first: int, block: int, num_blocks: int) -> int:
-        end = first + 1
-        while end - first < num_blocks and self.blocks[end : end + 1] == (block + end - first,):
-            end += 1
-        return end
+    def _parts(self, key: PlaneLayer, blocks: Sequence[int]) -> Iterator[memoryview]:
+        """These blocks of a row, neighbours together."""
+        plane = self.layout.planes[key.plane]
+        for run in merge_runs(blocks, blocks):
+            start = plane.address(key.layer, run.source, self.layout.num_blocks)
+            yield self._memory[start : start + run.num_blocks * plane.block_bytes]
 
     def _new_digest(self, row: PlaneLayer) -> RowDigest:
         return RowDigest(self.layout.planes[row.plane].block_bytes, self._phase)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kv_transfer import verifier as verifier_module
 from kv_transfer.layout import PlaneLayer
-from kv_transfer.link import Cells, LeaseKey
+from kv_transfer.link import LeaseKey, Stretch
 from kv_transfer.manifest import ManifestBuilder, Policy, RowDigest
 from kv_transfer.verifier import Landing, Verifier
 from llm_engine.api.handoff import Manifest
@@ -21,6 +21,14 @@ LAYOUT = make_layout(12)
 ROWS = [PlaneLayer(index, layer) for index, plane in enumerate(LAYOUT.planes) for layer in range(plane.num_layers)]
 BLOCKS = [7, 2, 3, 11]
 LEASE = LeaseKey(9, 2)
+
+
+def stored(memory: bytearray, row: int, first: int, last: int) -> Stretch:
+    """Blocks [first, last) of the lease have landed."""
+    plane = LAYOUT.planes[ROWS[row].plane]
+    starts = [plane.address(ROWS[row].layer, block, 12) for block in BLOCKS[first:last]]
+    parts = [memoryview(memory)[start : start + plane.block_bytes] for start in starts]
+    return Stretch(row, first, last, sum(map(len, parts)), parts)
 
 
 class Bench:
@@ -163,7 +171,7 @@ def test_cells_that_land_in_any_order_give_the_same_verdict(order: list[tuple[in
     bench = Bench()
     landing, _ = by_hand(bench)
     for row, position in order:
-        landing.on_landed([Cells(row, BLOCKS[position], 1)])
+        landing.on_landed(stored(bench.memory, row, position, position + 1))
     assert landing.finish(bench.manifest, range(4)) is None
     bench.verifier.close()
 
@@ -172,9 +180,11 @@ def test_runs_of_blocks_are_hashed_as_they_land() -> None:
     bench = Bench()
     landing, _ = by_hand(bench)
     before = landing.left_bytes()
-    landing.on_landed([Cells(0, 7, 1), Cells(0, 2, 2)])  # blocks 2 and 3 are neighbours in memory and in the lease
+    landing.on_landed(stored(bench.memory, 0, 0, 1))
+    landing.on_landed(stored(bench.memory, 0, 1, 3))
     assert landing.left_bytes() == before - 3 * 96
-    landing.on_landed([Cells(1, 7, 1), Cells(1, 3, 1)])  # block 2 is missing in between
+    landing.on_landed(stored(bench.memory, 1, 0, 1))
+    landing.on_landed(stored(bench.memory, 1, 2, 3))  # one is missing in between
     assert landing.left_bytes() == before - 4 * 96
     bench.verifier.close()
 
@@ -185,8 +195,8 @@ def test_a_block_that_is_stored_twice_counts_as_it_is_at_the_end(right_last: boo
     landing, _ = by_hand(bench)
     cell = next(cells(LAYOUT, BLOCKS[0]))
     right, wrong = bench.memory[cell], bytes(cell.stop - cell.start)
-    for stored in (wrong, right) if right_last else (right, wrong):
-        bench.memory[cell] = stored
-        landing.on_landed([Cells(0, BLOCKS[0], 1)])
+    for value in (wrong, right) if right_last else (right, wrong):
+        bench.memory[cell] = value
+        landing.on_landed(stored(bench.memory, 0, 0, 1))
     assert (landing.finish(bench.manifest, range(4)) is None) == right_last
     bench.verifier.close()
