@@ -158,13 +158,13 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         )
         serving = asyncio.create_task(client.run())
         run_bytes = max(plane.block_bytes for plane in layout.planes) * layout.num_blocks
-        limit: Limit
+        limits: Sequence[Limit]
         if not isinstance(source, memoryview):
-            limit = DeviceLimit(source, hello)
+            limits = [DeviceLimit(source, hello)]
         elif args.transport == "shm":
-            limit = MemoryLimit(source, hello, run_bytes)
+            limits = [MemoryLimit(source, hello, run_bytes)]
         else:
-            limit = SocketLimit(source, hello)
+            limits = SocketLimit.each(source, hello)
         peer = Peer(name="d", incarnation="d", control_addr=hello["address"])
         writer = Writer(args, layout, client, peer, compute, trace)
         await writer.round(Mode("warm-up", args.tokens, 1))
@@ -177,7 +177,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
             title = f"{args.tokens} tokens, {args.layers} + 1 layers, {args.transport}, hand-off under compute"
             trace.write(args.trace, title)
         for run in runs:
-            await _run(run, writer, limit, layout.bytes_per_block(), hello["pid"])
+            await _run(run, writer, limits, layout.bytes_per_block(), hello["pid"])
         link = client.stats().peers[0]
         await client.close()
         await serving
@@ -192,7 +192,7 @@ async def measure(args: argparse.Namespace, layout: KvLayout, config: TransferCo
         "compute_ms_per_layer": args.compute_ms_per_layer,
         "ready_at": args.ready_at,
         "machine": machine() + (f", {_cards()}" if args.transport == "cuda_ipc" else ""),
-        "modes": [summarise(run, limit, received) for run in runs],
+        "modes": [summarise(run, received) for run in runs],
     }
 
 
@@ -224,11 +224,13 @@ def versus(args: argparse.Namespace, layout: KvLayout, config: TransferConfig) -
     return {"transport": args.transport, "versus": args.versus, "machine": first["machine"], "modes": rows}
 
 
-async def _run(run: Run, writer: Writer, limit: Limit, bytes_per_block: int, receiver: int) -> None:
+async def _run(run: Run, writer: Writer, limits: Sequence[Limit], bytes_per_block: int, receiver: int) -> None:
     mode = run.mode
     num_blocks = -(-mode.tokens // BLOCK_TOKENS) - mode.cached_tokens // BLOCK_TOKENS
     for _ in range(mode.rounds):
-        run.limits.append(await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent))
+        for limit in limits:
+            rate = await asyncio.to_thread(limit.rate, num_blocks * bytes_per_block * mode.concurrent)
+            run.limits.setdefault(limit.name, []).append(rate)
         cpu, far_cpu = time.process_time(), cpu_s(receiver)
         samples = await writer.round(mode)
         run.samples += samples

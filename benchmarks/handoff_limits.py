@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import mmap
 import socket
+import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -15,7 +16,9 @@ import numpy as np
 if TYPE_CHECKING:
     from kv_transfer.device import DeviceRegion
 
-_CHUNK = 1 << 20  # of a plain socket copy: larger ones are slower, they leave the cache between the two system calls
+_CHUNK = 1 << 20  # sent at once by a plain socket copy: larger ones leave the cache between the two system calls
+_RECEIVED = {"socket": 1 << 20, "socket_short": 128 << 10}  # at once, at most: shorter ones may be faster
+_ORDER = struct.Struct("<QI")  # bytes to come, and how many to receive at once
 
 
 class Rate(NamedTuple):
@@ -60,17 +63,22 @@ class MemoryLimit:
 class SocketLimit:
     """One plain TCP connection over the same loopback: sendall here, recv_into the pool there, one byte back."""
 
-    name = "socket"
-
-    def __init__(self, source: memoryview, hello: dict[str, Any]) -> None:
+    def __init__(self, name: str, source: memoryview, sock: socket.socket) -> None:
+        self.name = name
         self._source = source
-        self._sock = socket.create_connection(("127.0.0.1", hello["port"]))
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+
+    @classmethod
+    def each(cls, source: memoryview, hello: dict[str, Any]) -> list[Limit]:
+        """One for every way to receive."""
+        sock = socket.create_connection(("127.0.0.1", hello["port"]))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return [cls(name, source, sock) for name in _RECEIVED]
 
     def rate(self, num_bytes: int) -> Rate:
         """See Limit."""
         started, cpu = time.monotonic(), time.process_time()
-        self._sock.sendall(num_bytes.to_bytes(8, "little"))
+        self._sock.sendall(_ORDER.pack(num_bytes, _RECEIVED[self.name]))
         for first in range(0, num_bytes, _CHUNK):
             self._sock.sendall(self._source[first : min(first + _CHUNK, num_bytes)])
         if not self._sock.recv(1):
@@ -100,10 +108,10 @@ class SocketSink:
         except OSError:  # closed
             return
         with sock:
-            while head := sock.recv(8, socket.MSG_WAITALL):
-                done, num_bytes = 0, int.from_bytes(head, "little")
+            while head := sock.recv(_ORDER.size, socket.MSG_WAITALL):
+                done, (num_bytes, most) = 0, _ORDER.unpack(head)
                 while done < num_bytes:
-                    done += sock.recv_into(self._memory[done : min(done + _CHUNK, num_bytes)])
+                    done += sock.recv_into(self._memory[done : min(done + most, num_bytes)])
                 sock.sendall(b"k")
 
 
