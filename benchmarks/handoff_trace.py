@@ -106,7 +106,8 @@ class TracingLink:
         stopped: Callable[[], bool],
     ) -> int:
         """See CudaIpcLink.push; the span ends with `finish`, and begins when the card has computed the layers."""
-        self._of_thread().append((layers, ready))
+        if blocks[0]:
+            self._of_thread().append((layers, ready))
         return int(self._inner.push(lease, plan, layers, blocks, ready, stopped))
 
     def finish(self, mark: Any = None) -> None:

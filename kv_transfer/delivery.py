@@ -50,9 +50,9 @@ class Delivery:
             self._prepared = True
             self._session.sender.submit(self._prepare)
 
-    def _prepare(self, _: Link) -> bool:
+    def _prepare(self, link: Link) -> bool:
         """Sender thread."""
-        self._outbox.prepare()
+        self._outbox.prepare(link, self._session.plan)
         return False
 
     def _pump(self, link: Link) -> bool:

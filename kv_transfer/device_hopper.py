@@ -139,7 +139,7 @@ class TileCopies:
         num_copies = len(pieces) * num_blocks
         # Layer by layer, where they are alike, and cell by cell: programs that run side by side read and write runs.
         together = len(pieces) // len(layers) if len(pieces) % len(layers) == 0 else 1
-        copy_tiles[(min(PROGRAMS, num_copies),)](
+        copy_tiles[(max(1, min(PROGRAMS, num_copies)),)](
             *self._views, pieces, source_blocks, target_blocks, num_blocks, num_copies, together,
             ROWS=self._rows, WIDTH=self._row_bytes // 4, num_warps=1,
         )  # fmt: skip

@@ -23,6 +23,7 @@ _LEAST_SLICE_S = 500e-6  # slices get smaller towards the end: the receiver chec
 _AHEAD_S = 2e-3  # of compute that may be enqueued as one slice: short layers would cost more than they take
 _NEAR_S = 6e-3  # before the end both processes begin to stay awake
 _SUM_BYTES = 32 << 20  # fewer are hashed with those that follow, in one go
+_NO_LEASE = LeaseKey(0, 0)
 _PROGRESS_BYTES = 8 << 20  # the receiver hears of so many, and stays ready to check the last ones at once
 
 
@@ -38,7 +39,7 @@ class DeviceLink(Protocol):
         ready: Mark,
         stopped: Callable[[], bool],
     ) -> int:
-        """Enqueue."""
+        """Enqueue. No blocks: go through the motions."""
         ...
 
     def mark(self) -> Mark:
@@ -77,12 +78,13 @@ class DeviceOutbox(Outbox):
         self._is_near = False  # the end: that was told
         self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
-    def prepare(self) -> None:
-        """See Outbox.prepare: the first blocks' ids are put on the card."""
+    def prepare(self, link: Link, plan: CopyPlan) -> None:
+        """See Outbox.prepare: the first blocks' ids are put on the card, and what pushes them is compiled and warm."""
         with self._lock:
             blocks = self._items[0].blocks if self._items else ()
         if blocks:
             self._region.table(blocks)
+            cast(DeviceLink, link).push(_NO_LEASE, plan, range(1), ((), ()), None, lambda: False)
 
     def manifest(self) -> Manifest:
         """See Outbox.manifest."""
@@ -204,7 +206,9 @@ class DeviceOutbox(Outbox):
                 item, last = self._items[0], group[-1]
                 if (item.layer, item.first) != (last.layer + 1, last.first):
                     break
-                if item.blocks is not last.blocks or not (ahead or self._region.reached(cast(Mark, item.ready))):
+                if item.blocks is not last.blocks:
+                    break
+                if not (ahead or item.ready is last.ready or self._region.reached(cast(Mark, item.ready))):
                     break
                 group.append(self._items.popleft())
         return group

@@ -142,7 +142,7 @@ class Outbox:
             self._items.extend(Item(layer, first, self._checked, ready, len(layers) > 1) for layer in layers)
             return self._wake()
 
-    def prepare(self) -> None:
+    def prepare(self, link: Link, plan: CopyPlan) -> None:
         """Sender thread: what can be done for what is ready before the grant is here."""
 
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:

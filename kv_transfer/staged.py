@@ -99,6 +99,11 @@ class CardOutbox(DeviceOutbox):
         super().__init__(layout, region, num_tokens)
         self._bounce: Bounce | None = None
 
+    def prepare(self, link: Link, plan: CopyPlan) -> None:
+        """See Outbox.prepare."""
+        if not isinstance(plan, StagedPlan):
+            super().prepare(link, plan)
+
     def open(self, grant: Grant, plan: CopyPlan, policy: Policy) -> None:
         """See Outbox.open."""
         if isinstance(plan, StagedPlan):

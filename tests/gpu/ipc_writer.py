@@ -44,7 +44,9 @@ class Relentless:
         ready: Mark,
         stopped: Callable[[], bool],
     ) -> int:
-        self._inner.push(lease, plan, layers, blocks, ready, stopped)
+        num_bytes = self._inner.push(lease, plan, layers, blocks, ready, stopped)
+        if not num_bytes:
+            return 0
         say("writing")
         while True:
             self._inner.push(lease, plan, layers, blocks, None, stopped)
