@@ -79,11 +79,13 @@ class DeviceOutbox(Outbox):
         self._unsummed: tuple[range, Chunk] | None = None  # enqueued, and not yet its checksums
 
     def prepare(self, link: Link, plan: CopyPlan) -> None:
-        """See Outbox.prepare: the first blocks' ids are put on the card, and what pushes them is compiled and warm."""
+        """See Outbox.prepare: the first blocks' ids are put on the card; for scattered ones the kernel is warmed up."""
         with self._lock:
             blocks = self._items[0].blocks if self._items else ()
-        if blocks:
-            self._region.table(blocks)
+        if not blocks:
+            return
+        self._region.table(blocks)
+        if not self._region.long_runs(blocks, blocks, min(plane.block_bytes for plane in plan.source.planes)):
             cast(DeviceLink, link).push(_NO_LEASE, plan, range(1), ((), ()), None, lambda: False)
 
     def manifest(self) -> Manifest:
