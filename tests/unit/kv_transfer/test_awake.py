@@ -13,7 +13,10 @@ from kv_transfer import awake
 from kv_transfer.intake import Intakes
 from kv_transfer.pairs import Pair
 from llm_engine.api.handoff import Progress
-from tests.unit.kv_transfer.rig import FIRST, Reservation, Rig, until
+from tests.unit.kv_transfer.card_rig import CardRig, HostDriver, driver
+from tests.unit.kv_transfer.rig import FIRST, NUM_LAYERS, Reservation, Rig, until
+
+__all__ = ["driver"]
 
 
 @pytest.fixture
@@ -65,6 +68,25 @@ async def test_empty_messages_until_the_first_token(
         count = len(heard)
         await rig.hand_off("r2", 40)  # everything that was said before has been read
         assert len(heard) == count
+
+
+async def test_between_cards_they_begin_before_everything_is_written(
+    driver: HostDriver, heard: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cores(monkeypatch, 8)
+    monkeypatch.setattr(awake, "LONGEST_S", 30.0)
+    async with CardRig() as rig:
+        handoff = rig.offer("r1", 40)
+        rig.compute(handoff, layers=range(NUM_LAYERS))
+        await until(lambda: len(heard) >= 3)
+        assert handoff._delivery is not None
+        assert not handoff._delivery._parts.told_manifest
+        rig.compute(handoff, layers=[NUM_LAYERS])
+        report = await handoff.commit(FIRST, compute_end=time.monotonic())
+        assert report.transport == "cuda_ipc"
+        delivery = handoff._delivery
+        await until(lambda: not delivery.say_nothing())  # the sender may still be where it told the manifest
+        assert rig.cached.admitted["r1"][1] == FIRST
 
 
 @pytest.mark.parametrize("end", ["abort", "revoke"])
