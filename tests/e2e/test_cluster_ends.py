@@ -49,6 +49,7 @@ def test_a_killed_supervisor_takes_everything_with_it(site: Site) -> None:
     site.assert_nothing_left(shm_before, record.ray_dir)
 
 
+@pytest.mark.slow
 def test_a_start_can_be_interrupted(site: Site) -> None:
     shm_before = netns.shared_memory()
     process = site.begin()
@@ -60,6 +61,7 @@ def test_a_start_can_be_interrupted(site: Site) -> None:
     site.assert_nothing_left(shm_before, record.ray_dir)
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_says_why_and_leaves_nothing(site: Site) -> None:
     shm_before = netns.shared_memory()
     taken = "worker.metrics_port=18000"  # for both workers: only one can have it

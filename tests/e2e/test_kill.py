@@ -104,7 +104,7 @@ def open_files(cluster: ProcessCluster, name: str) -> int:
 @pytest.mark.parametrize(
     ("mercy", "number", "kills"),
     [
-        pytest.param(True, signal.SIGKILL, 4, id="one-at-a-time"),
+        pytest.param(True, signal.SIGKILL, 4, id="one-at-a-time", marks=pytest.mark.slow),
         pytest.param(False, signal.SIGKILL, 4, id="no-mercy", marks=pytest.mark.slow),
         pytest.param(True, signal.SIGSTOP, 2, id="stopped"),
     ],
