@@ -65,6 +65,7 @@ def test_it_answers_and_drafts_well(whole: dict[str, Any]) -> None:
     assert whole["accepted"] / whole["verified"] >= 0.7
 
 
+@pytest.mark.slow
 def test_without_index_pages_it_finds_nothing_far_away(whole: dict[str, Any], tmp_path: Path) -> None:
     config = settings(transfer__checksum="count")  # checksums would notice
     with LossyCluster(tmp_path, config) as lossy:

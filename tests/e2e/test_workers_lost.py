@@ -150,6 +150,7 @@ async def test_a_prefill_worker_that_stands_still_loses_its_lease(cluster: Proce
         assert stream.tokens == whole.tokens
 
 
+@pytest.mark.slow
 async def test_files_and_threads_of_dead_peers_do_not_pile_up(cluster: ProcessCluster) -> None:
     before: dict[str, tuple[int, int]] = {}
     for round_number in range(2):

@@ -29,6 +29,7 @@ def graphs(harness: Harness, shapes: list[tuple[int, int]]) -> PassGraphs[Tensor
     return PassGraphs(forward, harness.ops, rows_per_seq=2, block_tokens=harness.store.block_tokens, **ladder)
 
 
+@pytest.mark.slow
 def test_a_padded_recording_equals_the_plain_pass(nano_dir: Path, exact: Ops) -> None:
     """Three sequences on the place of four, under a bound that makes short rows select from everything they see."""
     harness = Harness.load(nano_dir, exact, num_seqs=3, max_len=48)
