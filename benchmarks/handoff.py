@@ -1,7 +1,8 @@
 """Speed of the hand-off between two processes of this host.
 
 Pools have DeepSeek V3.2's geometry: 64-token blocks of latent cache and indexer keys for every layer and the MTP layer.
-A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it. Prints for every
+A layer is reported `--compute-ms-per-layer` after the one before it, as if a device had computed it; with 0 all are
+reported at once, as a prefix found in the cache is. Prints for every
 mode: exposed latency (last layer computed → admitted by the receiver; `accepted` adds the way back of its answer),
 total time, bytes, GB/s from offer to acceptance, what a plain copy of as many bytes reached between the same two
 processes right before, CPU time, and where the time went.

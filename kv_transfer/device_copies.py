@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -14,6 +15,8 @@ from kv_transfer.cuda import driver
 from kv_transfer.device import WORD_BYTES, DeviceRegion, Mark, alignment, row_start
 from kv_transfer.device_kernels import COPY_TILE, copy_cells
 from kv_transfer.layout import CopyPlan, PlaneLayer, Run, row_starts
+
+log = logging.getLogger(__name__)
 
 _WARPS = 4
 
@@ -57,7 +60,10 @@ def push_blocks(
         cuda.bind(region.ordinal)
         cuda.copy(_engine_copies(region, target, plan, rows, runs), region.stream.cuda_stream)
     else:
-        _scatter(region, target, plan, layers, sources, targets, ready)
+        copies = region.once((plan, target.data_ptr()), lambda: make_copies(region, target, plan))
+        tables = region.table(sources), region.table(targets)
+        with region.copying(ready):
+            copies(layers, *tables)
     return len(sources) * sum(sizes)
 
 
@@ -82,27 +88,13 @@ def _engine_copies(
     return copies
 
 
-def _scatter(
-    region: DeviceRegion,
-    target: Target,
-    plan: CopyPlan,
-    layers: range,
-    sources: Sequence[int],
-    targets: Sequence[int],
-    ready: Mark,
-) -> None:
-    copies = region.once((plan, target.data_ptr()), lambda: make_copies(region, target, plan))
-    tables = region.table(sources), region.table(targets)
-    with region.copying(ready):
-        copies(layers, *tables)
-
-
 def make_copies(region: DeviceRegion, target: Target, plan: CopyPlan) -> Copies:
     """By tensor copies where the card has them and the layouts suit them."""
     if _is_hopper(region.device):
         try:
             from kv_transfer.device_hopper import TileCopies, row_bytes
-        except (ImportError, AttributeError):  # Gluon is experimental: names come and go
+        except (ImportError, AttributeError) as exc:  # Gluon is experimental: names come and go
+            log.warning("scattered blocks go by loads and stores, which slow the products beside them: %s", exc)
             return CellCopies(region, target, plan)
         if size := row_bytes(region, target, plan):
             return TileCopies(region, target, plan, size)

@@ -57,9 +57,11 @@ class DeviceDigests:
 
         They are read when the device has passed `ready`.
         """
+        rows = range(self._starts[layers.start], self._starts[layers.stop])
         with self._lock:
+            table = self._region.table(blocks)  # a new one waits for what is on the stream: not for `ready`
             self._region.check_after(ready)
-            self._launch(range(self._starts[layers.start], self._starts[layers.stop]), blocks, len(blocks), first)
+            self._launch(rows, table, len(blocks), first)
 
     def fetch(self) -> None:
         """Everything was added: enqueue the way of the checksums to the host."""
@@ -71,10 +73,10 @@ class DeviceDigests:
         """The last of these blocks will soon be added and fetched: do it with none, as the first time after a pause
         is several times as slow."""
         with self._lock:
-            self._launch(range(1), blocks, 0, 0)
+            self._launch(range(1), self._region.table(blocks), 0, 0)
             self._region.fetch(self._sums, self._on_host)
 
-    def _launch(self, rows: range, blocks: Sequence[int], num_blocks: int, first: int) -> None:
+    def _launch(self, rows: range, blocks: Tensor, num_blocks: int, first: int) -> None:
         """The first `num_blocks` of `blocks`."""
         programs = max(1, -(-num_blocks // (1 if self._phase is None else SAMPLE_CELLS)))
         self._used = max(self._used, min(SLOTS, programs))
@@ -82,7 +84,7 @@ class DeviceDigests:
             (programs, len(rows), 1),
             self._region.words,
             self._rows,
-            self._region.table(blocks),
+            blocks,
             self._sums,
             num_blocks,
             len(self._rows),

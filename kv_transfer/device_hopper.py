@@ -38,7 +38,7 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _view = Tile.reinterpret if hasattr(Tile, "reinterpret") else Tile._reinterpret
 
-PROGRAMS: Final = 132  # one for every processor
+PROGRAMS: Final = 132  # one for every processor of an H100 or H200
 TILE_BYTES: Final = 8192
 ROW_BYTES: Final = (256, 1024)  # at least, and at most
 STAGES: Final = gl.constexpr(4)
