@@ -6,21 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from kv_transfer.layout import Run, count_runs, merge_runs
+from kv_transfer.layout import CopyPlan, Run, count_runs, merge_runs
 from kv_transfer.negotiate import End, choose
 from kv_transfer.transports import usable
 from llm_engine.api.config import TransferConfig
 from llm_engine.api.errors import ConfigError, TransferError
-from llm_engine.api.handoff import LinkOffer
+from llm_engine.api.handoff import Grant, LinkOffer
 from tests.unit.kv_transfer.rig import make_layout
 
 torch = pytest.importorskip("torch")
 
+from kv_transfer import device  # noqa: E402
+from kv_transfer.cost import CostMeter  # noqa: E402
 from kv_transfer.device import Descriptor, DeviceRegion, alignment, are_long, check_words  # noqa: E402
+from kv_transfer.device_outbox import START, DeviceOutbox  # noqa: E402
+from kv_transfer.outbox import Pumped, Turn  # noqa: E402
 
 _KERNELS = """
 import json, sys
@@ -205,3 +210,70 @@ def test_cuda_ipc_wins_where_both_ends_share_a_driver_and_says_why_where_not() -
     link, reason = choose(End("p", offers("host/13000")), End("d", offers("host/12080")))
     assert link.transport == "tcp"
     assert "cuda_ipc needs one host, network and PID namespace, user and driver" in reason
+
+
+class Marked(DeviceRegion):
+    """Its marks can be told apart."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(torch.zeros(num_bytes, dtype=torch.uint8))
+        self.free: list[Any] = []
+
+    def mark(self) -> Any:
+        return object()
+
+    def reached(self, mark: Any) -> bool:
+        return True
+
+    def recycle(self, marks: Iterable[Any]) -> None:
+        self.free += [mark for mark in marks if mark is not None]
+
+
+class Pushes:
+    """A link that writes down what is pushed."""
+
+    transport = "cuda_ipc"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[range, int]] = []
+
+    def push(self, lease: Any, plan: Any, layers: range, blocks: Any, ready: Any, stopped: Any) -> int:
+        self.calls.append((layers, len(blocks[0])))
+        return len(blocks[0])
+
+    def mark(self) -> None:
+        return None
+
+    def finish(self, mark: None = None) -> None:
+        pass
+
+
+def test_a_mark_of_several_layers_is_not_used_again_but_one_of_a_layer_is() -> None:
+    layout, link = make_layout(12), Pushes()
+    region, plan = Marked(layout.arena_bytes), CopyPlan(layout, layout)
+    box = DeviceOutbox(layout, region, 16)
+    box.put(range(4), 0, [7, 2])
+    box.put(range(1), 2, [3, 11])
+    own = box._items[-1].ready
+    grant = Grant(request_id="r", attempt=0, lease_id=1, epoch=1, have_tokens=0, blocks=(0, 1, 2, 3))
+    box.open(grant, plan, "count")
+    turn = Turn(lambda: False, lambda _: None, lambda: None)
+    assert box.pump(link, CostMeter(START), turn) is Pumped.IDLE  # type: ignore[arg-type]
+    assert region.free == [own]
+    box.put(range(1, 4), 2, [3, 11])
+    assert box.pump(link, CostMeter(START), turn) is Pumped.WRITTEN  # type: ignore[arg-type]
+    assert region.free == [own]
+
+
+@pytest.mark.parametrize(("run_bytes", "expected"), [(1 << 40, [(range(1), 0)]), (1, [])])
+def test_the_kernel_is_warmed_up_for_scattered_blocks(
+    run_bytes: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_ENGINE_RUN_BYTES", run_bytes)
+    layout, link = make_layout(12), Pushes()
+    box = DeviceOutbox(layout, Marked(layout.arena_bytes), 16)
+    box.prepare(link, CopyPlan(layout, layout))  # type: ignore[arg-type]
+    assert link.calls == [], "nothing is ready"
+    box.put(range(4), 0, [5, 6, 7, 8])
+    box.prepare(link, CopyPlan(layout, layout))  # type: ignore[arg-type]
+    assert link.calls == expected
